@@ -1,0 +1,25 @@
+# `make train` and `make test` are all that a new machine with Python 3.11 to 3.13 needs.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: train test lint
+.DELETE_ON_ERROR:
+
+train: .venv/installed
+	$(BIN)/python train.py --config=configs/radial_nano.py --workdir=runs/radial_nano
+
+test: .venv/installed-dev lint
+	$(BIN)/python -m pytest -n auto --dist=worksteal
+
+lint: .venv/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+.venv/installed: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -r requirements.txt
+	touch $@
+
+.venv/installed-dev: .venv/installed requirements-dev.txt
+	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
+	touch $@

@@ -1,0 +1,89 @@
+"""Every field of a run, its default and what it means. The other configs override this one.
+
+The defaults are a small radial network with the recipe of docs/LOG.md: plain argmax routing with the straight-through
+estimator, layers of a group born as clones, the group prior kept, and no exits (`min_depth == max_depth`).
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    config = ConfigDict()
+
+    config.model = model = ConfigDict()
+    model.pool_size = 16  # L: layers in the pool.
+    model.max_depth = 4  # T: depth steps a token may take. It exits at T at the latest.
+    model.min_depth = 4  # No exit before this many steps; == max_depth switches exits off.
+    model.d_model = 128  # D: width of the residual stream.
+    model.num_heads = 4  # H: query heads; head size K = D / H, which must be even (RoPE).
+    model.num_kv_heads = 4  # G: key and value heads; divides H.
+    model.d_ff = 384  # F: hidden size of the gated MLP.
+    model.prelude_layers = 0  # Unshared layers before the first depth step; every token runs them.
+    model.coda_layers = 0  # Unshared layers after the last one; every token runs them.
+    model.init = "clones"  # distinct | clones (layers of a group start equal) | upcycle (from a dense run).
+    model.upcycle_from = ""  # Run folder of the dense run that `init="upcycle"` starts from.
+    model.rope_base = 10_000.0  # Base of the rotary position angles.
+    model.dtype = "float32"  # float32 | bfloat16: of the matrix products. Parameters and the router stay float32.
+    model.grouped_backend = "block_loop"  # block_loop | masked_dense (the reference: computes every layer).
+
+    config.router = router = ConfigDict()
+    router.form = "factored"  # factored | flat (trained); sequential | cyclic | random | hash (fixed).
+    router.estimator = "straight_through"  # straight_through | score | weighted | dense (costs L layers).
+    router.hidden = 0  # Width of the router's hidden layer; 0 = d_model.
+    router.prior = "group"  # none | sequential (layer t mod L) | group (the L/T layers of step t's own group).
+    router.prior_weight = 8.0  # Added to the layer logits that the prior favours.
+    router.prior_steps = 0  # Training steps over which the prior fades to 0; 0 = it is kept.
+    router.noise = 0.0  # Scale of the selection noise (1 samples from the router's probabilities).
+    router.noise_steps = 0  # Training steps over which the noise fades to 0; needed when noise > 0.
+    router.load_coef = 0.02  # Of the load-balancing loss.
+    router.z_coef = 1e-3  # Of the router z-loss.
+    router.depth_loss = "price"  # price (coef * E[depth]) | target (coef * (E[depth] - depth_target)^2).
+    router.depth_coef = 0.0  # Of the depth loss.
+    router.depth_target = 4.0  # d*: mean executed depth that the exit-bias controller holds.
+    router.exit_warmup_steps = 0  # Training steps before the first exit is allowed.
+    router.depth_ramp_steps = 0  # Training steps after the warm-up over which the target falls from T to d*.
+    router.exit_bias_init = 0.0  # The exit bias before the controller's first update.
+    router.exit_bias_rate = 0.1  # u of the controller: b += u * std(e) * clip(depth - d*, -1, 1). 0 = off.
+    router.load_bias_rate = 0.0  # Of the auxiliary-loss-free balancing: bias += rate * sign(1/L - load). 0 = off.
+
+    config.cache = cache = ConfigDict()
+    cache.view = "latest"  # all | latest | same_step | first | same_layer.
+
+    config.data = data = ConfigDict()
+    data.source = "stdlib"  # stdlib (Python's own standard library) | text (a folder of files) | jsonl.
+    data.path = ""  # Folder of `text`; file or folder of `jsonl`.
+    data.text_key = "text"  # The field of a JSON line that holds the document.
+    data.tokenizer = "bpe"  # bpe (byte-level, trained on the training split) | byte.
+    data.vocab_size = 4096  # V: of the BPE, special token included. The byte tokenizer has 257.
+    data.eval_fraction = 0.05  # Share of the documents held out, chosen by the hash of their content.
+    data.cache_dir = "~/.cache/radialnet"  # Tokenizers and packed rows, named by content hash; shared by runs.
+
+    config.optimizer = optimizer = ConfigDict()
+    optimizer.learning_rate = 3e-3  # Peak; linear warm-up, then cosine decay over train.num_steps.
+    optimizer.warmup_steps = 50  # At most a tenth of train.num_steps is used.
+    optimizer.final_fraction = 0.1  # Learning rate at the end, as a fraction of the peak.
+    optimizer.b2 = 0.98  # Decay of AdamW's second moment; b1 is 0.9.
+    optimizer.weight_decay = 0.01  # On matrices only.
+    optimizer.clip_norm = 1.0  # Global gradient norm.
+
+    config.train = train = ConfigDict()
+    train.num_steps = 1000  # Optimizer steps.
+    train.batch_size = 16  # B: rows a step.
+    train.seq_len = 128  # S: tokens a row.
+    train.seed = 0  # Of initialisation, data order and selection noise.
+    train.max_skipped_steps = 10  # Non-finite updates in a row after which the run ends with exit code 3.
+
+    config.eval = evaluation = ConfigDict()
+    evaluation.every_steps = 250  # Held-out evaluation; the end of the run is always evaluated. 0 = only then.
+    evaluation.num_batches = 0  # Held-out batches of train.batch_size rows; 0 = all of them.
+
+    config.checkpoint = checkpoint = ConfigDict()
+    checkpoint.every_steps = 500  # The end of the run is always saved. 0 = only then.
+    checkpoint.keep = 2  # Newest checkpoints kept.
+
+    config.log = log = ConfigDict()
+    log.every_steps = 10  # Training lines in metrics.jsonl.
+    log.sample_prompt = "def "  # A continuation of this is logged at the end of the run; empty = none.
+    log.sample_tokens = 64  # Its length in tokens.
+
+    return config

@@ -1,0 +1,31 @@
+"""A radial network that a laptop trains in minutes.
+
+What: 12 layers in the pool, at most 6 of them per token and 4 on average: from the third step on, tokens leave when
+the router says so, and a controller holds the mean. On Python's standard library.
+Cost: TBD
+Expected: TBD
+Command: python train.py --config=configs/radial_nano.py --workdir=runs/radial_nano
+"""
+
+from ml_collections import ConfigDict
+
+from configs import base
+
+
+def get_config() -> ConfigDict:
+    config = base.get_config()
+
+    config.model.pool_size = 12
+    config.model.max_depth = 6
+    config.model.min_depth = 2
+
+    config.router.load_coef = 0.05
+    config.router.depth_target = 4.0
+    config.router.exit_warmup_steps = 150
+    config.router.depth_ramp_steps = 250
+    config.router.exit_bias_rate = 0.3
+
+    config.train.num_steps = 800
+    config.eval.every_steps = 200
+
+    return config

@@ -1,0 +1,46 @@
+"""About the active size of GPT-2 small (12 layers of width 768 per token), for one accelerator or a small slice.
+
+What: 48 layers in the pool, at most 16 per token and 12 on average; bf16 products. 345M parameters in the pool, 85M
+of them used by a token. The default text is small for a model of this size: give it your own by
+--config.data.source=jsonl --config.data.path=FILE.
+Cost: 5 GB for parameters and optimizer. 50,000 steps are 1.6 billion tokens. Not yet timed on an accelerator.
+Expected: not measured.
+Command: python train.py --config=configs/radial_small.py --workdir=runs/radial_small
+"""
+
+from ml_collections import ConfigDict
+
+from configs import base
+
+
+def get_config() -> ConfigDict:
+    config = base.get_config()
+
+    config.model.pool_size = 48
+    config.model.max_depth = 16
+    config.model.min_depth = 8
+    config.model.d_model = 768
+    config.model.num_heads = 12
+    config.model.num_kv_heads = 12
+    config.model.d_ff = 2048
+    config.model.dtype = "bfloat16"
+
+    config.router.depth_target = 12.0
+    config.router.exit_warmup_steps = 2000
+    config.router.depth_ramp_steps = 4000
+
+    config.data.vocab_size = 32_768
+
+    config.optimizer.learning_rate = 6e-4
+    config.optimizer.warmup_steps = 1000
+    config.optimizer.weight_decay = 0.1
+
+    config.train.num_steps = 50_000
+    config.train.batch_size = 32
+    config.train.seq_len = 1024
+    config.eval.every_steps = 1000
+    config.eval.num_batches = 50
+    config.checkpoint.every_steps = 1000
+    config.log.every_steps = 20
+
+    return config

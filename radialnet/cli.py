@@ -1,0 +1,58 @@
+"""What all commands share: flags, and errors of the user as one line and an exit code."""
+
+import sys
+from collections.abc import Callable
+
+from absl import app, flags, logging
+
+from radialnet.config import Config, ConfigError
+
+EXIT_BAD_INPUT = 2
+EXIT_NON_FINITE = 3
+
+
+class NonFiniteError(RuntimeError):
+    """Too many updates in a row that were not finite."""
+
+
+def run(main: Callable[[], None]) -> None:
+    """Parse the flags and call `main`; end with exit code 0, 2 (bad configuration or input) or 3 (non-finite)."""
+    # JAX and Orbax report every detail at level INFO; --verbosity=0 shows it.
+    flags.FLAGS.set_default("verbosity", logging.WARNING)
+    app.run(lambda _: _guarded(main), flags_parser=_parse)
+
+
+def read_config(flag: flags.FlagHolder) -> Config:
+    """The validated config behind a `--config` flag. Raises ConfigError, also when the file can't be loaded."""
+    try:
+        fields = flag.value.to_dict()
+    except OSError as error:
+        # ml_collections tells at length what it tried; what went wrong stands at the end.
+        raise ConfigError(f"--{flag.name}: can't be loaded: {str(error).strip().splitlines()[-1].strip()}") from None
+    return Config.from_dict(fields)
+
+
+def _parse(arguments: list[str]) -> list[str]:
+    try:
+        rest = flags.FLAGS(arguments)
+    except (ConfigError, flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+        # ml_collections reports a field that doesn't exist as AttributeError or KeyError.
+        _fail(error, EXIT_BAD_INPUT)
+    if rest[1:]:
+        _fail(ConfigError(f"{rest[1]!r}: not a flag; all arguments are --name=value"), EXIT_BAD_INPUT)
+    return rest
+
+
+def _guarded(main: Callable[[], None]) -> None:
+    try:
+        main()
+    except ConfigError as error:
+        _fail(error, EXIT_BAD_INPUT)
+    except NonFiniteError as error:
+        _fail(error, EXIT_NON_FINITE)
+
+
+def _fail(error: Exception, code: int) -> None:
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    print("error:", " ".join(text.split()), file=sys.stderr)
+    sys.exit(code)

@@ -1,0 +1,326 @@
+"""The configuration: frozen dataclasses, built from a `configs/*.py` file and validated once, here.
+
+Defaults and the meaning of each field stand in `configs/base.py`. No jax in this file.
+"""
+
+import dataclasses
+import json
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+VIEWS = ("all", "latest", "same_step", "first", "same_layer")
+TRAINED_FORMS = ("factored", "flat")
+FIXED_FORMS = ("sequential", "cyclic", "random", "hash")
+ESTIMATORS = ("straight_through", "score", "weighted", "dense")
+
+
+class ConfigError(ValueError):
+    """A configuration or an input that can't work. Its message is the one line that the user reads."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    pool_size: int
+    max_depth: int
+    min_depth: int
+    d_model: int
+    num_heads: int
+    num_kv_heads: int
+    d_ff: int
+    prelude_layers: int
+    coda_layers: int
+    init: str
+    upcycle_from: str
+    rope_base: float
+    dtype: str
+    grouped_backend: str
+
+    @property
+    def head_size(self) -> int:
+        return self.d_model // self.num_heads
+
+
+@dataclasses.dataclass(frozen=True)
+class RouterConfig:
+    form: str
+    estimator: str
+    hidden: int
+    prior: str
+    prior_weight: float
+    prior_steps: int
+    noise: float
+    noise_steps: int
+    load_coef: float
+    z_coef: float
+    depth_loss: str
+    depth_coef: float
+    depth_target: float
+    exit_warmup_steps: int
+    depth_ramp_steps: int
+    exit_bias_init: float
+    exit_bias_rate: float
+    load_bias_rate: float
+
+    @property
+    def is_trained(self) -> bool:
+        return self.form in TRAINED_FORMS
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheConfig:
+    view: str
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    source: str
+    path: str
+    text_key: str
+    tokenizer: str
+    vocab_size: int
+    eval_fraction: float
+    cache_dir: str
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    learning_rate: float
+    warmup_steps: int
+    final_fraction: float
+    b2: float
+    weight_decay: float
+    clip_norm: float
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    num_steps: int
+    batch_size: int
+    seq_len: int
+    seed: int
+    max_skipped_steps: int
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    every_steps: int
+    num_batches: int
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    every_steps: int
+    keep: int
+
+
+@dataclasses.dataclass(frozen=True)
+class LogConfig:
+    every_steps: int
+    sample_prompt: str
+    sample_tokens: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A whole run. Build it with `from_dict` or `load`, which validate."""
+
+    model: ModelConfig
+    router: RouterConfig
+    cache: CacheConfig
+    data: DataConfig
+    optimizer: OptimizerConfig
+    train: TrainConfig
+    eval: EvalConfig
+    checkpoint: CheckpointConfig
+    log: LogConfig
+
+    @classmethod
+    def from_dict(cls, fields: Mapping | ConfigDict) -> "Config":
+        """Build and validate. `fields` maps section to field to value.
+
+        Raises:
+            ConfigError: an unknown or missing field, a wrong type, or values that don't go together.
+        """
+        config = _build(cls, fields, "config")
+        _validate(config)
+        return config
+
+    def to_dict(self) -> dict:
+        return dataclasses.asdict(self)
+
+    def save(self, path: Path) -> None:
+        """Write as JSON, whole or not at all."""
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(self.to_dict(), indent=1) + "\n")
+        partial.replace(path)
+
+    @classmethod
+    def load(cls, path: Path) -> "Config":
+        """Read what `save` wrote. Raises ConfigError when there is none or it can't be read."""
+        try:
+            fields = json.loads(path.read_text())
+        except FileNotFoundError:
+            raise ConfigError(f"{path}: no such file; a run folder holds the config.json that train.py wrote") from None
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"{path}: not JSON ({error})") from None
+        return cls.from_dict(fields)
+
+
+def _build(cls: type, fields: Mapping | ConfigDict, where: str):
+    """An instance of the dataclass from a mapping, each value checked against the field's type."""
+    if not isinstance(fields, Mapping | ConfigDict):
+        raise ConfigError(f"{where}={fields!r}: a section with fields is needed")
+    types = typing.get_type_hints(cls)
+    unknown, missing = set(fields.keys()) - set(types), set(types) - set(fields.keys())
+    if unknown:
+        raise ConfigError(f"{where}.{min(unknown)}: unknown field; {where} has {', '.join(types)}")
+    if missing:
+        raise ConfigError(f"{where}.{min(missing)}: missing")
+    values = {}
+    for name, wanted in types.items():
+        value, field = fields[name], f"{where}.{name}"
+        if dataclasses.is_dataclass(wanted):
+            values[name] = _build(wanted, value, field)
+            continue
+        if wanted is float and type(value) is int:
+            value = float(value)
+        if type(value) is not wanted:
+            raise ConfigError(f"{field}={value!r}: {wanted.__name__} is needed, not {type(value).__name__}")
+        values[name] = value
+    return cls(**values)
+
+
+def _validate(config: Config) -> None:
+    for checks in (_validate_model, _validate_router, _validate_run):
+        checks(config)
+
+
+def _one_of(field: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ConfigError(f"{field}={value!r}: one of {', '.join(allowed)} is needed")
+
+
+def _at_least(section: str, values: object, least: float, *names: str) -> None:
+    for name in names:
+        value = getattr(values, name)
+        if not value >= least:
+            raise ConfigError(f"config.{section}.{name}={value}: at least {least} is needed")
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise ConfigError(message)
+
+
+def _validate_model(config: Config) -> None:
+    model, view = config.model, config.cache.view
+    _at_least("model", model, 1, "pool_size", "max_depth", "d_model", "num_heads", "num_kv_heads", "d_ff")
+    _at_least("model", model, 0, "min_depth", "prelude_layers", "coda_layers")
+    _one_of("config.model.init", model.init, ("distinct", "clones", "upcycle"))
+    _one_of("config.model.dtype", model.dtype, ("float32", "bfloat16"))
+    _one_of("config.model.grouped_backend", model.grouped_backend, ("block_loop", "masked_dense"))
+    _one_of("config.cache.view", view, VIEWS)
+    _require(model.rope_base > 1, f"config.model.rope_base={model.rope_base}: more than 1 is needed")
+    _require(
+        model.d_model % model.num_heads == 0,
+        f"config.model.num_heads={model.num_heads} does not divide config.model.d_model={model.d_model}",
+    )
+    _require(
+        model.head_size % 2 == 0,
+        f"config.model.num_heads={model.num_heads} gives config.model.d_model={model.d_model} an odd head size of "
+        f"{model.head_size}; rotary positions need an even one",
+    )
+    _require(
+        model.num_heads % model.num_kv_heads == 0,
+        f"config.model.num_kv_heads={model.num_kv_heads} does not divide config.model.num_heads={model.num_heads}",
+    )
+    _require(
+        model.min_depth <= model.max_depth,
+        f"config.model.min_depth={model.min_depth} is more than config.model.max_depth={model.max_depth}",
+    )
+    _require(
+        model.max_depth > 1 or view in ("all", "latest"),
+        f"config.cache.view={view!r} needs more than one depth step, config.model.max_depth={model.max_depth}: "
+        "with one, every view is 'all'",
+    )
+    _require(
+        (model.init == "upcycle") == bool(model.upcycle_from),
+        f"config.model.init={model.init!r} with config.model.upcycle_from={model.upcycle_from!r}: "
+        "a run folder goes with 'upcycle' and with nothing else",
+    )
+    _require(
+        model.init == "distinct" or model.pool_size >= model.max_depth,
+        f"config.model.init={model.init!r} needs a group of layers for each step, but "
+        f"config.model.pool_size={model.pool_size} is less than config.model.max_depth={model.max_depth}",
+    )
+
+
+def _validate_router(config: Config) -> None:
+    model, router = config.model, config.router
+    _one_of("config.router.form", router.form, TRAINED_FORMS + FIXED_FORMS)
+    _one_of("config.router.estimator", router.estimator, ESTIMATORS)
+    _one_of("config.router.prior", router.prior, ("none", "sequential", "group"))
+    _one_of("config.router.depth_loss", router.depth_loss, ("price", "target"))
+    non_negative = (
+        "hidden",
+        "prior_weight",
+        "prior_steps",
+        "noise",
+        "noise_steps",
+        "load_coef",
+        "z_coef",
+        "depth_coef",
+    )
+    _at_least("router", router, 0, *non_negative)
+    _at_least("router", router, 0, "exit_warmup_steps", "depth_ramp_steps", "exit_bias_rate", "load_bias_rate")
+    if router.form == "sequential":
+        _require(
+            model.pool_size == model.max_depth,
+            f"config.router.form='sequential' is a plain dense run: config.model.pool_size={model.pool_size} "
+            f"must equal config.model.max_depth={model.max_depth} (form='cyclic' repeats a smaller pool)",
+        )
+    if not router.is_trained:
+        return
+    _require(
+        router.prior != "group" or model.pool_size >= model.max_depth,
+        f"config.router.prior='group' needs a layer for each step, but config.model.pool_size={model.pool_size} "
+        f"is less than config.model.max_depth={model.max_depth}",
+    )
+    _require(
+        router.noise == 0 or router.noise_steps > 0,
+        f"config.router.noise={router.noise} needs steps to fade over, config.router.noise_steps={router.noise_steps}",
+    )
+    _require(
+        model.min_depth == model.max_depth or model.min_depth <= router.depth_target <= model.max_depth,
+        f"config.router.depth_target={router.depth_target} is not between config.model.min_depth={model.min_depth} "
+        f"and config.model.max_depth={model.max_depth}",
+    )
+
+
+def _validate_run(config: Config) -> None:
+    data, optimizer, train = config.data, config.optimizer, config.train
+    _one_of("config.data.source", data.source, ("stdlib", "text", "jsonl"))
+    _one_of("config.data.tokenizer", data.tokenizer, ("bpe", "byte"))
+    _require(
+        data.source == "stdlib" or bool(data.path),
+        f"config.data.path={data.path!r}: config.data.source={data.source!r} needs a path",
+    )
+    _require(
+        data.tokenizer == "byte" or data.vocab_size >= 258,
+        f"config.data.vocab_size={data.vocab_size}: a byte-level BPE needs at least 258 "
+        "(256 bytes, the document separator and one merge)",
+    )
+    _require(0 < data.eval_fraction < 1, f"config.data.eval_fraction={data.eval_fraction}: between 0 and 1 is needed")
+    _at_least("optimizer", optimizer, 0, "learning_rate", "warmup_steps", "final_fraction", "weight_decay")
+    _require(0 < optimizer.b2 < 1, f"config.optimizer.b2={optimizer.b2}: between 0 and 1 is needed")
+    _require(optimizer.clip_norm > 0, f"config.optimizer.clip_norm={optimizer.clip_norm}: more than 0 is needed")
+    _at_least("train", train, 1, "num_steps", "batch_size", "seq_len", "max_skipped_steps")
+    _at_least("train", train, 0, "seed")
+    _at_least("eval", config.eval, 0, "every_steps", "num_batches")
+    _at_least("checkpoint", config.checkpoint, 0, "every_steps")
+    _at_least("checkpoint", config.checkpoint, 1, "keep")
+    _at_least("log", config.log, 1, "every_steps")
+    _at_least("log", config.log, 0, "sample_tokens")

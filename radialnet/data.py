@@ -1,0 +1,176 @@
+"""Packed rows of tokens on disk, and the pure function (seed, step) -> rows that training reads.
+
+A split is one stream: every document is the separator and its tokens, one after the other. Row r holds the tokens
+r·S … (r+1)·S of it; the last one is only a target and the first of the next row, so that every token is read once
+as an input and predicted once. Attention never crosses from one document of a row to another (`document_BS`).
+"""
+
+import dataclasses
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import grain
+import numpy as np
+
+from radialnet.config import Config, ConfigError, DataConfig
+from radialnet.corpus import Document, load_corpus
+from radialnet.tokenizer import BYTE_VOCAB_SIZE, Tokenizer
+
+# Part of the name of what is cached: raise it when the layout of the rows changes.
+LAYOUT = 1
+PADDING = -1  # Document id of what fills up the last row.
+
+Batch = dict[str, np.ndarray]
+
+
+class PackedRows:
+    """Rows of S+1 tokens, memory-mapped: a random-access source for Grain."""
+
+    def __init__(self, folder: Path):
+        self.tokens, self.documents, self.positions = (
+            np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("tokens", "documents", "positions")
+        )
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, row: int) -> Batch:
+        tokens = np.asarray(self.tokens[row], np.int32)
+        documents = np.asarray(self.documents[row])
+        return {
+            "token": tokens[:-1],
+            "target": tokens[1:],
+            "document": documents[:-1],
+            "position": np.asarray(self.positions[row, :-1], np.int32),
+            # A target is real where it is not padding; its input is real then, too.
+            "is_target": documents[1:] != PADDING,
+        }
+
+
+def pack(documents: list[list[int]], separator: int, seq_len: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Tokens, document ids and positions of packed rows, each [R, S+1]. Positions count within row and document."""
+    stream = np.concatenate([np.asarray([separator, *tokens], np.int32) for tokens in documents])
+    document = np.repeat(np.arange(len(documents), dtype=np.int32), [len(tokens) + 1 for tokens in documents])
+    num_rows = max(1, -(-(len(stream) - 1) // seq_len))
+    index = np.arange(num_rows)[:, None] * seq_len + np.arange(seq_len + 1)
+    is_real = index < len(stream)
+    index = np.minimum(index, len(stream) - 1)
+    tokens = np.where(is_real, stream[index], separator).astype(np.int32)
+    documents_RS = np.where(is_real, document[index], PADDING).astype(np.int32)
+    column = np.broadcast_to(np.arange(seq_len + 1, dtype=np.int32), tokens.shape)
+    starts = np.diff(documents_RS, axis=1, prepend=PADDING - 1) != 0
+    positions = column - np.maximum.accumulate(np.where(starts, column, 0), axis=1)
+    return tokens, documents_RS, positions
+
+
+def write_rows(folder: Path, documents: tuple[Document, ...], tokenizer: Tokenizer, seq_len: int) -> None:
+    """Tokenise, pack and save, whole or not at all."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f"{folder.name}.partial", dir=folder.parent))
+    try:
+        ids = tokenizer.encode_batch([document.text for document in documents])
+        arrays = pack(ids, tokenizer.separator_id, seq_len)
+        for name, array in zip(("tokens", "documents", "positions"), arrays, strict=True):
+            np.save(partial / f"{name}.npy", array)
+        partial.rename(folder)
+    except OSError:
+        # Another run may have packed the same rows at the same time; its copy is as good.
+        if not folder.exists():
+            raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """A tokenised corpus: rows of both splits, the tokenizer, and the manifest of the documents."""
+
+    train: PackedRows
+    eval: PackedRows
+    tokenizer: Tokenizer
+    manifest: dict
+
+
+def prepare(config: Config, manifest_path: Path, tokenizer_path: Path) -> Dataset:
+    """Read the corpus, train the tokenizer, pack the rows; what is already in `data.cache_dir` is used again.
+
+    A new run writes the manifest and the tokenizer to the two paths; for an old one they are what the corpus must be
+    equal to and what it is tokenised with.
+
+    Raises:
+        ConfigError: the corpus can't be read, or is not the one of the manifest.
+    """
+    cfg = config.data
+    corpus = load_corpus(cfg)
+    manifest = corpus.manifest()
+    if manifest_path.exists():
+        known = json.loads(manifest_path.read_text())["sha256"]
+        if known != manifest["sha256"]:
+            raise ConfigError(
+                f"config.data: the documents of {cfg.path or cfg.source!r} have SHA-256 {manifest['sha256'][:12]}, "
+                f"but {manifest_path} was written for {known[:12]}; held-out text could be text it was trained on"
+            )
+    cache = Path(cfg.cache_dir).expanduser()
+    cache.mkdir(parents=True, exist_ok=True)
+    if tokenizer_path.exists():
+        tokenizer = Tokenizer.load(tokenizer_path)
+    else:
+        tokenizer = _tokenizer(cache, cfg, corpus.train)
+        tokenizer.save(tokenizer_path)
+    if not manifest_path.exists():
+        partial = manifest_path.with_suffix(".partial")
+        partial.write_text(json.dumps(manifest, indent=1) + "\n")
+        partial.replace(manifest_path)
+    key = _key(LAYOUT, manifest["sha256"], tokenizer.fingerprint(), config.train.seq_len)
+    rows = {}
+    for split in ("train", "eval"):
+        folder = cache / f"rows-{key}-{split}"
+        if not folder.exists():
+            write_rows(folder, getattr(corpus, split), tokenizer, config.train.seq_len)
+        rows[split] = PackedRows(folder)
+    return Dataset(tokenizer=tokenizer, manifest=manifest, **rows)
+
+
+def _tokenizer(cache: Path, cfg: DataConfig, documents: tuple[Document, ...]) -> Tokenizer:
+    if cfg.tokenizer == "byte":
+        return Tokenizer.train([], BYTE_VOCAB_SIZE)
+    path = cache / f"tokenizer-{_key(cfg.vocab_size, [document.sha256 for document in documents])}.json"
+    if not path.exists():
+        Tokenizer.train((document.text for document in documents), cfg.vocab_size).save(path)
+    return Tokenizer.load(path)
+
+
+def _key(*parts: object) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def train_batches(rows: PackedRows, batch_size: int, seed: int) -> grain.MapDataset:
+    """The batch of every training step: `train_batches(...)[step]`, a pure function of (seed, step).
+
+    Each epoch goes through all rows once, in an order of its own.
+    """
+    return grain.MapDataset.source(rows).shuffle(seed=seed).repeat().batch(batch_size)
+
+
+def prefetch(batches: grain.MapDataset, start: int) -> Iterator[Batch]:
+    """The batches from step `start` on, read ahead by threads."""
+    options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
+    return iter(batches[start:].to_iter_dataset(options))
+
+
+def eval_batches(rows: PackedRows, batch_size: int, num_batches: int) -> Iterator[Batch]:
+    """The rows in order, in batches filled up with padding; `num_batches` 0 = all of them."""
+    available = -(-len(rows) // batch_size)
+    for index in range(min(num_batches, available) if num_batches else available):
+        members = [rows[row] for row in range(index * batch_size, min((index + 1) * batch_size, len(rows)))]
+        batch = {name: np.stack([member[name] for member in members]) for name in members[0]}
+        missing = batch_size - len(members)
+        fill = {"document": PADDING}
+        yield {
+            name: np.pad(array, ((0, missing), (0, 0)), constant_values=fill.get(name, 0))
+            for name, array in batch.items()
+        }

@@ -1,0 +1,201 @@
+"""What is counted while tokens are routed, and the figures made of it.
+
+Counts are sums over tokens, so that batches, steps and devices add up exactly; figures are made from them at the end.
+"""
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from radialnet.config import Config
+from radialnet.router import Route
+
+# Token ids are counted in at most this many buckets (id modulo the number) for `route_mi`, which bounds the memory of
+# the counts at T · 1024 · L. Merging ids can only lower the mutual information, so the figure never claims too much.
+MAX_TOKEN_BUCKETS = 1024
+
+
+@flax.struct.dataclass
+class RoutingSums:
+    """Sums over the tokens of a batch. Those in the loss (`p_layer_L`, `expected_depth`, `z`) carry gradients."""
+
+    num_tokens: jax.Array  # Padding excluded.
+    tokens_by_depth: jax.Array  # [T+1] Tokens by executed depth.
+    executions_TL: jax.Array  # Executions by depth step and layer.
+    executions_TKL: jax.Array  # The same by bucket of the token id too.
+    p_layer_L: jax.Array  # Probability of each layer, over executions.
+    expected_depth: jax.Array  # Survival probability, over the steps that tokens came to.
+    z: jax.Array  # logsumexp^2 of the layer logits + e^2, over the decisions.
+    num_decisions: jax.Array  # (token, step) pairs that the router decided.
+    exit_logit: jax.Array  # e, over the decisions that could be an exit: sum, sum of squares, number.
+    exit_logit_squared: jax.Array
+    num_exit_decisions: jax.Array
+
+    @classmethod
+    def zero(cls, max_depth: int, num_layers: int, vocab_size: int) -> "RoutingSums":
+        zero = jnp.float32(0)
+        return cls(
+            num_tokens=zero,
+            tokens_by_depth=jnp.zeros(max_depth + 1),
+            executions_TL=jnp.zeros((max_depth, num_layers)),
+            executions_TKL=jnp.zeros((max_depth, min(vocab_size, MAX_TOKEN_BUCKETS), num_layers)),
+            p_layer_L=jnp.zeros(num_layers),
+            expected_depth=zero,
+            z=zero,
+            num_decisions=zero,
+            exit_logit=zero,
+            exit_logit_squared=zero,
+            num_exit_decisions=zero,
+        )
+
+    def add_step(
+        self, depth_step: int, route: Route, active_BS: jax.Array, log_survival_BS: jax.Array, token_BS: jax.Array
+    ) -> "RoutingSums":
+        """Add the decisions of one depth step.
+
+        Args:
+            active_BS: the tokens that the router decided on.
+            log_survival_BS: log of the product of (1 - p_exit) up to this step, this one included.
+        """
+        num_buckets, num_layers = self.executions_TKL.shape[1:]
+        cell_BS = token_BS % num_buckets * (num_layers + 1) + route.layer_BS
+        counts = jnp.bincount(cell_BS.ravel(), length=num_buckets * (num_layers + 1))
+        executions_KL = counts.reshape(num_buckets, num_layers + 1)[:, :-1].astype(jnp.float32)
+        active_BS = active_BS.astype(jnp.float32)
+        could_exit_BS = active_BS * route.can_exit
+        e_BS = jax.lax.stop_gradient(route.exit_logit_BS)
+        return self.replace(
+            executions_TL=self.executions_TL.at[depth_step].add(executions_KL.sum(0)),
+            executions_TKL=self.executions_TKL.at[depth_step].add(executions_KL),
+            p_layer_L=self.p_layer_L + (route.p_layer_BSL * route.executes_BS[..., None]).sum((0, 1)),
+            expected_depth=self.expected_depth + (active_BS * jnp.exp(log_survival_BS)).sum(),
+            z=self.z + (active_BS * (route.layer_lse_BS**2 + route.exit_logit_BS**2)).sum(),
+            num_decisions=self.num_decisions + active_BS.sum(),
+            exit_logit=self.exit_logit + (could_exit_BS * e_BS).sum(),
+            exit_logit_squared=self.exit_logit_squared + (could_exit_BS * e_BS**2).sum(),
+            num_exit_decisions=self.num_exit_decisions + could_exit_BS.sum(),
+        )
+
+    def add_tokens(self, is_real_BS: jax.Array, depth_BS: jax.Array) -> "RoutingSums":
+        """Add the tokens themselves, once all their steps are done. `depth_BS` is their executed depth."""
+        depth_BS = jnp.where(is_real_BS, depth_BS, len(self.tokens_by_depth))
+        counts = jnp.bincount(depth_BS.ravel(), length=len(self.tokens_by_depth) + 1)[:-1]
+        return self.replace(
+            num_tokens=self.num_tokens + is_real_BS.sum(),
+            tokens_by_depth=self.tokens_by_depth + counts.astype(jnp.float32),
+        )
+
+    def mean_depth(self) -> jax.Array:
+        """Mean executed layers per token."""
+        return self.executions_TL.sum() / jnp.maximum(self.num_tokens, 1)
+
+    def load_L(self) -> jax.Array:
+        """Each layer's share of all executions."""
+        return self.executions_TL.sum(0) / jnp.maximum(self.executions_TL.sum(), 1)
+
+    def exit_logit_std(self) -> jax.Array:
+        """Standard deviation of e over the decisions that could be an exit; 0 without any."""
+        count = jnp.maximum(self.num_exit_decisions, 1)
+        mean = self.exit_logit / count
+        return jnp.sqrt(jnp.maximum(self.exit_logit_squared / count - mean**2, 0))
+
+
+@flax.struct.dataclass
+class BatchSums:
+    """What a batch adds to a line of metrics."""
+
+    losses: dict[str, jax.Array]  # `loss` and its raw terms, each times num_targets.
+    num_targets: jax.Array
+    num_bytes: jax.Array  # Of raw text that the targets stand for.
+    routing: RoutingSums
+
+
+@jax.jit
+def add(left: BatchSums, right: BatchSums) -> BatchSums:
+    """The sums of two batches together."""
+    return jax.tree.map(jnp.add, left, right)
+
+
+def route_mutual_information(executions_TKL: np.ndarray) -> float:
+    """Mutual information of layer and token id, given the depth step, in nats; 0 = routing ignores the input.
+
+    Mean over steps by their executions. Few samples of a token show dependence where there is none. What as many
+    samples of routing that does ignore the token would show is taken off, so that the figure errs towards 0.
+    """
+    information = 0.0
+    rng = np.random.default_rng(0)
+    for counts_KL in np.asarray(executions_TKL).astype(np.int64):
+        total = counts_KL.sum()
+        if total > 0:
+            ignorant_KL = rng.multinomial(counts_KL.sum(1), counts_KL.sum(0) / total)
+            information += total * (_plug_in_information(counts_KL) - _plug_in_information(ignorant_KL))
+    return max(0.0, float(information / max(np.sum(executions_TKL), 1)))
+
+
+def _plug_in_information(counts_KL: np.ndarray) -> float:
+    """Mutual information of the two indices under the observed frequencies."""
+    p_KL = counts_KL / counts_KL.sum()
+    independent_KL = p_KL.sum(1, keepdims=True) * p_KL.sum(0)
+    seen = p_KL > 0
+    return float((p_KL[seen] * np.log(p_KL[seen] / independent_KL[seen])).sum())
+
+
+def figures(sums: BatchSums) -> dict:
+    """The figures of a metrics line that follow from the sums: losses, bpb, depth, load and their like."""
+    sums = jax.tree.map(lambda x: np.asarray(x, np.float64), sums)
+    routing, num_tokens = sums.routing, max(sums.routing.num_tokens, 1)
+    load_L = np.asarray(routing.load_L())
+    entropy = -(load_L[load_L > 0] * np.log(load_L[load_L > 0])).sum()
+    losses = {name: float(total / max(sums.num_targets, 1)) for name, total in sums.losses.items()}
+    return {
+        **losses,
+        "bpb": float(sums.losses["ce"] / np.log(2) / max(sums.num_bytes, 1)),
+        "depth": float(routing.mean_depth()),
+        "depth_hist": (routing.tokens_by_depth / num_tokens).tolist(),
+        "load": load_L.tolist(),
+        "load_entropy": float(entropy / np.log(len(load_L))) if len(load_L) > 1 else 1.0,
+        "load_by_step": (routing.executions_TL / num_tokens).tolist(),
+        "route_mi": route_mutual_information(routing.executions_TKL),
+    }
+
+
+def flops_per_token(config: Config, vocab_size: int, depth: float) -> float:
+    """FLOPs of a forward pass per token at a mean executed depth: 2 per multiply-add of every matrix product.
+
+    Attention is counted over the entries that a causal query sees on average: half of the row, and in the views
+    `all` and `same_layer`, which look at the entries of all earlier steps, half of the steps too.
+    """
+    model, seq_len = config.model, config.train.seq_len
+    d_model, q_width = model.d_model, model.num_heads * model.head_size
+    kv_width = model.num_kv_heads * model.head_size
+    layer = 2 * d_model * (q_width + 2 * kv_width) + 2 * q_width * d_model + 6 * d_model * model.d_ff
+    slot = 4 * q_width
+    per_step = (depth + 1) / 2 if config.cache.view in ("all", "same_layer") else 1
+    routed = depth * (layer + slot * per_step * (seq_len + 1) / 2)
+    unrouted = (model.prelude_layers + model.coda_layers) * (layer + slot * (seq_len + 1) / 2)
+    router = 0.0
+    if config.router.is_trained:
+        hidden = config.router.hidden or d_model
+        # A token that leaves before the last step was routed once more than it executed.
+        decisions = min(depth + 1, model.max_depth)
+        router = decisions * 2 * hidden * (d_model + model.pool_size + 1)
+    return routed + unrouted + router + 2 * d_model * vocab_size
+
+
+# Peak dense bf16 FLOP/s of one device, as its maker states it; the start of `device_kind` as JAX reports it.
+PEAK_FLOPS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5p": 459e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+}
+
+
+def peak_flops(device: jax.Device) -> float | None:
+    """Peak FLOP/s of a device, None where it is unknown (every CPU)."""
+    return next((peak for kind, peak in PEAK_FLOPS.items() if device.device_kind.startswith(kind)), None)

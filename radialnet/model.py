@@ -1,0 +1,133 @@
+"""RadialTransformer: embedding, T depth steps of router and pool, output node, head."""
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from radialnet.cache import UnifiedCache
+from radialnet.config import Config
+from radialnet.layers import rms_norm
+from radialnet.metrics import RoutingSums
+from radialnet.pool import LayerPool, clone_groups
+from radialnet.router import Controllers, Router, Schedule, choice_gate, group_of_layer
+
+
+@flax.struct.dataclass
+class Output:
+    logits_BSV: jax.Array  # fp32
+    layer_TBS: jax.Array  # The layer that each token executed at each depth step; L for none.
+    depth_BS: jax.Array  # Executed layers of the pool.
+    h_TBSD: jax.Array  # The residual stream before each depth step.
+    routing: RoutingSums
+
+
+class RadialTransformer(nnx.Module):
+    """A radial network (arXiv 2404.04900) over packed rows of tokens.
+
+        h_{t+1} = h_t + g_t · Layer_{c_t}(h_t, cache)    for tokens that are still active
+        logits  = Head(norm(h_exit))
+
+    The loop over depth steps is unrolled: step t then attends to the entries of t steps and no more.
+    """
+
+    def __init__(self, config: Config, vocab_size: int, rngs: nnx.Rngs):
+        model = config.model
+        self.cfg, self.estimator, self.view = model, config.router.estimator, config.cache.view
+        self.vocab_size = vocab_size
+        # Keeps the variance of the residual stream about constant in depth (GPT-2's rule): two branches a layer.
+        num_executed = model.prelude_layers + model.max_depth + model.coda_layers
+        scale = (2 * num_executed) ** -0.5
+        self.embedding = nnx.Param(jax.random.normal(rngs.params(), (vocab_size, model.d_model)) * model.d_model**-0.5)
+        self.prelude = LayerPool(model, model.prelude_layers, scale, rngs) if model.prelude_layers else None
+        self.router = Router(model, config.router, rngs)
+        self.pool = LayerPool(model, model.pool_size, scale, rngs)
+        self.coda = LayerPool(model, model.coda_layers, scale, rngs) if model.coda_layers else None
+        self.final_norm = nnx.Param(jnp.ones(model.d_model))
+        self.head = nnx.Param(jax.random.normal(rngs.params(), (model.d_model, vocab_size)) * 0.02)
+        if model.init == "clones":
+            clone_groups(self.pool.block, model.pool_size, model.max_depth)
+
+    def __call__(
+        self,
+        token_BS: jax.Array,
+        document_BS: jax.Array,
+        position_BS: jax.Array,
+        controllers: Controllers,
+        at: Schedule,
+        rng: jax.Array,
+        max_depth: int | None = None,
+    ) -> Output:
+        """Run packed rows.
+
+        Args:
+            token_BS: token ids.
+            document_BS: which document of the row each token belongs to; negative for padding, which is not routed.
+            position_BS: position of each token in its document.
+            controllers: the router's biases.
+            at: the router's schedule at this training step.
+            rng: for the selection noise and random routes.
+            max_depth: overrides the trained T; steps beyond it are routed as the last trained one.
+        """
+        max_depth = max_depth or self.cfg.max_depth
+        h_BSD = self.embedding[...][token_BS] * self.cfg.d_model**0.5
+        h_BSD = self._run_unshared(self.prelude, h_BSD, document_BS, position_BS)
+
+        active_BS = document_BS >= 0
+        depth_BS = jnp.zeros(token_BS.shape, jnp.int32)
+        log_survival_BS = jnp.zeros(token_BS.shape, jnp.float32)
+        sums = RoutingSums.zero(max_depth, self.cfg.pool_size, self.vocab_size)
+        cache = UnifiedCache.empty(document_BS, self.view)
+        layers, states = [], []
+        for depth_step in range(max_depth):
+            route = self.router(h_BSD, token_BS, active_BS, depth_step, controllers, at, rng)
+            log_survival_BS += route.log_survive_BS
+            sums = sums.add_step(depth_step, route, active_BS, log_survival_BS, token_BS)
+            layers.append(route.layer_BS)
+            states.append(h_BSD)
+            gate_BS = choice_gate(log_survival_BS, self.estimator)
+            if self.estimator == "dense":
+                update_BSD, cache = self.pool.choose(h_BSD, route, cache, position_BS)
+            else:
+                update_BSD, cache = self.pool(h_BSD, route.layer_BS, cache, position_BS)
+                gate_BS *= choice_gate(route.log_p_layer_BS, self.estimator)
+            # The update of a token that executes nothing is exactly 0: its state stays as it is.
+            h_BSD += gate_BS[..., None] * update_BSD
+            active_BS &= ~route.exits_BS
+            depth_BS += route.executes_BS
+
+        h_BSD = self._run_unshared(self.coda, h_BSD, document_BS, position_BS)
+        dtype = jnp.dtype(self.cfg.dtype)
+        normed_BSD = rms_norm(h_BSD, self.final_norm[...]).astype(dtype)
+        logits_BSV = jnp.matmul(normed_BSD, self.head[...].astype(dtype), preferred_element_type=jnp.float32)
+        return Output(
+            logits_BSV=logits_BSV,
+            layer_TBS=jnp.stack(layers),
+            depth_BS=depth_BS,
+            h_TBSD=jnp.stack(states),
+            routing=sums.add_tokens(document_BS >= 0, depth_BS),
+        )
+
+    def _run_unshared(self, pool: LayerPool | None, h_BSD, document_BS, position_BS) -> jax.Array:
+        """Every token through all layers of a prelude or coda, each layer over the entries of its own."""
+        for layer in range(pool.num_layers if pool else 0):
+            layer_BS = jnp.where(document_BS >= 0, layer, pool.num_layers)
+            update_BSD, _ = pool(h_BSD, layer_BS, UnifiedCache.empty(document_BS, "all"), position_BS)
+            h_BSD += update_BSD
+        return h_BSD
+
+
+def init_params(config: Config, vocab_size: int) -> tuple[nnx.GraphDef, dict]:
+    """The model's structure and its freshly initialised parameters, a nested dict of arrays."""
+    graph, params = nnx.split(RadialTransformer(config, vocab_size, nnx.Rngs(config.train.seed)), nnx.Param)
+    return graph, nnx.to_pure_dict(params)
+
+
+def upcycle(params: dict, dense_params: dict, num_layers: int, max_depth: int) -> dict:
+    """Parameters of a radial network grown from a dense one of `max_depth` layers (arXiv 2212.05055).
+
+    Every layer of group t starts as the dense layer t; embedding, norm and head are taken over; the router is fresh.
+    """
+    group_L = group_of_layer(num_layers, max_depth)
+    grown_pool = jax.tree.map(lambda weights: weights[group_L], dense_params["pool"])
+    return {**params, **dense_params, "pool": grown_pool}

@@ -1,0 +1,221 @@
+"""The router: at each depth step it sends every active token to a layer of the pool or to the output node.
+
+A trained router gives L layer logits and an exit logit e. Both trained forms are written with the same two
+probabilities, of leaving and of each layer when staying:
+
+    p_layer = softmax(layer logits + prior)
+    p_exit  = sigmoid(e + b)                                 factored
+    p_exit  = sigmoid(e + b - logsumexp(layer logits + prior))   flat: the softmax over all L+1 nodes, written out
+
+so that a node's probability is p_exit or (1 - p_exit) · p_layer. They differ in the hard choice as well: `flat` takes
+the largest of the L+1 nodes, `factored` decides to leave (p_exit > 1/2) before it picks the largest layer.
+Everything here is fp32.
+"""
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from radialnet.config import ModelConfig, RouterConfig
+from radialnet.layers import rms_norm
+
+
+@flax.struct.dataclass
+class Controllers:
+    """Gradient-free state of the router, kept in TrainState, saved with it, frozen in evaluation."""
+
+    exit_bias: jax.Array
+    exit_logit_std: jax.Array  # Running, for the gain of the exit-bias controller.
+    load_bias: jax.Array
+
+    @classmethod
+    def init(cls, cfg: RouterConfig, num_layers: int) -> "Controllers":
+        return cls(
+            exit_bias=jnp.float32(cfg.exit_bias_init),
+            exit_logit_std=jnp.float32(1),
+            load_bias=jnp.zeros(num_layers, jnp.float32),
+        )
+
+
+@flax.struct.dataclass
+class Schedule:
+    """What the router's schedule pieces are at one training step."""
+
+    noise: jax.Array
+    prior_weight: jax.Array
+    may_exit: jax.Array
+    depth_target: jax.Array
+
+
+def schedule(cfg: RouterConfig, max_depth: int, step: jax.Array) -> Schedule:
+    """The schedule at training step `step`; evaluation uses it with `noise` 0."""
+    step = jnp.asarray(step, jnp.float32)
+    since_warmup = step - cfg.exit_warmup_steps
+    ramp = jnp.clip(since_warmup / max(cfg.depth_ramp_steps, 1), 0, 1) if cfg.depth_ramp_steps else since_warmup >= 0
+    return Schedule(
+        noise=cfg.noise * jnp.maximum(0, 1 - step / max(cfg.noise_steps, 1)),
+        prior_weight=cfg.prior_weight * (jnp.maximum(0, 1 - step / cfg.prior_steps) if cfg.prior_steps else 1.0),
+        may_exit=since_warmup >= 0,
+        depth_target=max_depth + (cfg.depth_target - max_depth) * ramp,
+    )
+
+
+@flax.struct.dataclass
+class Route:
+    """Where each token goes at one depth step. A token that neither executes nor exits is idle for the step."""
+
+    layer_BS: jax.Array  # 0…L-1; L for a token that executes nothing.
+    executes_BS: jax.Array
+    exits_BS: jax.Array
+    log_p_layer_BS: jax.Array  # Of the chosen layer, given that the token stays.
+    log_survive_BS: jax.Array  # log(1 - p_exit); 0 where no exit is allowed.
+    p_layer_BSL: jax.Array
+    layer_lse_BS: jax.Array  # logsumexp of the layer logits without prior, for the z-loss.
+    exit_logit_BS: jax.Array  # e, without the exit bias.
+    can_exit: jax.Array  # Whether an exit is allowed at this step at all.
+
+
+def group_of_layer(num_layers: int, max_depth: int) -> jax.Array:
+    """The depth step that each layer's group belongs to, [L]: T groups of consecutive layers, as equal as can be."""
+    return jnp.arange(num_layers) * max_depth // num_layers
+
+
+def prior_logits(kind: str, num_layers: int, max_depth: int, depth_step: int) -> jax.Array:
+    """1 for the layers that the prior favours at a depth step, else 0. [L]"""
+    if kind == "sequential":
+        return (jnp.arange(num_layers) == depth_step % num_layers).astype(jnp.float32)
+    if kind == "group":
+        return (group_of_layer(num_layers, max_depth) == depth_step).astype(jnp.float32)
+    return jnp.zeros(num_layers, jnp.float32)
+
+
+class Router(nnx.Module):
+    """RMSNorm, plus a step embedding, then an MLP to the L+1 nodes."""
+
+    def __init__(self, model_cfg: ModelConfig, cfg: RouterConfig, rngs: nnx.Rngs):
+        d_model, hidden, num_layers = model_cfg.d_model, cfg.hidden or model_cfg.d_model, model_cfg.pool_size
+        self.cfg, self.num_layers = cfg, num_layers
+        self.min_depth, self.max_depth = model_cfg.min_depth, model_cfg.max_depth
+        if not cfg.is_trained:
+            return
+        self.norm = nnx.Param(jnp.ones(d_model))
+        self.step_embedding = nnx.Param(jax.random.normal(rngs.params(), (model_cfg.max_depth, d_model)))
+        self.hidden = nnx.Param(jax.random.normal(rngs.params(), (d_model, hidden)) * d_model**-0.5)
+        # Small: at first all layers are nearly as likely, and a token's exit depends on the exit bias alone.
+        self.out = nnx.Param(jax.random.normal(rngs.params(), (hidden, num_layers + 1)) * 0.1 * hidden**-0.5)
+        self.out_bias = nnx.Param(jnp.zeros(num_layers + 1))
+
+    def __call__(
+        self,
+        h_BSD: jax.Array,
+        token_BS: jax.Array,
+        active_BS: jax.Array,
+        depth_step: int,
+        controllers: Controllers,
+        at: Schedule,
+        rng: jax.Array,
+    ) -> Route:
+        """Route the active tokens. A depth step beyond the trained max depth is treated as the last trained one."""
+        rng = jax.random.fold_in(rng, depth_step)
+        if not self.cfg.is_trained:
+            return self._fixed_route(token_BS, active_BS, depth_step, rng)
+        trained_step = min(depth_step, self.max_depth - 1)
+        x_BSD = rms_norm(h_BSD.astype(jnp.float32), self.norm[...]) + self.step_embedding[...][trained_step]
+        logits_BSN = jax.nn.gelu(x_BSD @ self.hidden[...]) @ self.out[...] + self.out_bias[...]
+        layer_logits_BSL, exit_logit_BS = logits_BSN[..., :-1], logits_BSN[..., -1]
+
+        prior_L = at.prior_weight * prior_logits(self.cfg.prior, self.num_layers, self.max_depth, trained_step)
+        biased_BSL = layer_logits_BSL + prior_L
+        leave_BS = exit_logit_BS + controllers.exit_bias
+        # The logit of leaving: against 0 in the factored form, against all layers together in the flat one.
+        odds_BS = leave_BS if self.cfg.form == "factored" else leave_BS - jax.nn.logsumexp(biased_BSL, axis=-1)
+
+        selection_BSL, leave_noisy_BS = biased_BSL + controllers.load_bias, leave_BS
+        if self.cfg.noise > 0:
+            layer_rng, exit_rng = jax.random.split(rng)
+            selection_BSL += at.noise * jax.random.gumbel(layer_rng, selection_BSL.shape)
+            # The two forms compare the exit with a constant and with a noisy maximum.
+            exit_noise = jax.random.logistic if self.cfg.form == "factored" else jax.random.gumbel
+            leave_noisy_BS += at.noise * exit_noise(exit_rng, leave_BS.shape)
+        layer_BS = jnp.argmax(selection_BSL, axis=-1).astype(jnp.int32)
+        threshold_BS = 0.0 if self.cfg.form == "factored" else selection_BSL.max(axis=-1)
+        wants_exit_BS = leave_noisy_BS > threshold_BS
+
+        can_exit = at.may_exit & (depth_step >= self.min_depth)
+        exits_BS = active_BS & wants_exit_BS & can_exit
+        executes_BS = active_BS & ~exits_BS
+        log_p_BSL = jax.nn.log_softmax(biased_BSL, axis=-1)
+        return Route(
+            layer_BS=jnp.where(executes_BS, layer_BS, self.num_layers),
+            executes_BS=executes_BS,
+            exits_BS=exits_BS,
+            log_p_layer_BS=jnp.take_along_axis(log_p_BSL, layer_BS[..., None], axis=-1)[..., 0],
+            log_survive_BS=jnp.where(can_exit, jax.nn.log_sigmoid(-odds_BS), 0),
+            p_layer_BSL=jnp.exp(log_p_BSL),
+            layer_lse_BS=jax.nn.logsumexp(layer_logits_BSL, axis=-1),
+            exit_logit_BS=exit_logit_BS,
+            can_exit=can_exit,
+        )
+
+    def _fixed_route(self, token_BS, active_BS, depth_step, rng) -> Route:
+        shape, num_layers = token_BS.shape, self.num_layers
+        if self.cfg.form in ("sequential", "cyclic"):
+            layer_BS = jnp.full(shape, depth_step % num_layers, jnp.int32)
+        elif self.cfg.form == "random":
+            layer_BS = jax.random.randint(rng, shape, 0, num_layers, jnp.int32)
+        else:
+            layer_BS = _hash(token_BS, depth_step, num_layers)
+        zeros_BS = jnp.zeros(shape, jnp.float32)
+        return Route(
+            layer_BS=jnp.where(active_BS, layer_BS, num_layers),
+            executes_BS=active_BS,
+            exits_BS=jnp.zeros(shape, bool),
+            log_p_layer_BS=zeros_BS,
+            log_survive_BS=zeros_BS,
+            p_layer_BSL=jax.nn.one_hot(layer_BS, num_layers),
+            layer_lse_BS=zeros_BS,
+            exit_logit_BS=zeros_BS,
+            can_exit=jnp.bool_(False),
+        )
+
+
+def _hash(token_BS: jax.Array, depth_step: int, num_layers: int) -> jax.Array:
+    """A layer by token id, another one at each step (arXiv 2106.04426): the murmur3 finaliser, modulo L."""
+    x = token_BS.astype(jnp.uint32) * jnp.uint32(0x9E3779B1) + jnp.uint32((depth_step + 1) * 0x85EBCA77 & 0xFFFFFFFF)
+    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+    return ((x ^ (x >> 16)) % jnp.uint32(num_layers)).astype(jnp.int32)
+
+
+def choice_gate(log_p: jax.Array, estimator: str) -> jax.Array:
+    """The factor on a chosen update that carries the gradient of the choice, by estimator.
+
+    `straight_through`, `dense`: value 1, gradient of p (arXiv 1308.3432). `score`: value 1, gradient of log p, the
+    score function of REINFORCE. `weighted`: value p (Switch, arXiv 2101.03961).
+    """
+    if estimator == "score":
+        return jnp.exp(log_p - jax.lax.stop_gradient(log_p))
+    p = jnp.exp(log_p)
+    return p if estimator == "weighted" else p + jax.lax.stop_gradient(1 - p)
+
+
+def update_exit_bias(
+    controllers: Controllers, cfg: RouterConfig, at: Schedule, depth: jax.Array, exit_logit_std: jax.Array
+) -> Controllers:
+    """One step of the exit-bias controller: b += u · std(e) · clip(depth - d*, ±1), std running. Off in the warm-up.
+
+    The gain follows std(e) because a fixed one swings between the extremes while e hardly varies over tokens.
+    """
+    std = 0.9 * controllers.exit_logit_std + 0.1 * exit_logit_std
+    step = cfg.exit_bias_rate * std * jnp.clip(depth - at.depth_target, -1, 1)
+    return controllers.replace(
+        exit_bias=controllers.exit_bias + jnp.where(at.may_exit, step, 0),
+        exit_logit_std=std,
+    )
+
+
+def update_load_bias(controllers: Controllers, cfg: RouterConfig, load_L: jax.Array) -> Controllers:
+    """One step of auxiliary-loss-free balancing (arXiv 2408.15664); `load_L` is each layer's share of executions."""
+    step_L = cfg.load_bias_rate * jnp.sign(1 / load_L.shape[0] - load_L)
+    return controllers.replace(load_bias=controllers.load_bias + step_L)

@@ -1,0 +1,70 @@
+"""Tokenizers: a byte-level BPE trained on the corpus, and plain bytes, which is the same one without merges."""
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+
+from radialnet.config import ConfigError
+
+# Stands before every document, so that it both ends the one before and starts the next.
+SEPARATOR = "<|document|>"
+BYTE_VOCAB_SIZE = 257  # All bytes and the separator.
+
+
+class Tokenizer:
+    """Text to token ids and back. The ids are those of a Hugging Face `tokenizer.json`."""
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer):
+        # So that a document which quotes the separator doesn't split in two.
+        tokenizer.encode_special_tokens = True
+        self._tokenizer = tokenizer
+        self.vocab_size: int = tokenizer.get_vocab_size()
+        self.separator_id: int = tokenizer.token_to_id(SEPARATOR)
+        # In a byte-level vocabulary each character of a token's name stands for one byte.
+        lengths = [len(tokenizer.id_to_token(token)) for token in range(self.vocab_size)]
+        lengths[self.separator_id] = 0
+        self.bytes_per_token = np.asarray(lengths, np.int32)
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
+        """A byte-level BPE of at most `vocab_size` tokens; with BYTE_VOCAB_SIZE there is no room for a merge."""
+        tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+        tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = tokenizers.decoders.ByteLevel()
+        trainer = tokenizers.trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=[SEPARATOR],
+            initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        tokenizer.train_from_iterator(texts, trainer)
+        return cls(tokenizer)
+
+    @classmethod
+    def load(cls, path: Path) -> "Tokenizer":
+        """Read a `tokenizer.json` that `save` wrote. Raises ConfigError when it can't be read."""
+        if not path.is_file():
+            raise ConfigError(f"{path}: no such file; a run folder holds the tokenizer.json it was trained with")
+        return cls(tokenizers.Tokenizer.from_file(str(path)))
+
+    def save(self, path: Path) -> None:
+        """Write as `tokenizer.json`, whole or not at all."""
+        partial = path.with_suffix(".partial")
+        partial.write_text(self._tokenizer.to_str())
+        partial.replace(path)
+
+    def fingerprint(self) -> str:
+        return hashlib.sha256(self._tokenizer.to_str().encode()).hexdigest()
+
+    def encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text).ids
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """`encode` of many texts, in parallel threads."""
+        return [encoding.ids for encoding in self._tokenizer.encode_batch(texts)]
+
+    def decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=True)

@@ -1,0 +1,148 @@
+"""TrainState, train_step and eval_step: pure functions, no I/O."""
+
+from functools import partial
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from radialnet.config import Config
+from radialnet.losses import cross_entropy, total_loss
+from radialnet.metrics import BatchSums
+from radialnet.model import Output
+from radialnet.optimizer import learning_rate
+from radialnet.router import Controllers, Schedule, schedule, update_exit_bias, update_load_bias
+
+Batch = dict[str, jax.Array]
+
+
+@flax.struct.dataclass
+class TrainState:
+    step: jax.Array  # Optimizer steps done, the skipped ones included.
+    params: dict
+    optimizer: optax.OptState
+    controllers: Controllers
+    num_skipped: jax.Array  # Steps whose update was not finite and left the state as it was.
+    num_skipped_in_a_row: jax.Array
+
+
+def init_state(config: Config, params: dict, optimizer: optax.GradientTransformation) -> TrainState:
+    return TrainState(
+        step=jnp.int32(0),
+        params=params,
+        optimizer=optimizer.init(params),
+        controllers=Controllers.init(config.router, config.model.pool_size),
+        num_skipped=jnp.int32(0),
+        num_skipped_in_a_row=jnp.int32(0),
+    )
+
+
+def forward(
+    graph: nnx.GraphDef,
+    params: dict,
+    batch: Batch,
+    controllers: Controllers,
+    at: Schedule,
+    rng: jax.Array,
+    max_depth: int | None = None,
+) -> Output:
+    """The model's output for a batch of packed rows."""
+    model = nnx.merge(graph, params)
+    return model(batch["token"], batch["document"], batch["position"], controllers, at, rng, max_depth)
+
+
+def _sums(
+    config: Config, batch: Batch, output: Output, at: Schedule, bytes_V: jax.Array
+) -> tuple[jax.Array, BatchSums]:
+    """The loss of a batch and its sums."""
+    num_targets = batch["is_target"].sum().astype(jnp.float32)
+    nats = cross_entropy(output.logits_BSV, batch["target"], batch["is_target"])
+    losses = total_loss(config.router, nats / jnp.maximum(num_targets, 1), output.routing, at)
+    num_bytes = jnp.where(batch["is_target"], bytes_V[batch["target"]], 0).sum().astype(jnp.float32)
+    weighted = {name: loss * num_targets for name, loss in losses.items()}
+    return losses["loss"], BatchSums(weighted, num_targets, num_bytes, output.routing)
+
+
+def train_step(
+    state: TrainState,
+    batch: Batch,
+    bytes_V: jax.Array,
+    *,
+    config: Config,
+    graph: nnx.GraphDef,
+    optimizer: optax.GradientTransformation,
+) -> tuple[TrainState, BatchSums, dict[str, jax.Array]]:
+    """One optimizer step.
+
+    A step with a loss or gradient that is not finite changes nothing but the counts of steps.
+
+    Args:
+        batch: `token`, `target`, `document`, `position`, `is_target`, each [B, S].
+        bytes_V: bytes of raw text that each token stands for.
+
+    Returns:
+        The new state, the sums of the batch (zeros for a skipped step), and scalars by their names in metrics.jsonl.
+    """
+    rng = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
+    at = schedule(config.router, config.model.max_depth, state.step)
+
+    def loss_of(params):
+        output = forward(graph, params, batch, state.controllers, at, rng)
+        return _sums(config, batch, output, at, bytes_V)
+
+    (loss, sums), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
+    grad_norm = optax.tree.norm(grads)
+    updates, opt_state = optimizer.update(grads, state.optimizer, state.params)
+    controllers = _update_controllers(config, state.controllers, at, sums)
+    updated = optax.apply_updates(state.params, updates), opt_state, controllers
+
+    is_finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    kept = state.params, state.optimizer, state.controllers
+    params, opt_state, controllers = jax.tree.map(partial(jnp.where, is_finite), updated, kept)
+    new_state = TrainState(
+        step=state.step + 1,
+        params=params,
+        optimizer=opt_state,
+        controllers=controllers,
+        num_skipped=state.num_skipped + ~is_finite,
+        num_skipped_in_a_row=jnp.where(is_finite, 0, state.num_skipped_in_a_row + 1),
+    )
+    scalars = {
+        "exit_bias": controllers.exit_bias,
+        "grad_norm": grad_norm,
+        "lr": learning_rate(config)(state.step - state.num_skipped),
+        "skipped_steps": new_state.num_skipped,
+        "skipped_in_a_row": new_state.num_skipped_in_a_row,
+        "depth_target": at.depth_target,
+    }
+    return new_state, jax.tree.map(lambda x: jnp.where(is_finite, x, 0), sums), scalars
+
+
+def _update_controllers(config: Config, controllers: Controllers, at: Schedule, sums: BatchSums) -> Controllers:
+    cfg, routing = config.router, sums.routing
+    if not cfg.is_trained:
+        return controllers
+    if cfg.exit_bias_rate and config.model.min_depth < config.model.max_depth:
+        controllers = update_exit_bias(controllers, cfg, at, routing.mean_depth(), routing.exit_logit_std())
+    if cfg.load_bias_rate:
+        controllers = update_load_bias(controllers, cfg, routing.load_L())
+    return controllers
+
+
+def eval_step(
+    params: dict,
+    controllers: Controllers,
+    step: jax.Array,
+    batch: Batch,
+    bytes_V: jax.Array,
+    *,
+    config: Config,
+    graph: nnx.GraphDef,
+    max_depth: int | None = None,
+) -> BatchSums:
+    """The sums of a held-out batch, routed without noise, with the controllers frozen, as of training step `step`."""
+    at = schedule(config.router, config.model.max_depth, step).replace(noise=jnp.float32(0))
+    output = forward(graph, params, batch, controllers, at, jax.random.key(0), max_depth)
+    return _sums(config, batch, output, at, bytes_V)[1]

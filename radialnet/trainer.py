@@ -1,0 +1,341 @@
+"""Training a run: build, resume, loop."""
+
+import contextlib
+import dataclasses
+import sys
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import rich.console
+import rich.progress
+from flax import nnx
+
+from radialnet.checkpoint import Checkpoints
+from radialnet.cli import NonFiniteError
+from radialnet.config import Config, ConfigError
+from radialnet.data import Dataset, eval_batches, prefetch, prepare, train_batches
+from radialnet.evaluate import EvalStep, evaluate
+from radialnet.generate import generate
+from radialnet.metrics import BatchSums, add, figures, flops_per_token, peak_flops
+from radialnet.model import init_params, upcycle
+from radialnet.optimizer import make_optimizer
+from radialnet.plots import plot_run
+from radialnet.run_folder import RunFolder, TrainedModel, load_trained
+from radialnet.tokenizer import Tokenizer
+from radialnet.train_step import TrainState, eval_step, init_state, train_step
+from radialnet.writers import MetricsWriter
+
+# What a run folder was made with and can't be changed on resume. The rest may change, and the change is printed.
+_FIXED_SECTIONS = ("model", "data")
+_FIXED_FIELDS = {
+    ("router", "form"),
+    ("router", "hidden"),
+    ("train", "batch_size"),
+    ("train", "seq_len"),
+    ("train", "seed"),
+}
+
+
+@dataclasses.dataclass
+class Run:
+    """All that the loop works with."""
+
+    config: Config
+    folder: RunFolder
+    dataset: Dataset
+    graph: nnx.GraphDef
+    state: TrainState
+    step: int  # Of `state`, known without waiting for the device.
+    checkpoints: Checkpoints
+    bytes_V: jax.Array
+    console: rich.console.Console
+
+    def trained(self) -> TrainedModel:
+        state = self.state
+        return TrainedModel(self.config, self.graph, state.params, state.controllers, self.dataset.tokenizer, self.step)
+
+
+def train(config: Config, workdir: Path) -> None:
+    """Train until `train.num_steps`, from the newest checkpoint in `workdir` if there is one.
+
+    Raises:
+        ConfigError: the folder belongs to a run with another shape or other data, or the data can't be read.
+        NonFiniteError: `train.max_skipped_steps` updates in a row were not finite.
+    """
+    console = rich.console.Console(highlight=False, soft_wrap=True)
+    # The order in which a run is built and resumed:
+    # 1. The folder, and whether the config may go on with what is in it.
+    folder = _open_folder(config, workdir, console)
+    # 2. The data. A resumed run reads the documents of its manifest, by its own tokenizer, or not at all.
+    dataset = prepare(config, folder.manifest, folder.tokenizer)
+    # 3. Fresh parameters, optimizer and controllers; the model's structure. An up-cycled run reads its dense run here.
+    graph, state = _fresh_state(config, dataset.tokenizer)
+    # 4. All of them from the newest checkpoint.
+    with Checkpoints(folder.checkpoints, config.checkpoint.keep) as checkpoints:
+        step = checkpoints.latest_step() or 0
+        if step:
+            state = _restore(checkpoints, step, state)
+        # 5. The config, now that it is known to work.
+        config.save(folder.config)
+        bytes_V = jnp.asarray(dataset.tokenizer.bytes_per_token)
+        run = Run(config, folder, dataset, graph, state, step, checkpoints, bytes_V, console)
+        if step >= config.train.num_steps:
+            console.print(f"{workdir}: done, {step} of {config.train.num_steps} steps")
+            return
+        _print_start(run)
+        # 6. The metrics of steps that will be done again go; 7. the data goes on from the step.
+        with MetricsWriter(folder, resumed_step=step) as writer:
+            _loop(run, writer)
+    # 8. What is made once, of the finished run.
+    paths = plot_run(folder.read_metrics(), folder.plots)
+    console.print("plots: " + ", ".join(str(path) for path in paths))
+
+
+def _open_folder(config: Config, workdir: Path, console: rich.console.Console) -> RunFolder:
+    folder = RunFolder(workdir)
+    if not folder.config.exists():
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"--workdir={workdir}: can't be made ({error.strerror})") from None
+        return folder
+    before, now = Config.load(folder.config).to_dict(), config.to_dict()
+    for section, fields in now.items():
+        for field, value in fields.items():
+            old, name = before[section][field], f"config.{section}.{field}"
+            if old == value or (section, field) == ("data", "cache_dir"):
+                continue
+            if section in _FIXED_SECTIONS or (section, field) in _FIXED_FIELDS:
+                raise ConfigError(
+                    f"{name}={value!r}, but the run in {workdir} was started with {old!r}; take a new --workdir"
+                )
+            console.print(f"{name} is now {value!r}, was {old!r}")
+    return folder
+
+
+def _fresh_state(config: Config, tokenizer: Tokenizer) -> tuple[nnx.GraphDef, TrainState]:
+    graph, params = init_params(config, tokenizer.vocab_size)
+    if config.model.init == "upcycle":
+        params = _upcycled(config, params, tokenizer)
+    return graph, init_state(config, params, make_optimizer(config))
+
+
+def _upcycled(config: Config, params: dict, tokenizer: Tokenizer) -> dict:
+    model, path = config.model, config.model.upcycle_from
+    dense = load_trained(Path(path))
+    if dense.config.router.form != "sequential" or dense.config.model.pool_size != model.max_depth:
+        raise ConfigError(
+            f"config.model.upcycle_from={path!r} is a {dense.config.router.form!r} run of "
+            f"{dense.config.model.pool_size} layers; "
+            f"a 'sequential' one of config.model.max_depth={model.max_depth} is needed"
+        )
+    if dense.tokenizer.fingerprint() != tokenizer.fingerprint():
+        raise ConfigError(f"config.model.upcycle_from={path!r} was trained with another tokenizer")
+    grown = upcycle(params, dense.params, model.pool_size, model.max_depth)
+    if jax.tree.structure(grown) != jax.tree.structure(params):
+        raise ConfigError(f"config.model.upcycle_from={path!r} has other prelude or coda layers than config.model")
+    for (key, have), want in zip(jax.tree.leaves_with_path(grown), jax.tree.leaves(params), strict=True):
+        if have.shape != want.shape:
+            raise ConfigError(
+                f"config.model.upcycle_from={path!r}: {jax.tree_util.keystr(key)} grows to {have.shape}, "
+                f"but the config needs {want.shape}"
+            )
+    return grown
+
+
+def _trees(state: TrainState) -> dict:
+    """The state as the named trees of a checkpoint: evaluation restores the first two alone."""
+    return {
+        "params": state.params,
+        "controllers": state.controllers,
+        "optimizer": state.optimizer,
+        "counts": {"step": state.step, "skipped": state.num_skipped, "skipped_in_a_row": state.num_skipped_in_a_row},
+    }
+
+
+def _restore(checkpoints: Checkpoints, step: int, state: TrainState) -> TrainState:
+    trees = checkpoints.restore(step, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), _trees(state)))
+    counts = trees["counts"]
+    return TrainState(
+        step=counts["step"],
+        params=trees["params"],
+        optimizer=trees["optimizer"],
+        controllers=trees["controllers"],
+        num_skipped=counts["skipped"],
+        num_skipped_in_a_row=counts["skipped_in_a_row"],
+    )
+
+
+def _print_start(run: Run) -> None:
+    config, dataset = run.config, run.dataset
+    sizes = jax.tree.map(lambda x: x.size, run.state.params)
+    tokens = len(dataset.train) * config.train.seq_len
+    run.console.print(
+        f"{run.folder.root}: step {run.step} of {config.train.num_steps} on {jax.device_count()} "
+        f"{jax.devices()[0].device_kind} device(s)\n"
+        f"model: {config.router.form}, pool of {config.model.pool_size} layers, max depth {config.model.max_depth}, "
+        f"{sum(jax.tree.leaves(sizes)):,} parameters, {sum(jax.tree.leaves(sizes['pool'])):,} of them in the pool\n"
+        f"data: {config.data.source}, {len(dataset.manifest['documents'])} documents, {tokens:,} training tokens, "
+        f"vocabulary {dataset.tokenizer.vocab_size}; {config.train.batch_size * config.train.seq_len:,} tokens a step"
+    )
+
+
+class _Clock:
+    """Seconds and steps since the last line of metrics, pauses for evaluation and saving left out."""
+
+    def __init__(self):
+        self.restart()
+
+    def restart(self) -> None:
+        self._start, self._paused = time.perf_counter(), 0.0
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self._paused += time.perf_counter() - start
+
+    def seconds(self) -> float:
+        return time.perf_counter() - self._start - self._paused
+
+
+def _loop(run: Run, writer: MetricsWriter) -> None:
+    config, num_steps = run.config, run.config.train.num_steps
+    batches = prefetch(train_batches(run.dataset.train, config.train.batch_size, config.train.seed), run.step)
+    batch = next(batches)
+    step_fn = jax.jit(
+        partial(train_step, config=config, graph=run.graph, optimizer=make_optimizer(config)), donate_argnums=0
+    )
+    start = time.perf_counter()
+    compiled = step_fn.lower(run.state, batch, run.bytes_V).compile()
+    run.console.print(f"compiled the training step in {time.perf_counter() - start:.1f} s")
+    eval_fn = jax.jit(partial(eval_step, config=config, graph=run.graph))
+
+    with _Progress(run) as progress:
+        clock, interval, interval_steps = _Clock(), None, 0
+        while run.step < num_steps:
+            run.state, sums, scalars = compiled(run.state, batch, run.bytes_V)
+            run.step += 1
+            interval, interval_steps = sums if interval is None else add(interval, sums), interval_steps + 1
+            # While the device works on the step, the next batch is fetched.
+            batch = next(batches) if run.step < num_steps else None
+            is_last = run.step == num_steps
+            if run.step % config.log.every_steps == 0 or is_last:
+                line = _train_line(run, interval, scalars, clock, interval_steps)
+                writer.write(line)
+                progress.show(line)
+                _stop_if_not_finite(run, scalars)
+                clock.restart()
+                interval, interval_steps = None, 0
+            else:
+                progress.show(None)
+            with clock.paused():
+                if is_last or _is_due(run.step, config.eval.every_steps):
+                    line = _eval_line(run, eval_fn, scalars)
+                    writer.write(line)
+                    progress.show(line)
+                if is_last or _is_due(run.step, config.checkpoint.every_steps):
+                    run.checkpoints.save(run.step, _trees(run.state))
+    if config.log.sample_prompt and config.log.sample_tokens:
+        text = config.log.sample_prompt + generate(run.trained(), config.log.sample_prompt, config.log.sample_tokens)
+        writer.write_text("sample", text, run.step)
+        run.console.print("a sample, greedily:\n" + text, markup=False)
+
+
+def _is_due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _train_line(run: Run, sums: BatchSums, scalars: dict, clock: _Clock, num_steps: int) -> dict:
+    # The figures wait for the device; only then are the seconds those of the steps.
+    found = figures(sums)
+    seconds = clock.seconds()
+    flops = 3 * flops_per_token(run.config, run.dataset.tokenizer.vocab_size, found["depth"])
+    return _line(run, "train", found, scalars, float(sums.routing.num_tokens), seconds, num_steps, flops)
+
+
+def _eval_line(run: Run, eval_fn: EvalStep, scalars: dict) -> dict:
+    config, state = run.config, run.state
+    batches = eval_batches(run.dataset.eval, config.train.batch_size, config.eval.num_batches)
+    sums, seconds = evaluate(eval_fn, state.params, state.controllers, run.step, batches, run.bytes_V)
+    found = figures(sums)
+    num_tokens = float(sums.routing.num_tokens)
+    num_batches = num_tokens / (config.train.batch_size * config.train.seq_len)
+    flops = flops_per_token(config, run.dataset.tokenizer.vocab_size, found["depth"])
+    return _line(run, "eval", found, scalars, num_tokens, seconds, num_batches, flops)
+
+
+def _line(
+    run: Run, split: str, found: dict, scalars: dict, num_tokens: float, seconds: float, num_steps: float, flops: float
+) -> dict:
+    """One line of metrics.jsonl. Those of an evaluation carry the scalars of the training step before it."""
+    peak = peak_flops(jax.devices()[0])
+    tokens_per_s = num_tokens / seconds
+    return {
+        "step": run.step,
+        "split": split,
+        **found,
+        **{name: float(scalars[name]) for name in ("exit_bias", "depth_target", "grad_norm", "lr")},
+        "skipped_steps": int(scalars["skipped_steps"]),
+        "tokens_per_s": tokens_per_s,
+        "step_ms": 1000 * seconds / num_steps,
+        "flops_per_token": flops,
+        "mfu": None if peak is None else flops * tokens_per_s / (peak * jax.device_count()),
+    }
+
+
+def _stop_if_not_finite(run: Run, scalars: dict) -> None:
+    in_a_row = int(scalars["skipped_in_a_row"])
+    if in_a_row >= run.config.train.max_skipped_steps:
+        raise NonFiniteError(
+            f"step {run.step}: the last {in_a_row} losses or gradients were not finite "
+            f"(config.train.max_skipped_steps={run.config.train.max_skipped_steps})"
+        )
+
+
+class _Progress:
+    """A live bar with ETA on a terminal; elsewhere a line at every evaluation and at every tenth of the run."""
+
+    def __init__(self, run: Run):
+        self._console, self._num_steps = run.console, run.config.train.num_steps
+        self._first_step, self._printed_tenth = run.step, None
+        columns = rich.progress
+        self._bar = columns.Progress(
+            columns.TextColumn("step {task.completed}/{task.total}"),
+            columns.BarColumn(),
+            columns.TextColumn("{task.description}"),
+            columns.TimeElapsedColumn(),
+            columns.TextColumn("ETA"),
+            columns.TimeRemainingColumn(elapsed_when_finished=False),
+            console=run.console,
+            disable=not run.console.is_terminal,
+        )
+        self._run, self._task = run, self._bar.add_task("", total=self._num_steps, completed=run.step)
+
+    def __enter__(self) -> "_Progress":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._bar.stop()
+
+    def show(self, line: dict | None) -> None:
+        """Move the bar to the run's step; with a line of metrics, show its figures."""
+        step = self._run.step
+        if line is None:
+            self._bar.update(self._task, completed=step)
+            return
+        text = f"bpb {line['bpb']:.3f}  depth {line['depth']:.2f}  {line['tokens_per_s']:,.0f} tok/s"
+        if line["split"] == "eval":
+            self._console.print(f"step {step}  held out: {text}")
+            return
+        self._bar.update(self._task, completed=step, description=text)
+        tenth = 10 * step // self._num_steps
+        if not self._console.is_terminal and tenth != self._printed_tenth:
+            self._printed_tenth = tenth
+            self._console.print(f"step {step}  training: {text}")
+            sys.stdout.flush()

@@ -1,0 +1,210 @@
+"""The commands, as a user runs them: by subprocess, in a folder of their own."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+# What every line of metrics.jsonl must have.
+KEYS = {
+    "step", "split", "loss", "ce", "bpb", "loss_load", "loss_depth", "loss_router_z", "depth", "depth_hist", "load",
+    "load_entropy", "route_mi", "exit_bias", "grad_norm", "lr", "skipped_steps", "tokens_per_s", "step_ms",
+    "flops_per_token", "mfu",
+}  # fmt: skip
+
+
+def run(*arguments, code=0):
+    """Run a command and return its stdout and stderr; its exit code must be `code`."""
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "COLUMNS": "200"}
+    done = subprocess.run(
+        [sys.executable, *map(str, arguments)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout, done.stderr
+
+
+def train(workdir, *overrides, code=0):
+    return run("train.py", "--config=configs/smoke.py", f"--workdir={workdir}", *overrides, code=code)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """A small folder of text, so that the commands spend their time on what is tested."""
+    folder = tmp_path_factory.mktemp("text")
+    for index in range(40):
+        (folder / f"{index}.py").write_text("".join(f"def f{i}(x):\n    return x + {i * index}\n" for i in range(40)))
+    return [
+        "--config.data.source=text",
+        f"--config.data.path={folder}",
+        "--config.data.eval_fraction=0.2",
+        f"--config.data.cache_dir={tmp_path_factory.mktemp('cache')}",
+        "--config.train.num_steps=10",
+    ]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, text):
+    workdir = tmp_path_factory.mktemp("runs") / "run"
+    stdout, _ = train(workdir, *text)
+    return workdir, stdout
+
+
+def lines_of(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def finite(value):
+    return all(map(finite, value)) if isinstance(value, list) else isinstance(value, str) or math.isfinite(value)
+
+
+def test_train_leaves_a_whole_run_folder(trained):
+    workdir, stdout = trained
+    lines = lines_of(workdir)
+    assert [(line["step"], line["split"]) for line in lines] == [(5, "train"), (10, "train"), (10, "eval")]
+    for line in lines:
+        assert set(line) >= KEYS
+        assert all(finite(line[key]) for key in KEYS - {"mfu"})
+        assert line["mfu"] is None or line["mfu"] > 0
+    assert lines[1]["bpb"] < lines[0]["bpb"]
+    for name in ("loss", "depth", "layers"):
+        assert (workdir / "plots" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    assert list((workdir / "tensorboard").iterdir())
+    assert (workdir / "checkpoints" / "10").is_dir()
+    assert json.loads((workdir / "config.json").read_text())["train"]["num_steps"] == 10
+    assert len(json.loads((workdir / "manifest.json").read_text())["documents"]) == 40
+    assert "held out" in stdout
+    assert "def " in stdout.split("a sample, greedily:")[1]
+
+
+def test_the_same_command_again_says_that_it_is_done(trained, text):
+    workdir, _ = trained
+    before = (workdir / "metrics.jsonl").read_bytes()
+    stdout, _ = train(workdir, *text)
+    assert "done, 10 of 10 steps" in stdout
+    assert (workdir / "metrics.jsonl").read_bytes() == before
+
+
+def test_more_steps_go_on_and_a_changed_shape_is_refused(tmp_path, text):
+    train(tmp_path, *text, "--config.train.num_steps=4", "--config.log.every_steps=2")
+    with (tmp_path / "metrics.jsonl").open("a") as metrics:
+        metrics.write(json.dumps({"step": 6, "split": "train"}) + "\n")
+        metrics.write('{"step": 7, "spl')
+    stdout, _ = train(tmp_path, *text, "--config.train.num_steps=8", "--config.log.every_steps=2")
+    assert "config.train.num_steps is now 8, was 4" in stdout
+    assert "step 4 of 8" in stdout
+    steps = [(line["step"], line["split"]) for line in lines_of(tmp_path)]
+    assert steps == [(2, "train"), (4, "train"), (4, "eval"), (6, "train"), (8, "train"), (8, "eval")]
+    _, stderr = train(tmp_path, *text, "--config.model.d_ff=40", code=2)
+    assert "config.model.d_ff=40" in stderr and "48" in stderr
+
+
+def test_a_resumed_run_is_the_run_that_was_not_stopped(tmp_path, text):
+    """With the schedules of the longer run from the start, for they depend on the number of steps."""
+    fixed = ["--config.optimizer.final_fraction=1.0", "--config.optimizer.warmup_steps=0"]
+    train(tmp_path / "whole", *text, *fixed, "--config.train.num_steps=6", "--config.log.every_steps=1")
+    train(tmp_path / "halves", *text, *fixed, "--config.train.num_steps=3", "--config.log.every_steps=1")
+    train(tmp_path / "halves", *text, *fixed, "--config.train.num_steps=6", "--config.log.every_steps=1")
+
+    def figures(name):
+        timed = {"tokens_per_s", "step_ms", "mfu"}
+        lines = [line for line in lines_of(tmp_path / name) if line["split"] == "train" or line["step"] == 6]
+        return [{key: value for key, value in line.items() if key not in timed} for line in lines]
+
+    assert figures("whole") == figures("halves")
+
+
+def test_evaluate_prints_json(trained):
+    workdir, _ = trained
+    stdout, _ = run("-m", "radialnet.evaluate", f"--workdir={workdir}")
+    found = json.loads(stdout.splitlines()[-1])
+    line = lines_of(workdir)[-1]
+    assert found["step"] == 10
+    assert found["max_depth"] == 3
+    for key in ("ce", "bpb", "depth"):
+        assert found[key] == pytest.approx(line[key], rel=1e-5)
+
+
+def test_evaluate_at_several_depths_and_biases(trained, tmp_path):
+    workdir, _ = trained
+    (tmp_path / "other.jsonl").write_text(json.dumps({"text": "def f(x):\n    return x\n" * 30}) + "\n")
+    stdout, _ = run(
+        "-m", "radialnet.evaluate", f"--workdir={workdir}", "--max_depth=1,2,4", "--exit_bias=-50,50",
+        f"--data={tmp_path / 'other.jsonl'}", "--json",
+    )  # fmt: skip
+    assert len(stdout.splitlines()) == 1
+    depths = {(found["max_depth"], round(found["exit_bias"]) > 0): found["depth"] for found in json.loads(stdout)}
+    assert depths == {(1, False): 1, (1, True): 1, (2, False): 2, (2, True): 1, (4, False): 4, (4, True): 1}
+
+
+def test_generate(trained):
+    workdir, _ = trained
+    command = ["-m", "radialnet.generate", f"--workdir={workdir}", "--prompt=def f", "--max_new_tokens=5"]
+    greedy, _ = run(*command)
+    assert greedy.startswith("def f")
+    sampled = [run(*command, "--temperature=2.0", f"--seed={seed}")[0] for seed in (1, 2, 1)]
+    assert sampled[0] == sampled[2]
+    assert sampled[0] != sampled[1]
+
+
+def test_upcycling_from_a_dense_run(tmp_path, text):
+    dense = tmp_path / "dense"
+    train(dense, *text, "--config.router.form=sequential", "--config.model.pool_size=3")
+    overrides = ["--config.model.init=upcycle", f"--config.model.upcycle_from={dense}", "--config.model.min_depth=3"]
+    rate = ["--config.optimizer.learning_rate=0.0", "--config.train.num_steps=1"]
+    train(tmp_path / "grown", *text, *overrides, *rate, "--config.router.prior_weight=1000.0")
+    grown, original = lines_of(tmp_path / "grown")[-1], lines_of(dense)[-1]
+    assert grown["ce"] == pytest.approx(original["ce"], rel=1e-4)
+    overrides[1] = f"--config.model.upcycle_from={tmp_path / 'grown'}"
+    _, stderr = train(tmp_path / "again", *text, *overrides, code=2)
+    assert "'factored' run of 6 layers" in stderr and "max_depth=3" in stderr
+
+
+@pytest.mark.parametrize(
+    "flag, named",
+    [
+        ("--config.model.max_dept=3", ["max_dept"]),
+        ("--config.model.max_depth=three", ["max_depth", "three"]),
+        ("--config.model.num_heads=5", ["config.model.num_heads=5", "config.model.d_model=32"]),
+        ("--config.router.form=sequential", ["config.model.pool_size=6", "config.model.max_depth=3"]),
+        ("--confg=x", ["confg"]),
+        ("surplus", ["surplus"]),
+        ("--config.data.path=/nowhere", ["/nowhere"]),
+    ],
+)
+def test_bad_configuration_ends_with_one_line_and_exit_code_2(tmp_path, flag, named):
+    source = ["--config.data.source=text"] if "nowhere" in flag else []
+    _, stderr = train(tmp_path / "run", flag, *source, code=2)
+    assert stderr.count("\n") == 1 and stderr.startswith("error: ")
+    for part in named:
+        assert part in stderr
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_config_is_required_and_must_exist(tmp_path):
+    for arguments in ([], [f"--config={tmp_path}/none.py"]):
+        _, stderr = run("train.py", *arguments, code=2)
+        assert stderr.startswith("error: ") and "config" in stderr
+
+
+def test_non_finite_loss_ends_with_exit_code_3(tmp_path, text):
+    rate = "--config.optimizer.learning_rate=1e38"
+    _, stderr = train(tmp_path, *text, rate, "--config.train.max_skipped_steps=3", code=3)
+    assert "not finite" in stderr and "max_skipped_steps=3" in stderr
+    assert lines_of(tmp_path)[-1]["skipped_steps"] >= 3
+
+
+@pytest.mark.parametrize("module", ["evaluate", "generate"])
+def test_a_folder_that_is_no_run(tmp_path, module):
+    _, stderr = run("-m", f"radialnet.{module}", f"--workdir={tmp_path}", code=2)
+    assert stderr.count("\n") == 1 and "config.json" in stderr
+
+
+def test_heavy_packages_are_not_imported_at_the_start():
+    heavy = {"matplotlib", "datasets", "tensorflow_datasets"}
+    stdout, _ = run("-c", f"import sys, radialnet.trainer; print(sorted({heavy} & set(sys.modules)))")
+    assert stdout.strip() == "[]"

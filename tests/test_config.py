@@ -1,0 +1,100 @@
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+
+from configs import base
+from radialnet.config import Config, ConfigError
+from tests.conftest import make_config
+
+CONFIGS = sorted(path.stem for path in Path("configs").glob("*.py") if path.stem not in ("__init__", "base"))
+
+
+@pytest.mark.parametrize(
+    "overrides, named",
+    [
+        ({"model__num_heads": 5}, ("num_heads=5", "d_model=24")),
+        ({"model__num_heads": 8}, ("num_heads=8", "odd head size of 3")),
+        ({"model__num_kv_heads": 4}, ("num_kv_heads=4", "num_heads=6")),
+        ({"model__min_depth": 4}, ("min_depth=4", "max_depth=3")),
+        ({"model__max_depth": 0}, ("max_depth=0", "at least 1")),
+        ({"model__max_depth": 1, "cache__view": "same_step"}, ("view='same_step'", "max_depth=1")),
+        ({"router__form": "sequential"}, ("pool_size=5", "max_depth=3")),
+        ({"router__form": "magic"}, ("form='magic'", "factored")),
+        ({"router__estimator": "guess"}, ("estimator='guess'", "straight_through")),
+        ({"router__prior": "group", "model__pool_size": 2}, ("pool_size=2", "max_depth=3")),
+        ({"router__noise": 1.0}, ("noise=1.0", "noise_steps=0")),
+        ({"router__depth_target": 3.5}, ("depth_target=3.5", "max_depth=3")),
+        ({"router__depth_target": float("nan")}, ("depth_target=nan",)),
+        ({"router__load_coef": -1.0}, ("load_coef=-1.0", "at least 0")),
+        ({"model__init": "clones", "model__pool_size": 2}, ("init='clones'", "pool_size=2", "max_depth=3")),
+        ({"model__init": "upcycle"}, ("init='upcycle'", "upcycle_from=''")),
+        ({"model__dtype": "float16"}, ("dtype='float16'", "bfloat16")),
+        ({"cache__view": "some"}, ("view='some'", "same_layer")),
+        ({"data__source": "text"}, ("path=''", "source='text'")),
+        ({"data__vocab_size": 100}, ("vocab_size=100", "258")),
+        ({"data__eval_fraction": 1.0}, ("eval_fraction=1.0",)),
+        ({"train__num_steps": 0}, ("num_steps=0", "at least 1")),
+        ({"optimizer__b2": 1.0}, ("b2=1.0",)),
+        ({"checkpoint__keep": 0}, ("keep=0", "at least 1")),
+    ],
+)
+def test_values_that_cannot_work_are_named(overrides, named):
+    with pytest.raises(ConfigError) as raised:
+        make_config(**overrides)
+    for part in named:
+        assert part in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_unknown_missing_and_mistyped_fields():
+    fields = base.get_config().to_dict()
+    fields["model"]["max_dept"] = 3
+    with pytest.raises(ConfigError, match="config.model.max_dept: unknown"):
+        Config.from_dict(fields)
+    fields = base.get_config().to_dict()
+    del fields["train"]["seed"]
+    with pytest.raises(ConfigError, match="config.train.seed: missing"):
+        Config.from_dict(fields)
+    for section, field, value in (("train", "seed", "0"), ("train", "seed", True), ("model", "dtype", 1)):
+        fields = base.get_config().to_dict()
+        fields[section][field] = value
+        with pytest.raises(ConfigError, match=rf"config.{section}.{field}={value!r}"):
+            Config.from_dict(fields)
+    fields = base.get_config().to_dict()
+    fields["router"]["noise_steps"], fields["router"]["noise"] = 5, 1
+    assert Config.from_dict(fields).router.noise == 1.0, "a whole number will do for a float"
+
+
+def test_saved_config_is_the_same(tmp_path):
+    config = make_config(model__d_ff=28)
+    config.save(tmp_path / "config.json")
+    assert Config.load(tmp_path / "config.json") == config
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+    assert json.loads((tmp_path / "config.json").read_text())["model"]["d_ff"] == 28
+    with pytest.raises(ConfigError, match="nothing.json"):
+        Config.load(tmp_path / "nothing.json")
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ConfigError, match="not JSON"):
+        Config.load(tmp_path / "config.json")
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_config_is_valid_and_says_what_it_is(name):
+    module = importlib.import_module(f"configs.{name}")
+    config = Config.from_dict(module.get_config())
+    for word in ("Cost", "Expected", f"python train.py --config=configs/{name}.py"):
+        assert word in module.__doc__, word
+    assert config != Config.from_dict(base.get_config()) or name == "radial_nano"
+
+
+def test_dense_nano_executes_as_many_layers_as_radial_nano():
+    radial, dense = (
+        Config.from_dict(importlib.import_module(f"configs.{name}").get_config())
+        for name in ("radial_nano", "dense_nano")
+    )
+    assert dense.router.form == "sequential"
+    assert dense.model.max_depth == dense.model.pool_size == radial.router.depth_target
+    assert (dense.train, dense.data, dense.optimizer) == (radial.train, radial.data, radial.optimizer)
+    assert (dense.model.d_model, dense.model.d_ff) == (radial.model.d_model, radial.model.d_ff)

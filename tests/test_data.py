@@ -1,0 +1,237 @@
+import hashlib
+import json
+
+import numpy as np
+import pytest
+
+from radialnet.config import ConfigError
+from radialnet.corpus import Document, load_corpus, read_held_out
+from radialnet.data import PADDING, PackedRows, eval_batches, pack, prefetch, prepare, train_batches, write_rows
+from radialnet.tokenizer import BYTE_VOCAB_SIZE, SEPARATOR, Tokenizer
+from tests.conftest import make_config
+
+SEQ = 7
+TEXTS = ["def f(x):\n    return x + 1\n", "é ünïcode ☃", "a", SEPARATOR + " quoted", "lines\n" * 9]
+
+
+@pytest.fixture(scope="module")
+def byte_tokenizer():
+    return Tokenizer.train([], BYTE_VOCAB_SIZE)
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory, byte_tokenizer):
+    folder = tmp_path_factory.mktemp("rows") / "train"
+    documents = tuple(Document(str(i), text) for i, text in enumerate(TEXTS))
+    write_rows(folder, documents, byte_tokenizer, SEQ)
+    return PackedRows(folder)
+
+
+def stream_of(tokenizer):
+    return np.concatenate([[tokenizer.separator_id, *tokenizer.encode(text)] for text in TEXTS])
+
+
+def test_tokenizers_are_lossless_and_count_bytes(byte_tokenizer):
+    bpe = Tokenizer.train(["def f(x):\n    return x\n" * 50], 270)
+    assert byte_tokenizer.vocab_size == 257
+    assert 258 <= bpe.vocab_size <= 270
+    for tokenizer in (byte_tokenizer, bpe):
+        for text in TEXTS:
+            ids = tokenizer.encode(text)
+            assert tokenizer.separator_id not in ids, "a quoted separator splits no document"
+            assert tokenizer.decode(ids) == text
+            assert tokenizer.bytes_per_token[ids].sum() == len(text.encode())
+        assert tokenizer.bytes_per_token[tokenizer.separator_id] == 0
+        assert tokenizer.encode_batch(TEXTS) == [tokenizer.encode(text) for text in TEXTS]
+    assert len(bpe.encode(TEXTS[0])) < len(byte_tokenizer.encode(TEXTS[0]))
+
+
+def test_tokenizer_survives_saving(tmp_path):
+    bpe = Tokenizer.train(TEXTS, 300)
+    bpe.save(tmp_path / "tokenizer.json")
+    loaded = Tokenizer.load(tmp_path / "tokenizer.json")
+    assert loaded.fingerprint() == bpe.fingerprint() == Tokenizer.train(TEXTS, 300).fingerprint()
+    assert loaded.encode(TEXTS[3]) == bpe.encode(TEXTS[3])
+    with pytest.raises(ConfigError, match="missing.json"):
+        Tokenizer.load(tmp_path / "missing.json")
+
+
+def test_rows_hold_the_stream_every_token_an_input_and_a_target_once(rows, byte_tokenizer):
+    stream = stream_of(byte_tokenizer)
+    items = [rows[row] for row in range(len(rows))]
+    inputs = np.concatenate([item["token"][item["is_target"]] for item in items])
+    targets = np.concatenate([item["target"][item["is_target"]] for item in items])
+    np.testing.assert_array_equal(inputs, stream[:-1])
+    np.testing.assert_array_equal(targets, stream[1:])
+    assert len(rows) == -(-(len(stream) - 1) // SEQ)
+
+
+def test_document_ids_and_positions(rows, byte_tokenizer):
+    lengths = [1 + len(byte_tokenizer.encode(text)) for text in TEXTS]
+    document_of = np.repeat(np.arange(len(TEXTS)), lengths)
+    for row in range(len(rows)):
+        item = rows[row]
+        for column in range(SEQ):
+            at = row * SEQ + column
+            wanted = document_of[at] if at < len(document_of) else PADDING
+            assert item["document"][column] == wanted
+            same = item["document"][:column] == item["document"][column]
+            assert item["position"][column] == same.sum()
+    assert rows[len(rows) - 1]["document"][-1] == PADDING
+
+
+def test_pack_of_a_stream_that_fills_its_rows_has_no_padding():
+    tokens, documents, positions = pack([[1, 2, 3, 4]], separator=0, seq_len=4)
+    np.testing.assert_array_equal(tokens, [[0, 1, 2, 3, 4]])
+    np.testing.assert_array_equal(documents, [[0] * 5])
+    np.testing.assert_array_equal(positions, [range(5)])
+
+
+def test_batches_are_a_pure_function_of_seed_and_step(rows):
+    batches = [train_batches(rows, 2, seed=3) for _ in range(2)]
+    for step in (5, 0, 12, 5):
+        for name, array in batches[0][step].items():
+            np.testing.assert_array_equal(array, batches[1][step][name])
+    other = train_batches(rows, 2, seed=4)
+    assert any((other[step]["token"] != batches[0][step]["token"]).any() for step in range(4))
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_every_row_once_an_epoch_in_an_order_of_its_own(rows, batch_size):
+    epochs, num_rows = 3, len(rows)
+    batches = train_batches(rows, batch_size, seed=1)
+    seen = np.concatenate([batches[step]["token"] for step in range(-(-epochs * num_rows // batch_size))])
+    known = sorted(rows[row]["token"].tolist() for row in range(num_rows))
+    orders = [seen[epoch * num_rows : (epoch + 1) * num_rows].tolist() for epoch in range(epochs)]
+    for order in orders:
+        assert sorted(order) == known
+    assert orders[0] != orders[1] != orders[2]
+
+
+def test_prefetch_goes_on_from_any_step(rows):
+    batches = train_batches(rows, 2, seed=1)
+    ahead = prefetch(batches, start=7)
+    for step in range(7, 20):
+        np.testing.assert_array_equal(next(ahead)["token"], batches[step]["token"])
+
+
+def test_eval_batches_cover_the_rows_once_and_are_filled_with_padding(rows):
+    batches = list(eval_batches(rows, 4, num_batches=0))
+    assert {batch["token"].shape for batch in batches} == {(4, SEQ)}
+    tokens = np.concatenate([batch["token"] for batch in batches])
+    np.testing.assert_array_equal(tokens[: len(rows)], [rows[row]["token"] for row in range(len(rows))])
+    filled = np.concatenate([batch["document"] for batch in batches])[len(rows) :]
+    assert len(filled) > 0 and (filled == PADDING).all()
+    assert not np.concatenate([batch["is_target"] for batch in batches])[len(rows) :].any()
+    assert len(list(eval_batches(rows, 4, num_batches=2))) == 2
+    assert len(list(eval_batches(rows, 4, num_batches=99))) == len(batches)
+
+
+def config_of(source, path, cache, **overrides):
+    fields = {"data__eval_fraction": 0.4, "data__tokenizer": "byte", "train__seq_len": SEQ, **overrides}
+    return make_config(data__source=source, data__path=str(path), data__cache_dir=str(cache), **fields)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    root = tmp_path / "text"
+    (root / "sub").mkdir(parents=True)
+    for index in range(12):
+        (root / ("sub" if index % 2 else "") / f"{index:02}.txt").write_text(f"document {index}\n" * 5)
+    # A copy must not be trained on while the original is held out.
+    for index in range(12):
+        (root / f"copy{index}.txt").write_text(f"document {index}\n" * 5)
+    (root / ".hidden").write_text("not a document")
+    return root
+
+
+def test_splits_share_no_text_and_the_manifest_names_all(folder, tmp_path):
+    corpus = load_corpus(config_of("text", folder, tmp_path).data)
+    train, held_out = ({document.text for document in split} for split in (corpus.train, corpus.eval))
+    assert not train & held_out
+    assert train | held_out == {f"document {index}\n" * 5 for index in range(12)}
+    manifest = corpus.manifest()
+    assert len(manifest["documents"]) == 24
+    for entry in manifest["documents"]:
+        content = (folder / entry["name"]).read_bytes()
+        assert entry["sha256"] == hashlib.sha256(content).hexdigest()
+        assert entry["bytes"] == len(content)
+    assert manifest == load_corpus(config_of("text", folder, tmp_path).data).manifest()
+
+
+def test_no_token_of_the_held_out_split_reaches_training(folder, tmp_path):
+    config = config_of("text", folder, tmp_path / "cache")
+    dataset = prepare(config, tmp_path / "manifest.json", tmp_path / "tokenizer.json")
+    corpus = load_corpus(config.data)
+
+    def text_of(rows):
+        ids = [token for row in range(len(rows)) for token in rows[row]["token"][rows[row]["is_target"]].tolist()]
+        return dataset.tokenizer.decode(ids)
+
+    for split in ("train", "eval"):
+        joined = "".join(document.text for document in getattr(corpus, split))
+        # The last token of the stream is a target only.
+        assert text_of(getattr(dataset, split)) == joined[:-1]
+
+
+def test_prepared_data_is_used_again(folder, tmp_path):
+    config = config_of("text", folder, tmp_path / "cache")
+    first = prepare(config, tmp_path / "manifest.json", tmp_path / "tokenizer.json")
+    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.npy")}
+    second = prepare(config, tmp_path / "manifest.json", tmp_path / "tokenizer.json")
+    assert files == {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.npy")}
+    np.testing.assert_array_equal(first.train.tokens, second.train.tokens)
+    assert isinstance(first.train.tokens, np.memmap)
+
+
+def test_a_changed_corpus_is_refused_by_an_old_run(folder, tmp_path):
+    config = config_of("text", folder, tmp_path / "cache")
+    prepare(config, tmp_path / "manifest.json", tmp_path / "tokenizer.json")
+    (folder / "00.txt").write_text("something else")
+    with pytest.raises(ConfigError, match="manifest.json"):
+        prepare(config, tmp_path / "manifest.json", tmp_path / "tokenizer.json")
+
+
+def test_jsonl(tmp_path):
+    path = tmp_path / "documents.jsonl"
+    path.write_text("".join(json.dumps({"body": f"text {index}", "n": index}) + "\n" for index in range(30)))
+    corpus = load_corpus(config_of("jsonl", path, tmp_path, data__text_key="body").data)
+    assert {document.text for document in corpus.train + corpus.eval} == {f"text {index}" for index in range(30)}
+    assert len(read_held_out(path, "body")) == 30
+    path.write_text(path.read_text() + '{"other": 1}\n')
+    with pytest.raises(ConfigError, match="line 31.*'body'"):
+        load_corpus(config_of("jsonl", path, tmp_path, data__text_key="body").data)
+
+
+@pytest.mark.parametrize("source", ["text", "jsonl"])
+def test_a_path_that_does_not_exist(source, tmp_path):
+    with pytest.raises(ConfigError, match="nowhere"):
+        load_corpus(config_of(source, tmp_path / "nowhere", tmp_path).data)
+
+
+def test_a_split_without_documents(tmp_path):
+    (tmp_path / "only.txt").write_text("one document")
+    with pytest.raises(ConfigError, match="eval_fraction=0.4"):
+        load_corpus(config_of("text", tmp_path, tmp_path).data)
+
+
+def test_binary_files_are_named(tmp_path):
+    (tmp_path / "image.bin").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match="image.bin"):
+        load_corpus(config_of("text", tmp_path, tmp_path).data)
+
+
+def test_failed_packing_leaves_nothing_behind(tmp_path, byte_tokenizer):
+    with pytest.raises(ValueError):
+        write_rows(tmp_path / "rows", (), byte_tokenizer, SEQ)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_standard_library(stdlib_cache, tmp_path):
+    config = make_config(data__cache_dir=stdlib_cache, data__vocab_size=512)
+    corpus = load_corpus(config.data)
+    names = [document.name for document in corpus.train + corpus.eval]
+    assert "argparse.py" in names and len(names) > 300
+    assert not [name for name in names if "site-packages" in name or "/test/" in name or name.startswith("test/")]
+    held_out = sum(len(document.text) for document in corpus.eval)
+    assert 0.01 < held_out / sum(len(document.text) for document in corpus.train) < 0.12

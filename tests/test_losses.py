@@ -1,0 +1,97 @@
+"""Losses against values worked out by hand."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from radialnet.losses import cross_entropy, depth_loss, load_loss, router_z_loss, total_loss
+from radialnet.metrics import RoutingSums
+from radialnet.router import schedule
+from tests.conftest import Model, make_batch, make_config
+
+T, L = 2, 3
+
+
+def sums(**fields):
+    zero = RoutingSums.zero(T, L, vocab_size=4)
+    return zero.replace(**{name: jnp.asarray(value, jnp.float32) for name, value in fields.items()})
+
+
+def test_cross_entropy_counts_real_targets_only():
+    logits = jnp.log(jnp.array([[[0.5, 0.25, 0.25], [0.1, 0.1, 0.8]]]))
+    target, is_target = jnp.array([[1, 2]]), jnp.array([[True, False]])
+    np.testing.assert_allclose(cross_entropy(logits, target, is_target), np.log(4), rtol=1e-6)
+    np.testing.assert_allclose(cross_entropy(logits, target, ~is_target), -np.log(0.8), rtol=1e-6)
+
+
+def test_load_loss_is_pooled_over_steps():
+    """4 executions: layer 0 three times, layer 1 once; probabilities summed over them 2, 1.2, 0.8."""
+    found = sums(executions_TL=[[2, 0, 0], [1, 1, 0]], p_layer_L=[2.0, 1.2, 0.8])
+    np.testing.assert_allclose(load_loss(found), 3 * (3 / 4 * 2.0 / 4 + 1 / 4 * 1.2 / 4), rtol=1e-6)
+    # Each step sends everything to one layer, but over the steps the layers are used alike: balanced.
+    staggered = sums(executions_TL=[[4, 0, 0], [0, 4, 0]], p_layer_L=[4.0, 4.0, 0.0])
+    np.testing.assert_allclose(load_loss(staggered), 3 * (0.5 * 0.5 + 0.5 * 0.5), rtol=1e-6)
+    uniform = sums(executions_TL=[[2, 2, 2], [2, 2, 2]], p_layer_L=[4.0, 4.0, 4.0])
+    np.testing.assert_allclose(load_loss(uniform), 1.0, rtol=1e-6)
+
+
+def test_load_loss_has_a_gradient_through_the_probabilities_only():
+    found = sums(executions_TL=[[2, 0, 0], [1, 1, 0]], p_layer_L=[2.0, 1.2, 0.8])
+    slope = jax.grad(load_loss)(found)
+    np.testing.assert_allclose(slope.p_layer_L, 3 * np.array([3 / 4, 1 / 4, 0]) / 4, rtol=1e-6)
+
+
+def test_depth_loss():
+    found = sums(num_tokens=4, expected_depth=6)
+    np.testing.assert_allclose(depth_loss(found, "price", 1.0), 1.5)
+    np.testing.assert_allclose(depth_loss(found, "target", 1.0), 0.25)
+
+
+def test_router_z_loss():
+    np.testing.assert_allclose(router_z_loss(sums(z=10.0, num_decisions=4)), 2.5)
+
+
+def test_total_loss_weighs_the_terms_and_leaves_them_raw():
+    cfg = make_config(
+        router__load_coef=0.5, router__depth_coef=0.25, router__z_coef=0.125, router__depth_loss="target"
+    ).router
+    found = sums(
+        executions_TL=[[2, 2, 2], [2, 2, 2]], p_layer_L=[4, 4, 4], num_tokens=4, expected_depth=16, z=8, num_decisions=4
+    )
+    at = schedule(cfg, T, jnp.int32(0))
+    terms = total_loss(cfg, jnp.float32(3.0), found, at)
+    assert {name: float(value) for name, value in terms.items()} == pytest.approx(
+        {
+            "loss": 3.0 + 0.5 * 1.0 + 0.25 * 4.0 + 0.125 * 2.0,
+            "ce": 3.0,
+            "loss_load": 1.0,
+            "loss_depth": 4.0,
+            "loss_router_z": 2.0,
+        }
+    )
+    fixed = total_loss(make_config(router__form="hash", router__load_coef=0.5).router, jnp.float32(3.0), found, at)
+    assert fixed["loss"] == 3.0, "a fixed route has nothing to be taught"
+
+
+def test_sums_of_a_model_from_its_logits():
+    """What the losses are made of, by hand from the router's own probabilities of a one-layer-deep run."""
+    config = make_config(model__max_depth=2, model__min_depth=0, router__prior="sequential", router__prior_weight=1.5)
+    model, batch = Model(config).with_mixed_exits(), make_batch(config)
+    routing = model(batch).routing
+    router = {name: np.asarray(array) for name, array in model.params["router"].items()}
+    # Step 0 routes the embeddings themselves.
+    h = np.asarray(model.params["embedding"])[batch["token"]] * 24**0.5
+    x = h / np.sqrt((h**2).mean(-1, keepdims=True) + 1e-6) + router["step_embedding"][0]
+    logits = np.asarray(jax.nn.gelu(x @ router["hidden"])) @ router["out"] + router["out_bias"]
+    layers, leave = logits[..., :5], logits[..., 5]
+    z = np.log(np.exp(layers).sum(-1)) ** 2 + leave**2
+    survive = 1 / (1 + np.exp(leave))
+    only = model(batch, max_depth=1).routing
+    np.testing.assert_allclose(only.z, z.sum(), rtol=1e-4)
+    np.testing.assert_allclose(only.expected_depth, survive.sum(), rtol=1e-4)
+    np.testing.assert_allclose(only.exit_logit_std(), leave.std(), rtol=1e-3)
+    layers[..., 0] += 1.5
+    p_layer = np.exp(layers) / np.exp(layers).sum(-1, keepdims=True)
+    np.testing.assert_allclose(only.p_layer_L, p_layer[leave <= 0].sum(0), rtol=1e-3, atol=1e-5)
+    assert 0 < only.tokens_by_depth[0] < 26 and routing.expected_depth > only.expected_depth

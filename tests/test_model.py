@@ -1,0 +1,274 @@
+"""The whole model against oracles: a plain transformer, causality by gradient, isolation of rows and documents."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from radialnet.config import VIEWS
+from radialnet.model import init_params, upcycle
+from radialnet.router import Controllers
+from tests.conftest import VOCAB, Model, make_batch, make_config
+
+
+def plain_transformer(config, params, token, document, position):
+    """A dense pre-norm transformer, written for this test alone: one row, a loop over layers, heads and queries."""
+    model, block = config.model, jax.tree.map(np.asarray, params["pool"]["block"])
+    heads, kv_heads, size = model.num_heads, model.num_kv_heads, model.head_size
+    seq = len(token)
+
+    def norm(x, scale):
+        return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * scale
+
+    def turn(x, at):
+        angle = at * model.rope_base ** (-np.arange(size // 2) / (size // 2))
+        left, right = x[: size // 2], x[size // 2 :]
+        return np.concatenate(
+            [left * np.cos(angle) - right * np.sin(angle), right * np.cos(angle) + left * np.sin(angle)]
+        )
+
+    h = np.asarray(params["embedding"])[token] * model.d_model**0.5
+    for layer in range(model.pool_size):
+        w = {name: array[layer] for name, array in block.items()}
+        qkv = norm(h, w["attention_norm"]) @ w["qkv"]
+        q = qkv[:, : heads * size].reshape(seq, heads, size)
+        k = qkv[:, heads * size : (heads + kv_heads) * size].reshape(seq, kv_heads, size)
+        v = qkv[:, (heads + kv_heads) * size :].reshape(seq, kv_heads, size)
+        mixed = np.zeros((seq, heads, size))
+        for i, head in np.ndindex(seq, heads):
+            group = head // (heads // kv_heads)
+            past = [j for j in range(i + 1) if document[j] == document[i]]
+            query = turn(norm(q[i, head], w["query_norm"]), position[i])
+            keys = np.stack([turn(norm(k[j, group], w["key_norm"]), position[j]) for j in past])
+            weights = np.exp(keys @ query / size**0.5)
+            mixed[i, head] = weights / weights.sum() @ v[past, group]
+        h = h + mixed.reshape(seq, -1) @ w["attention_out"]
+        gate, up = np.split(norm(h, w["mlp_norm"]) @ w["mlp_in"], 2, axis=-1)
+        h = h + (gate / (1 + np.exp(-gate)) * up) @ w["mlp_out"]
+    return norm(h, np.asarray(params["final_norm"])) @ np.asarray(params["head"])
+
+
+def dense_config(**overrides):
+    return make_config(model__pool_size=4, model__max_depth=4, router__form="sequential", **overrides)
+
+
+def perturbed(params, seed=0):
+    """Parameters off their initial values, so that a norm scale of 1 hides nothing."""
+    leaves, tree = jax.tree.flatten(params)
+    rng = np.random.default_rng(seed)
+    return jax.tree.unflatten(tree, [x + 0.1 * rng.normal(size=x.shape).astype(np.float32) for x in leaves])
+
+
+@pytest.mark.parametrize("backend", ["block_loop", "masked_dense"])
+@pytest.mark.parametrize("view", ["latest", "same_step", "same_layer"])
+def test_sequential_routes_equal_a_plain_transformer(view, backend):
+    """In these three views a token in layer t sees what the others wrote in layer t, as in a plain transformer."""
+    config = dense_config(cache__view=view, model__grouped_backend=backend)
+    model, batch = Model(config), make_batch(config, packed=True)
+    params = perturbed(model.params)
+    output = model(batch, params)
+    np.testing.assert_array_equal(output.depth_BS, np.where(batch["document"] >= 0, 4, 0))
+    for row in range(2):
+        real = batch["document"][row] >= 0
+        fields = (batch[name][row][real] for name in ("token", "document", "position"))
+        expected = plain_transformer(config, params, *fields)
+        np.testing.assert_allclose(output.logits_BSV[row][real], expected, atol=2e-4, rtol=1e-4)
+
+
+def test_other_views_are_not_a_plain_transformer():
+    """So that the parity above has something to tell apart."""
+    outputs = {}
+    for view in VIEWS:
+        config = dense_config(cache__view=view)
+        outputs[view] = np.asarray(Model(config)(make_batch(config)).logits_BSV)
+    for view in ("all", "first"):
+        assert np.abs(outputs[view] - outputs["latest"]).max() > 0.01
+
+
+@pytest.mark.parametrize("estimator", ["straight_through", "score", "weighted", "dense"])
+def test_backends_agree_on_a_routed_model(estimator):
+    """Values and gradients, with exits: the block loop of executed rows against all layers masked."""
+    results = []
+    for backend in ("block_loop", "masked_dense"):
+        config = make_config(model__grouped_backend=backend, router__estimator=estimator)
+        model, batch = Model(config).with_mixed_exits(), make_batch(config, packed=True)
+
+        def loss(params, model=model, batch=batch):
+            output = model(batch, params)
+            return (output.logits_BSV**2).mean() + output.routing.expected_depth, output.depth_BS
+
+        results.append(jax.jit(jax.value_and_grad(loss, has_aux=True))(model.params))
+    (left, right) = results
+    assert len(np.unique(left[0][1])) >= 3, "tokens leave at different depths"
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), left, right)
+
+
+def test_clones_of_a_group_start_equal_and_groups_differ():
+    config = make_config(model__init="clones", model__pool_size=7)
+    weights = np.asarray(Model(config).params["pool"]["block"]["qkv"])
+    group = np.arange(7) * 3 // 7
+    for left, right in np.ndindex(7, 7):
+        assert (weights[left] == weights[right]).all() == (group[left] == group[right])
+
+
+def test_prelude_and_coda_are_layers_like_the_others():
+    """A prelude of one, a pool of two in order and a coda of one are a plain transformer of four."""
+    config = make_config(
+        model__pool_size=2,
+        model__max_depth=2,
+        model__prelude_layers=1,
+        model__coda_layers=1,
+        router__form="sequential",
+    )
+    model, batch = Model(config), make_batch(config)
+    params = perturbed(model.params)
+    stacked = jax.tree.map(
+        lambda *parts: jnp.concatenate(parts), *(params[name]["block"] for name in ("prelude", "pool", "coda"))
+    )
+    merged = {**params, "pool": {"block": stacked}}
+    output = model(batch, params)
+    for row in range(2):
+        fields = (batch[name][row] for name in ("token", "document", "position"))
+        expected = plain_transformer(dense_config(), merged, *fields)
+        np.testing.assert_allclose(output.logits_BSV[row], expected, atol=2e-4, rtol=1e-4)
+    assert (output.depth_BS == 2).all(), "unshared layers are no depth steps"
+
+
+def test_upcycled_network_computes_what_the_dense_one_does():
+    """All layers of a group are copies, so that any route within the groups is the dense model."""
+    dense = Model(make_config(model__pool_size=3, router__form="sequential"))
+    dense_params = perturbed(dense.params)
+    config = make_config(model__pool_size=7, model__min_depth=3, router__prior="group", router__prior_weight=100.0)
+    model, batch = Model(config), make_batch(config)
+    grown = upcycle(model.params, dense_params, 7, 3)
+    assert jax.tree.map(jnp.shape, grown) == jax.tree.map(jnp.shape, model.params)
+    output = model(batch, grown)
+    assert len(np.unique(output.layer_TBS)) > 3, "layers beside the first of each group are used"
+    np.testing.assert_allclose(output.logits_BSV, dense(batch, dense_params).logits_BSV, atol=1e-4)
+
+
+@pytest.mark.parametrize("form", ["factored", "flat", "random", "hash"])
+@pytest.mark.parametrize("view", VIEWS)
+def test_causality_and_documents_by_gradient(view, form):
+    """The logits at a token depend on the inputs of its document up to it, and on nothing else."""
+    config = make_config(cache__view=view, router__form=form)
+    model, batch = Model(config), make_batch(config, packed=True)
+    row, at = 1, 6
+    document = batch["document"][row]
+    batch["document"][row] = document = np.where(np.arange(13) < 3, 0, np.where(np.arange(13) < 10, 1, -1))
+    vectors = jnp.asarray(model.params["embedding"])[batch["token"]]
+
+    def logit(vectors_BSD):
+        # One embedding per position, looked up by position, so that the gradient is by position.
+        params = {**model.params, "embedding": vectors_BSD.reshape(-1, vectors_BSD.shape[-1])}
+        positions = {**batch, "token": np.arange(26, dtype=np.int32).reshape(2, 13)}
+        return model(positions, params).logits_BSV[row, at].sum()
+
+    influence = np.abs(np.asarray(jax.jit(jax.grad(logit))(vectors))).sum(-1)
+    past = (document == document[at]) & (np.arange(13) <= at)
+    # In `same_layer` a token sees of the past only those that happened to take its layers.
+    assert (influence[row][past] > 0).all() or (view == "same_layer" and influence[row, at] > 0)
+    assert (influence[row][~past] == 0).all()
+    assert (influence[1 - row] == 0).all(), "other rows of the batch"
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_a_row_does_not_depend_on_the_rows_beside_it(view):
+    config = make_config(cache__view=view, train__batch_size=3)
+    model, batch = Model(config).with_mixed_exits(), make_batch(config)
+    other = make_batch(config, seed=1)
+    mixed = {name: np.concatenate([batch[name][:1], other[name][1:]]) for name in batch}
+    alone = {name: array[:1] for name, array in batch.items()}
+    logits = [np.asarray(model(rows).logits_BSV) for rows in (batch, mixed, alone)]
+    np.testing.assert_allclose(logits[0][0], logits[1][0], atol=1e-5)
+    np.testing.assert_allclose(logits[0][0], logits[2][0], atol=1e-5)
+    assert np.abs(logits[0][1] - logits[1][1]).max() > 0.01
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_an_exited_token_is_frozen_and_writes_nothing(view):
+    """Its state stays as it was, bit for bit; with the same exits and one step less, its logits are the same."""
+    config = make_config(cache__view=view, model__max_depth=4)
+    model, batch = Model(config).with_mixed_exits(), make_batch(config)
+    output = model(batch)
+    depth, layers, states = (np.asarray(x) for x in (output.depth_BS, output.layer_TBS, output.h_TBSD))
+    assert len(np.unique(depth)) >= 2
+    for t in range(4):
+        np.testing.assert_array_equal(layers[t] == 5, depth <= t, "after the exit no layer is executed")
+    for t in range(1, 4):
+        frozen = depth < t
+        np.testing.assert_array_equal(states[t][frozen], states[t - 1][frozen])
+        assert (states[t][~frozen] != states[t - 1][~frozen]).any(-1).all()
+    shallower = model(batch, max_depth=3)
+    np.testing.assert_array_equal(shallower.depth_BS, np.minimum(depth, 3))
+    done = (depth < 3).cumprod(1).astype(bool)
+    assert done.any()
+    np.testing.assert_allclose(output.logits_BSV[done], shallower.logits_BSV[done], atol=1e-5)
+
+
+def test_exited_tokens_are_not_seen_in_later_steps():
+    """In the view `same_step` a token that has exited is gone for the others: only its own logits change with it."""
+    config = make_config(cache__view="same_step", model__pool_size=1, model__max_depth=2, train__batch_size=1)
+    model, batch = Model(config), make_batch(config)
+    out = np.zeros_like(model.params["router"]["out"])
+    model.params["router"]["out"] = jnp.asarray(out)
+    # All exit after one step, or none: then the second step must differ.
+    everyone = model(batch, controllers=model.controllers.replace(exit_bias=jnp.float32(5)))
+    nobody = model(batch, controllers=model.controllers.replace(exit_bias=jnp.float32(-5)))
+    assert (everyone.depth_BS == 1).all() and (nobody.depth_BS == 2).all()
+    np.testing.assert_array_equal(everyone.h_TBSD[1], nobody.h_TBSD[1])
+
+
+def test_max_depth_beyond_the_trained_one_goes_on_as_the_last_step():
+    config = make_config(router__prior="group", router__prior_weight=100.0)
+    model, batch = Model(config), make_batch(config)
+    never = model.controllers.replace(exit_bias=jnp.float32(-50))
+    output = model(batch, controllers=never, max_depth=5)
+    assert (output.depth_BS == 5).all()
+    last_group = np.flatnonzero(np.arange(5) * 3 // 5 == 2)
+    assert np.isin(output.layer_TBS[2:], last_group).all()
+
+
+def test_routing_sums_count_what_was_executed():
+    config = make_config()
+    model, batch = Model(config).with_mixed_exits(), make_batch(config, packed=True)
+    output = model(batch)
+    layers, real = np.asarray(output.layer_TBS), batch["document"] >= 0
+    depth = (layers < 5).sum(0)
+    np.testing.assert_array_equal(output.depth_BS, depth)
+    sums = output.routing
+    assert sums.num_tokens == real.sum()
+    np.testing.assert_array_equal(sums.tokens_by_depth, np.bincount(depth[real], minlength=4))
+    expected = np.stack([np.bincount(layers[t].ravel(), minlength=6)[:5] for t in range(3)])
+    np.testing.assert_array_equal(sums.executions_TL, expected)
+    by_token = np.zeros((3, VOCAB, 5))
+    for t, b, s in np.ndindex(3, 2, 13):
+        if layers[t, b, s] < 5:
+            by_token[t, batch["token"][b, s], layers[t, b, s]] += 1
+    np.testing.assert_array_equal(sums.executions_TKL, by_token)
+    assert not layers[:, ~real].max(initial=5) < 5, "padding is not routed"
+
+
+def test_bf16_is_near_fp32_and_keeps_fp32_parameters_and_router():
+    outputs = {}
+    for dtype in ("float32", "bfloat16"):
+        config = dense_config(model__dtype=dtype)
+        model = Model(config)
+        assert {str(x.dtype) for x in jax.tree.leaves(model.params)} == {"float32"}
+        outputs[dtype] = np.asarray(model(make_batch(config)).logits_BSV)
+        assert outputs[dtype].dtype == np.float32
+    scale = np.abs(outputs["float32"]).max()
+    error = np.abs(outputs["float32"] - outputs["bfloat16"]).max()
+    assert 0 < error < 0.03 * scale
+
+
+def test_initialisation_follows_the_seed():
+    def leaves(seed):
+        return jax.tree.leaves(init_params(make_config(train__seed=seed), VOCAB)[1])
+
+    assert all((a == b).all() for a, b in zip(leaves(0), leaves(0), strict=True))
+    assert any((a != b).any() for a, b in zip(leaves(0), leaves(1), strict=True))
+
+
+def test_controllers_match_the_pool():
+    assert Controllers.init(make_config().router, 5).load_bias.shape == (5,)

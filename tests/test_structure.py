@@ -1,0 +1,44 @@
+"""The order of the modules: imports go up this list, never down, and no module is missing from it."""
+
+import ast
+from pathlib import Path
+
+ORDER = [
+    "config", "tokenizer", "corpus", "grouped", "cache", "layers", "router", "metrics", "pool", "model", "losses",
+    "optimizer", "data", "train_step", "checkpoint", "run_folder", "writers", "cli", "evaluate", "generate", "plots",
+    "trainer",
+]  # fmt: skip
+PACKAGE = Path("radialnet")
+
+
+def imports_of(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "radialnet":
+            parts = node.module.split(".")
+            found |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("radialnet.")}
+    return found
+
+
+def test_imports_go_one_way():
+    modules = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"}
+    assert modules == set(ORDER)
+    num_imports = 0
+    for name in ORDER:
+        for imported in imports_of(PACKAGE / f"{name}.py"):
+            assert ORDER.index(imported) < ORDER.index(name), f"{name} imports {imported}"
+            num_imports += 1
+    assert num_imports > 40
+
+
+def test_config_needs_no_jax():
+    assert "jax" not in (PACKAGE / "config.py").read_text().split("import", 1)[1].split("class")[0]
+    for path in Path("configs").glob("*.py"):
+        roots = {
+            (node.module if isinstance(node, ast.ImportFrom) else node.names[0].name).split(".")[0]
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.Import | ast.ImportFrom)
+        }
+        assert roots <= {"ml_collections", "configs"}, path

@@ -1,0 +1,178 @@
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from radialnet.model import init_params
+from radialnet.optimizer import learning_rate, make_optimizer
+from radialnet.train_step import eval_step, init_state, train_step
+from tests.conftest import VOCAB, make_batch, make_config
+
+BYTES = jnp.ones(VOCAB, jnp.int32)
+
+
+class Training:
+    """A run on batches in memory."""
+
+    def __init__(self, config):
+        graph, params = init_params(config, VOCAB)
+        optimizer = make_optimizer(config)
+        self.config = config
+        self.state = init_state(config, params, optimizer)
+        self._step = jax.jit(partial(train_step, config=config, graph=graph, optimizer=optimizer))
+        self._eval = jax.jit(partial(eval_step, config=config, graph=graph))
+
+    def step(self, batch):
+        self.state, sums, scalars = self._step(self.state, batch, BYTES)
+        return sums, scalars
+
+    def evaluate(self, batch):
+        state = self.state
+        return self._eval(state.params, state.controllers, state.step, batch, BYTES)
+
+
+def ce(sums):
+    return float(sums.losses["ce"] / sums.num_targets)
+
+
+RECIPES = {
+    "dense": {"router__form": "sequential", "model__pool_size": 3},
+    "radial": {"router__prior": "group", "model__init": "clones"},
+    "radial without exits, all entries": {"model__min_depth": 3, "cache__view": "all"},
+    "flat, score, noise": {
+        "router__form": "flat",
+        "router__estimator": "score",
+        "router__noise": 1.0,
+        "router__noise_steps": 100,
+        "router__exit_bias_init": -3.0,
+    },
+}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_one_batch_can_be_overfitted(recipe):
+    config = make_config(
+        train__num_steps=200, optimizer__learning_rate=1e-2, optimizer__weight_decay=0.0, **RECIPES[recipe]
+    )
+    training, batch = Training(config), make_batch(config)
+    first = ce(training.step(batch)[0])
+    for _ in range(200):
+        sums, _ = training.step(batch)
+    assert first > 2.5
+    assert ce(sums) < 0.2
+    assert ce(training.evaluate(batch)) < 0.2, "without noise, by the same parameters"
+
+
+@pytest.mark.parametrize("target", [1.5, 2.5])
+def test_exit_bias_controller_reaches_the_target_depth(target):
+    config = make_config(
+        model__max_depth=4,
+        train__batch_size=16,
+        train__num_steps=400,
+        router__depth_target=target,
+        router__exit_warmup_steps=20,
+        router__depth_ramp_steps=50,
+        router__exit_bias_rate=0.3,
+    )
+    training = Training(config)
+    depths = []
+    for step in range(400):
+        sums, _ = training.step(make_batch(config, seed=step % 50))
+        depths.append(float(sums.routing.mean_depth()))
+    assert depths[:20] == [4.0] * 20, "the warm-up has no exits"
+    assert np.mean(depths[-100:]) == pytest.approx(target, rel=0.05)
+    assert np.std(depths[-100:]) < 0.4, "held, not swinging between the extremes"
+    held_out = training.evaluate(make_batch(config, seed=7)).routing.mean_depth()
+    assert float(held_out) == pytest.approx(target, rel=0.25)
+
+
+def test_load_bias_controller_evens_out_the_load():
+    """A router that favours one layer by a wide margin and does not learn: the bias alone has to make up for it."""
+
+    def largest_share(rate):
+        config = make_config(
+            train__batch_size=16,
+            model__min_depth=3,
+            optimizer__learning_rate=0.0,
+            router__load_coef=0.0,
+            router__load_bias_rate=rate,
+        )
+        training = Training(config)
+        router = training.state.params["router"]
+        router["out_bias"] = router["out_bias"].at[2].set(1.0)
+        for step in range(150):
+            sums, _ = training.step(make_batch(config, seed=step % 50))
+        return float(sums.routing.load_L().max())
+
+    assert largest_share(0.0) > 0.9
+    assert largest_share(0.02) < 0.4
+
+
+@pytest.mark.parametrize("poison", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_changes_nothing_but_the_counts(poison):
+    config = make_config()
+    training, batch = Training(config), make_batch(config)
+    training.step(batch)
+    before = training.state
+    # An embedding that no token of the first batch has spoils the loss; a huge one the gradient alone.
+    bad = {**batch, "token": np.full_like(batch["token"], 16)}
+    value = np.nan if poison == "loss" else 1e38
+    embedding = before.params["embedding"].at[16].set(value)
+    training.state = before.replace(params={**before.params, "embedding": embedding})
+    poisoned = training.state
+    for count in (1, 2):
+        sums, scalars = training.step(bad)
+        assert scalars["skipped_steps"] == scalars["skipped_in_a_row"] == count
+        assert float(sums.num_targets) == 0
+    for name in ("params", "optimizer", "controllers"):
+        jax.tree.map(np.testing.assert_array_equal, getattr(training.state, name), getattr(poisoned, name))
+    assert training.state.step == 3
+    training.state = training.state.replace(params=before.params)
+    _, scalars = training.step(batch)
+    assert scalars["skipped_steps"] == 2 and scalars["skipped_in_a_row"] == 0
+
+
+def test_frozen_in_evaluation():
+    """Evaluation uses neither the noise nor the step's random state: it gives the same figures every time."""
+    config = make_config(router__noise=5.0, router__noise_steps=1000)
+    training, batch = Training(config), make_batch(config)
+    training.step(batch)
+    left, right = training.evaluate(batch), training.evaluate(batch)
+    jax.tree.map(np.testing.assert_array_equal, left, right)
+    noisy, _ = training.step(batch)
+    assert (np.asarray(noisy.routing.executions_TL) != np.asarray(left.routing.executions_TL)).any()
+
+
+def test_steps_follow_the_seed_and_the_step_alone():
+    config = make_config(router__noise=1.0, router__noise_steps=100)
+    runs = [Training(config) for _ in range(2)]
+    for step in range(3):
+        for run in runs:
+            run.step(make_batch(config, seed=step))
+    jax.tree.map(np.testing.assert_array_equal, runs[0].state, runs[1].state)
+
+
+def test_learning_rate_and_decay_mask():
+    config = make_config(train__num_steps=100, optimizer__warmup_steps=5, optimizer__learning_rate=0.1)
+    rate = learning_rate(config)
+    np.testing.assert_allclose([rate(step) for step in (0, 4, 99)], [0.02, 0.1, 0.01], rtol=1e-4)
+    decayed = make_config(train__num_steps=100, optimizer__weight_decay=1.0, optimizer__learning_rate=0.1)
+    params = init_params(decayed, VOCAB)[1]
+    optimizer = make_optimizer(decayed)
+    updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
+    moved = {
+        jax.tree_util.keystr(path, simple=True, separator="."): (np.asarray(x) != 0).any()
+        for path, x in jax.tree.leaves_with_path(updates)
+    }
+    kept = {name for name, has_moved in moved.items() if not has_moved}
+    assert kept == {
+        "final_norm",
+        "pool.block.attention_norm",
+        "pool.block.key_norm",
+        "pool.block.mlp_norm",
+        "pool.block.query_norm",
+        "router.norm",
+        "router.out_bias",
+    }
