@@ -89,6 +89,7 @@ def test_the_same_command_again_says_that_it_is_done(trained, text):
     assert (workdir / "metrics.jsonl").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_more_steps_go_on_and_a_changed_shape_is_refused(tmp_path, text):
     train(tmp_path, *text, "--config.train.num_steps=4", "--config.log.every_steps=2")
     with (tmp_path / "metrics.jsonl").open("a") as metrics:
@@ -103,6 +104,7 @@ def test_more_steps_go_on_and_a_changed_shape_is_refused(tmp_path, text):
     assert "config.model.d_ff=40" in stderr and "48" in stderr
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_the_run_that_was_not_stopped(tmp_path, text):
     """With the schedules of the longer run from the start, for they depend on the number of steps."""
     fixed = ["--config.optimizer.final_fraction=1.0", "--config.optimizer.warmup_steps=0"]
@@ -151,6 +153,7 @@ def test_generate(trained):
     assert sampled[0] != sampled[1]
 
 
+@pytest.mark.slow
 def test_upcycling_from_a_dense_run(tmp_path, text):
     dense = tmp_path / "dense"
     train(dense, *text, "--config.router.form=sequential", "--config.model.pool_size=3")

@@ -6,7 +6,7 @@ import pytest
 
 from configs import base
 from radialnet.config import Config, ConfigError
-from tests.conftest import make_config
+from tests.tiny import make_config
 
 CONFIGS = sorted(path.stem for path in Path("configs").glob("*.py") if path.stem not in ("__init__", "base"))
 

@@ -8,7 +8,7 @@ from radialnet.config import ConfigError
 from radialnet.corpus import Document, load_corpus, read_held_out
 from radialnet.data import PADDING, PackedRows, eval_batches, pack, prefetch, prepare, train_batches, write_rows
 from radialnet.tokenizer import BYTE_VOCAB_SIZE, SEPARATOR, Tokenizer
-from tests.conftest import make_config
+from tests.tiny import make_config
 
 SEQ = 7
 TEXTS = ["def f(x):\n    return x + 1\n", "é ünïcode ☃", "a", SEPARATOR + " quoted", "lines\n" * 9]
@@ -227,9 +227,8 @@ def test_failed_packing_leaves_nothing_behind(tmp_path, byte_tokenizer):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_standard_library(stdlib_cache, tmp_path):
-    config = make_config(data__cache_dir=stdlib_cache, data__vocab_size=512)
-    corpus = load_corpus(config.data)
+def test_standard_library():
+    corpus = load_corpus(make_config().data)
     names = [document.name for document in corpus.train + corpus.eval]
     assert "argparse.py" in names and len(names) > 300
     assert not [name for name in names if "site-packages" in name or "/test/" in name or name.startswith("test/")]

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.conftest import Model, make_batch, make_config
+from tests.tiny import Model, make_batch, make_config
 
 NUM_SAMPLES = 1500
 

@@ -8,7 +8,7 @@ import pytest
 from radialnet.losses import cross_entropy, depth_loss, load_loss, router_z_loss, total_loss
 from radialnet.metrics import RoutingSums
 from radialnet.router import schedule
-from tests.conftest import Model, make_batch, make_config
+from tests.tiny import Model, make_batch, make_config
 
 T, L = 2, 3
 

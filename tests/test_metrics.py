@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from radialnet.metrics import BatchSums, RoutingSums, add, figures, flops_per_token, route_mutual_information
-from tests.conftest import VOCAB, Model, make_batch, make_config
+from tests.tiny import VOCAB, Model, make_batch, make_config
 
 
 def test_mutual_information_of_known_routings():

@@ -8,7 +8,7 @@ import pytest
 from radialnet.config import VIEWS
 from radialnet.model import init_params, upcycle
 from radialnet.router import Controllers
-from tests.conftest import VOCAB, Model, make_batch, make_config
+from tests.tiny import VOCAB, Model, make_batch, make_config
 
 
 def plain_transformer(config, params, token, document, position):

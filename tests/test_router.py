@@ -13,7 +13,7 @@ from radialnet.router import (
     update_exit_bias,
     update_load_bias,
 )
-from tests.conftest import VOCAB, make_config
+from tests.tiny import VOCAB, make_config
 
 L, T = 5, 3
 

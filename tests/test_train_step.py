@@ -8,7 +8,7 @@ import pytest
 from radialnet.model import init_params
 from radialnet.optimizer import learning_rate, make_optimizer
 from radialnet.train_step import eval_step, init_state, train_step
-from tests.conftest import VOCAB, make_batch, make_config
+from tests.tiny import VOCAB, make_batch, make_config
 
 BYTES = jnp.ones(VOCAB, jnp.int32)
 
@@ -65,6 +65,7 @@ def test_one_batch_can_be_overfitted(recipe):
     assert ce(training.evaluate(batch)) < 0.2, "without noise, by the same parameters"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", [1.5, 2.5])
 def test_exit_bias_controller_reaches_the_target_depth(target):
     config = make_config(
@@ -88,6 +89,7 @@ def test_exit_bias_controller_reaches_the_target_depth(target):
     assert float(held_out) == pytest.approx(target, rel=0.25)
 
 
+@pytest.mark.slow
 def test_load_bias_controller_evens_out_the_load():
     """A router that favours one layer by a wide margin and does not learn: the bias alone has to make up for it."""
 

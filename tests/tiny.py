@@ -1,0 +1,82 @@
+"""Tiny configs of odd, mutually different sizes, batches for them, and a model to call on those."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from configs import base
+from radialnet.config import Config
+from radialnet.model import init_params
+from radialnet.router import Controllers, schedule
+from radialnet.train_step import forward
+
+VOCAB = 17
+
+
+def make_config(**overrides) -> Config:
+    """A tiny radial network that routes and exits; override by `section__field=value`."""
+    config = base.get_config()
+    config.model.update(
+        pool_size=5, max_depth=3, min_depth=1, d_model=24, num_heads=6, num_kv_heads=2, d_ff=20, init="distinct"
+    )
+    config.router.update(prior="none", depth_target=2.0)
+    config.train.update(batch_size=2, seq_len=13)
+    for name, value in overrides.items():
+        section, field = name.split("__")
+        config[section][field] = value
+    return Config.from_dict(config)
+
+
+def make_batch(config: Config, seed: int = 0, packed: bool = False) -> dict[str, np.ndarray]:
+    """Random tokens; `packed`: several documents a row, the last one followed by padding."""
+    rng = np.random.default_rng(seed)
+    shape = (config.train.batch_size, config.train.seq_len)
+    token = rng.integers(0, VOCAB, shape).astype(np.int32)
+    document, position = np.zeros(shape, np.int32), np.tile(np.arange(shape[1], dtype=np.int32), (shape[0], 1))
+    if packed:
+        for row in range(shape[0]):
+            cuts = np.sort(rng.choice(np.arange(1, shape[1]), 3, replace=False))
+            document[row] = np.searchsorted(cuts, np.arange(shape[1]), side="right")
+            for cut in cuts:
+                position[row, cut:] = np.arange(shape[1] - cut)
+        document[document == 3] = -1
+    return {
+        "token": token,
+        "target": rng.integers(0, VOCAB, shape).astype(np.int32),
+        "document": document,
+        "position": position,
+        "is_target": document >= 0,
+    }
+
+
+# Compiled once for all tests with equal configs and shapes.
+_forward = partial(jax.jit, static_argnums=(0, 6))(forward)
+
+
+class Model:
+    """A freshly initialised model with its controllers, to call on batches."""
+
+    def __init__(self, config: Config, step: int = 0):
+        self.config = config
+        self.graph, self.params = init_params(config, VOCAB)
+        self.controllers = Controllers.init(config.router, config.model.pool_size)
+        self.at = schedule(config.router, config.model.max_depth, jnp.int32(step))
+
+    def __call__(self, batch, params=None, controllers=None, rng=None, max_depth=None, at=None):
+        return _forward(
+            self.graph,
+            self.params if params is None else params,
+            batch,
+            self.controllers if controllers is None else controllers,
+            self.at if at is None else at,
+            jax.random.key(0) if rng is None else rng,
+            max_depth,
+        )
+
+    def with_mixed_exits(self) -> "Model":
+        """Make the exit logit depend strongly on the token, so that about half of the tokens leave at each step."""
+        out = self.params["router"]["out"]
+        self.params["router"]["out"] = out.at[:, -1].mul(30.0)
+        return self
