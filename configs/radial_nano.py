@@ -19,11 +19,14 @@ def get_config() -> ConfigDict:
     config.model.max_depth = 6
     config.model.min_depth = 2
 
-    config.router.load_coef = 0.05
     config.router.depth_target = 4.0
-    config.router.exit_warmup_steps = 150
-    config.router.depth_ramp_steps = 250
-    config.router.exit_bias_rate = 0.3
+    config.router.load_coef = 0.05
+    # Holds the exit logits near 0. At 1e-3 they drift by 10 when exits begin, and the depth with them (docs/LOG.md).
+    config.router.z_coef = 0.02
+    config.router.exit_warmup_steps = 100
+    config.router.depth_ramp_steps = 200
+    config.router.exit_bias_init = -2.0
+    config.router.exit_bias_rate = 0.2
 
     config.train.num_steps = 800
     config.eval.every_steps = 200

@@ -25,9 +25,14 @@ def get_config() -> ConfigDict:
     config.model.d_ff = 2048
     config.model.dtype = "bfloat16"
 
+    # As in radial_nano, stretched over a longer run.
     config.router.depth_target = 12.0
+    config.router.load_coef = 0.05
+    config.router.z_coef = 0.02
     config.router.exit_warmup_steps = 2000
     config.router.depth_ramp_steps = 4000
+    config.router.exit_bias_init = -2.0
+    config.router.exit_bias_rate = 0.2
 
     config.data.vocab_size = 32_768
 
