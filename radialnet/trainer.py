@@ -1,17 +1,13 @@
 """Training a run: build, resume, loop."""
 
-import contextlib
 import dataclasses
-import sys
 import time
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import rich.console
-import rich.progress
 from flax import nnx
 
 from radialnet.checkpoint import Checkpoints
@@ -24,6 +20,7 @@ from radialnet.metrics import BatchSums, add, figures, flops_per_token, peak_flo
 from radialnet.model import init_params, upcycle
 from radialnet.optimizer import make_optimizer
 from radialnet.plots import plot_run
+from radialnet.progress import Clock, Progress
 from radialnet.run_folder import RunFolder, TrainedModel, load_trained
 from radialnet.tokenizer import Tokenizer
 from radialnet.train_step import TrainState, eval_step, init_state, train_step
@@ -184,25 +181,6 @@ def _print_start(run: Run) -> None:
     )
 
 
-class _Clock:
-    """Seconds and steps since the last line of metrics, pauses for evaluation and saving left out."""
-
-    def __init__(self):
-        self.restart()
-
-    def restart(self) -> None:
-        self._start, self._paused = time.perf_counter(), 0.0
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self._paused += time.perf_counter() - start
-
-    def seconds(self) -> float:
-        return time.perf_counter() - self._start - self._paused
-
-
 def _loop(run: Run, writer: MetricsWriter) -> None:
     config, num_steps = run.config, run.config.train.num_steps
     batches = prefetch(train_batches(run.dataset.train, config.train.batch_size, config.train.seed), run.step)
@@ -215,30 +193,23 @@ def _loop(run: Run, writer: MetricsWriter) -> None:
     run.console.print(f"compiled the training step in {time.perf_counter() - start:.1f} s")
     eval_fn = jax.jit(partial(eval_step, config=config, graph=run.graph))
 
-    with _Progress(run) as progress:
-        clock, interval, interval_steps = _Clock(), None, 0
+    with Progress(run.console, run.step, config.train.num_steps) as progress:
+        log = _TrainLog(run, writer, progress)
         while run.step < num_steps:
             run.state, sums, scalars = compiled(run.state, batch, run.bytes_V)
             run.step += 1
-            interval, interval_steps = sums if interval is None else add(interval, sums), interval_steps + 1
-            # While the device works on the step, the next batch is fetched.
-            batch = next(batches) if run.step < num_steps else None
             is_last = run.step == num_steps
-            if run.step % config.log.every_steps == 0 or is_last:
-                line = _train_line(run, interval, scalars, clock, interval_steps)
-                writer.write(line)
-                progress.show(line)
-                _stop_if_not_finite(run, scalars)
-                clock.restart()
-                interval, interval_steps = None, 0
-            else:
-                progress.show(None)
-            with clock.paused():
-                if is_last or _is_due(run.step, config.eval.every_steps):
+            # While the device works on the step, the next batch is fetched and the figures of the step before are read.
+            batch = None if is_last else next(batches)
+            log.add(sums, scalars, is_last)
+            if is_last or _is_due(run.step, config.eval.every_steps):
+                log.flush()
+                with log.clock.paused():
                     line = _eval_line(run, eval_fn, scalars)
                     writer.write(line)
                     progress.show(line)
-                if is_last or _is_due(run.step, config.checkpoint.every_steps):
+            if is_last or _is_due(run.step, config.checkpoint.every_steps):
+                with log.clock.paused():
                     run.checkpoints.save(run.step, _trees(run.state))
     if config.log.sample_prompt and config.log.sample_tokens:
         text = config.log.sample_prompt + generate(run.trained(), config.log.sample_prompt, config.log.sample_tokens)
@@ -250,12 +221,41 @@ def _is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _train_line(run: Run, sums: BatchSums, scalars: dict, clock: _Clock, num_steps: int) -> dict:
-    # The figures wait for the device; only then are the seconds those of the steps.
-    found = figures(sums)
-    seconds = clock.seconds()
-    flops = 3 * flops_per_token(run.config, run.dataset.tokenizer.vocab_size, found["depth"])
-    return _line(run, "train", found, scalars, float(sums.routing.num_tokens), seconds, num_steps, flops)
+class _TrainLog:
+    """Sums up steps and writes their lines, each after the next step was dispatched, so that the device never waits."""
+
+    def __init__(self, run: Run, writer: MetricsWriter, progress: Progress):
+        self.clock = Clock()
+        self._run, self._writer, self._progress = run, writer, progress
+        self._sums, self._num_steps = None, 0
+        self._pending = None
+
+    def add(self, sums: BatchSums, scalars: dict[str, jax.Array], is_last: bool) -> None:
+        """Add the step that was just dispatched; write the line of the step before if one is due."""
+        self.flush()
+        self._sums = sums if self._sums is None else add(self._sums, sums)
+        self._num_steps += 1
+        step = self._run.step
+        self._progress.move(step)
+        if is_last or _is_due(step, self._run.config.log.every_steps):
+            self._pending = (step, self._sums, scalars, self._num_steps)
+            self._sums, self._num_steps = None, 0
+
+    def flush(self) -> None:
+        """Write the line that is due, if any. Waits for its steps."""
+        if self._pending is None:
+            return
+        step, sums, scalars, num_steps = self._pending
+        self._pending = None
+        # The figures wait for the device; only then are the seconds those of the steps.
+        found = figures(sums)
+        seconds = self.clock.seconds()
+        self.clock.restart()
+        flops = 3 * flops_per_token(self._run.config, self._run.dataset.tokenizer.vocab_size, found["depth"])
+        line = _line(step, "train", found, scalars, float(sums.routing.num_tokens), seconds, num_steps, flops)
+        self._writer.write(line)
+        self._progress.show(line)
+        _stop_if_not_finite(self._run.config, step, scalars)
 
 
 def _eval_line(run: Run, eval_fn: EvalStep, scalars: dict) -> dict:
@@ -266,17 +266,17 @@ def _eval_line(run: Run, eval_fn: EvalStep, scalars: dict) -> dict:
     num_tokens = float(sums.routing.num_tokens)
     num_batches = num_tokens / (config.train.batch_size * config.train.seq_len)
     flops = flops_per_token(config, run.dataset.tokenizer.vocab_size, found["depth"])
-    return _line(run, "eval", found, scalars, num_tokens, seconds, num_batches, flops)
+    return _line(run.step, "eval", found, scalars, num_tokens, seconds, num_batches, flops)
 
 
 def _line(
-    run: Run, split: str, found: dict, scalars: dict, num_tokens: float, seconds: float, num_steps: float, flops: float
+    step: int, split: str, found: dict, scalars: dict, num_tokens: float, seconds: float, num_steps: float, flops: float
 ) -> dict:
     """One line of metrics.jsonl. Those of an evaluation carry the scalars of the training step before it."""
     peak = peak_flops(jax.devices()[0])
     tokens_per_s = num_tokens / seconds
     return {
-        "step": run.step,
+        "step": step,
         "split": split,
         **found,
         **{name: float(scalars[name]) for name in ("exit_bias", "depth_target", "grad_norm", "lr")},
@@ -288,54 +288,10 @@ def _line(
     }
 
 
-def _stop_if_not_finite(run: Run, scalars: dict) -> None:
-    in_a_row = int(scalars["skipped_in_a_row"])
-    if in_a_row >= run.config.train.max_skipped_steps:
+def _stop_if_not_finite(config: Config, step: int, scalars: dict) -> None:
+    in_a_row, allowed = int(scalars["skipped_in_a_row"]), config.train.max_skipped_steps
+    if in_a_row >= allowed:
         raise NonFiniteError(
-            f"step {run.step}: the last {in_a_row} losses or gradients were not finite "
-            f"(config.train.max_skipped_steps={run.config.train.max_skipped_steps})"
+            f"step {step}: the last {in_a_row} losses or gradients were not finite "
+            f"(config.train.max_skipped_steps={allowed})"
         )
-
-
-class _Progress:
-    """A live bar with ETA on a terminal; elsewhere a line at every evaluation and at every tenth of the run."""
-
-    def __init__(self, run: Run):
-        self._console, self._num_steps = run.console, run.config.train.num_steps
-        self._first_step, self._printed_tenth = run.step, None
-        columns = rich.progress
-        self._bar = columns.Progress(
-            columns.TextColumn("step {task.completed}/{task.total}"),
-            columns.BarColumn(),
-            columns.TextColumn("{task.description}"),
-            columns.TimeElapsedColumn(),
-            columns.TextColumn("ETA"),
-            columns.TimeRemainingColumn(elapsed_when_finished=False),
-            console=run.console,
-            disable=not run.console.is_terminal,
-        )
-        self._run, self._task = run, self._bar.add_task("", total=self._num_steps, completed=run.step)
-
-    def __enter__(self) -> "_Progress":
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_) -> None:
-        self._bar.stop()
-
-    def show(self, line: dict | None) -> None:
-        """Move the bar to the run's step; with a line of metrics, show its figures."""
-        step = self._run.step
-        if line is None:
-            self._bar.update(self._task, completed=step)
-            return
-        text = f"bpb {line['bpb']:.3f}  depth {line['depth']:.2f}  {line['tokens_per_s']:,.0f} tok/s"
-        if line["split"] == "eval":
-            self._console.print(f"step {step}  held out: {text}")
-            return
-        self._bar.update(self._task, completed=step, description=text)
-        tenth = 10 * step // self._num_steps
-        if not self._console.is_terminal and tenth != self._printed_tenth:
-            self._printed_tenth = tenth
-            self._console.print(f"step {step}  training: {text}")
-            sys.stdout.flush()

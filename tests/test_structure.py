@@ -5,8 +5,8 @@ from pathlib import Path
 
 ORDER = [
     "config", "tokenizer", "corpus", "grouped", "cache", "layers", "router", "metrics", "pool", "model", "losses",
-    "optimizer", "data", "train_step", "checkpoint", "run_folder", "writers", "cli", "evaluate", "generate", "plots",
-    "trainer",
+    "optimizer", "data", "train_step", "checkpoint", "run_folder", "writers", "progress", "cli", "evaluate", "generate",
+    "plots", "trainer",
 ]  # fmt: skip
 PACKAGE = Path("radialnet")
 
