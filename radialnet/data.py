@@ -108,7 +108,7 @@ def prepare(config: Config, manifest_path: Path, tokenizer_path: Path) -> Datase
     corpus = load_corpus(cfg)
     manifest = corpus.manifest()
     if manifest_path.exists():
-        known = json.loads(manifest_path.read_text())["sha256"]
+        known = _known_sha256(manifest_path)
         if known != manifest["sha256"]:
             raise ConfigError(
                 f"config.data: the documents of {cfg.path or cfg.source!r} have SHA-256 {manifest['sha256'][:12]}, "
@@ -133,6 +133,13 @@ def prepare(config: Config, manifest_path: Path, tokenizer_path: Path) -> Datase
             write_rows(folder, getattr(corpus, split), tokenizer, config.train.seq_len)
         rows[split] = PackedRows(folder)
     return Dataset(tokenizer=tokenizer, manifest=manifest, **rows)
+
+
+def _known_sha256(manifest_path: Path) -> str:
+    try:
+        return json.loads(manifest_path.read_text())["sha256"]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        raise ConfigError(f"{manifest_path}: not a manifest of documents with a 'sha256'") from None
 
 
 def _tokenizer(cache: Path, cfg: DataConfig, documents: tuple[Document, ...]) -> Tokenizer:

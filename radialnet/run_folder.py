@@ -48,12 +48,17 @@ class RunFolder:
         return self.root / "tensorboard"
 
     def read_metrics(self) -> list[dict]:
-        """The lines of metrics.jsonl; a last line that a kill cut short is left out."""
+        """The lines of metrics.jsonl; a last line that a kill cut short is left out. Raises ConfigError."""
         if not self.metrics.exists():
             return []
-        lines = self.metrics.read_text().split("\n")
+        lines = []
         # Without its newline the last line is not whole.
-        return [json.loads(line) for line in lines[:-1]]
+        for number, line in enumerate(self.metrics.read_text().split("\n")[:-1], start=1):
+            try:
+                lines.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                raise ConfigError(f"{self.metrics}, line {number}: not JSON ({error})") from None
+        return lines
 
     def drop_metrics_after(self, step: int) -> None:
         """Forget the lines of steps that will be done again."""

@@ -48,7 +48,10 @@ class Tokenizer:
         """Read a `tokenizer.json` that `save` wrote. Raises ConfigError when it can't be read."""
         if not path.is_file():
             raise ConfigError(f"{path}: no such file; a run folder holds the tokenizer.json it was trained with")
-        return cls(tokenizers.Tokenizer.from_file(str(path)))
+        try:
+            return cls(tokenizers.Tokenizer.from_file(str(path)))
+        except Exception as error:  # The library raises no class of its own.
+            raise ConfigError(f"{path}: not a tokenizer.json ({error})") from None
 
     def save(self, path: Path) -> None:
         """Write as `tokenizer.json`, whole or not at all."""
