@@ -67,7 +67,7 @@ class RadialTransformer(nnx.Module):
             controllers: the router's biases.
             at: the router's schedule at this training step.
             rng: for the selection noise and random routes.
-            max_depth: overrides the trained T; steps beyond it are routed as the last trained one.
+            max_depth: overrides the trained T; a trained router takes the steps beyond it as the last trained one.
         """
         max_depth = max_depth or self.cfg.max_depth
         h_BSD = self.embedding[...][token_BS] * self.cfg.d_model**0.5

@@ -192,6 +192,17 @@ def test_a_changed_corpus_is_refused_by_an_old_run(folder, tmp_path):
         prepare(config, tmp_path / "manifest.json", tmp_path / "tokenizer.json")
 
 
+def test_damaged_files_of_a_run_are_named(folder, tmp_path):
+    config, paths = config_of("text", folder, tmp_path / "cache"), [tmp_path / "manifest.json", tmp_path / "tok.json"]
+    prepare(config, *paths)
+    for path in paths:
+        whole = path.read_text()
+        path.write_text("{")
+        with pytest.raises(ConfigError, match=path.name):
+            prepare(config, *paths)
+        path.write_text(whole)
+
+
 def test_jsonl(tmp_path):
     path = tmp_path / "documents.jsonl"
     path.write_text("".join(json.dumps({"body": f"text {index}", "n": index}) + "\n" for index in range(30)))

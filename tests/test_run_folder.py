@@ -1,0 +1,24 @@
+import json
+
+import pytest
+
+from radialnet.config import ConfigError
+from radialnet.run_folder import RunFolder
+
+
+def test_lines_of_later_steps_and_a_cut_one_are_dropped(tmp_path):
+    folder = RunFolder(tmp_path)
+    assert folder.read_metrics() == []
+    lines = [{"step": step, "split": "train", "ce": 1.5} for step in (1, 2, 3)]
+    folder.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 4, "sp')
+    assert folder.read_metrics() == lines
+    folder.drop_metrics_after(2)
+    assert folder.read_metrics() == lines[:2]
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_damaged_line_is_named(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.metrics.write_text('{"step": 1}\n{"step": \n{"step": 3}\n')
+    with pytest.raises(ConfigError, match=r"metrics\.jsonl, line 2: not JSON"):
+        folder.read_metrics()
