@@ -36,13 +36,16 @@ class Checkpoints:
         self._checkpointer.save_checkpointables_async(step, trees, force=True)
 
     def restore(self, step: int, abstract_trees: dict[str, PyTree]) -> dict[str, PyTree]:
-        """Restore the named trees with the given structure; others that were saved are left alone.
+        """Restore the named trees with the structure, shapes and dtypes given; others that were saved are left alone.
 
         Raises:
             ConfigError: there is no such checkpoint, or its trees have another structure, shape or dtype.
         """
+        # Without a placement Orbax would take the one that was saved, which may be of another machine.
+        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), abstract_trees)
         try:
-            trees = self._checkpointer.load_checkpointables(step, abstract_trees)
+            trees = self._checkpointer.load_checkpointables(step, placed)
         except (FileNotFoundError, KeyError, TypeError, ValueError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise ConfigError(f"{self._folder / str(step)}: can't be restored ({reason})") from error

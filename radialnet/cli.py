@@ -17,8 +17,6 @@ class NonFiniteError(RuntimeError):
 
 def run(main: Callable[[], None]) -> None:
     """Parse the flags and call `main`; end with exit code 0, 2 (bad configuration or input) or 3 (non-finite)."""
-    # JAX and Orbax report every detail at level INFO; --verbosity=0 shows it.
-    flags.FLAGS.set_default("verbosity", logging.WARNING)
     app.run(lambda _: _guarded(main), flags_parser=_parse)
 
 
@@ -44,6 +42,9 @@ def _parse(arguments: list[str]) -> list[str]:
 
 
 def _guarded(main: Callable[[], None]) -> None:
+    if not flags.FLAGS["verbosity"].present:
+        # JAX and Orbax report every detail at level INFO; --verbosity=0 shows it.
+        logging.set_verbosity(logging.WARNING)
     try:
         main()
     except ConfigError as error:

@@ -318,7 +318,7 @@ def _validate_run(config: Config) -> None:
     _require(0 < optimizer.b2 < 1, f"config.optimizer.b2={optimizer.b2}: between 0 and 1 is needed")
     _require(optimizer.clip_norm > 0, f"config.optimizer.clip_norm={optimizer.clip_norm}: more than 0 is needed")
     _at_least("train", train, 1, "num_steps", "batch_size", "seq_len", "max_skipped_steps")
-    _at_least("train", train, 0, "seed")
+    _require(0 <= train.seed < 2**32, f"config.train.seed={train.seed}: at least 0 and less than 2**32 is needed")
     _at_least("eval", config.eval, 0, "every_steps", "num_batches")
     _at_least("checkpoint", config.checkpoint, 0, "every_steps")
     _at_least("checkpoint", config.checkpoint, 1, "keep")

@@ -155,7 +155,7 @@ def _trees(state: TrainState) -> dict:
 
 
 def _restore(checkpoints: Checkpoints, step: int, state: TrainState) -> TrainState:
-    trees = checkpoints.restore(step, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), _trees(state)))
+    trees = checkpoints.restore(step, _trees(state))
     counts = trees["counts"]
     return TrainState(
         step=counts["step"],

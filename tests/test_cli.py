@@ -201,6 +201,14 @@ def test_non_finite_loss_ends_with_exit_code_3(tmp_path, text):
     assert lines_of(tmp_path)[-1]["skipped_steps"] >= 3
 
 
+def test_bad_input_after_the_start_is_one_line_too(trained, tmp_path):
+    """JAX and Orbax used to write a page of details above it."""
+    workdir, _ = trained
+    for flag, named in ((f"--data={tmp_path}/none", "none: no such file"), (f"--data={tmp_path}", "no text")):
+        _, stderr = run("-m", "radialnet.evaluate", f"--workdir={workdir}", flag, code=2)
+        assert stderr.count("\n") == 1 and named in stderr
+
+
 @pytest.mark.parametrize("module", ["evaluate", "generate"])
 def test_a_folder_that_is_no_run(tmp_path, module):
     _, stderr = run("-m", f"radialnet.{module}", f"--workdir={tmp_path}", code=2)

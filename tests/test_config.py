@@ -36,6 +36,7 @@ CONFIGS = sorted(path.stem for path in Path("configs").glob("*.py") if path.stem
         ({"data__vocab_size": 100}, ("vocab_size=100", "258")),
         ({"data__eval_fraction": 1.0}, ("eval_fraction=1.0",)),
         ({"train__num_steps": 0}, ("num_steps=0", "at least 1")),
+        ({"train__seed": 2**32}, ("seed=4294967296", "2**32")),
         ({"optimizer__b2": 1.0}, ("b2=1.0",)),
         ({"checkpoint__keep": 0}, ("keep=0", "at least 1")),
     ],
