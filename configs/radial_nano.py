@@ -28,7 +28,7 @@ def get_config() -> ConfigDict:
     config.router.exit_bias_init = -2.0
     config.router.exit_bias_rate = 0.2
 
-    config.train.num_steps = 800
-    config.eval.every_steps = 200
+    config.train.num_steps = 600
+    config.eval.every_steps = 150
 
     return config
