@@ -1,5 +1,6 @@
 """Checkpoints by Orbax: named pytrees, one folder per step. Knows no model."""
 
+import textwrap
 from pathlib import Path
 
 import jax
@@ -47,7 +48,8 @@ class Checkpoints:
         try:
             trees = self._checkpointer.load_checkpointables(step, placed)
         except (FileNotFoundError, KeyError, TypeError, ValueError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            # Orbax may list all that it knows.
+            reason = textwrap.shorten(str(error) or type(error).__name__, 200)
             raise ConfigError(f"{self._folder / str(step)}: can't be restored ({reason})") from error
         jax.tree.map_with_path(_check, abstract_trees, {name: trees[name] for name in abstract_trees})
         return trees

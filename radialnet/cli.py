@@ -1,5 +1,6 @@
 """What all commands share: flags, and errors of the user as one line and an exit code."""
 
+import re
 import sys
 from collections.abc import Callable
 
@@ -33,12 +34,24 @@ def read_config(flag: flags.FlagHolder) -> Config:
 def _parse(arguments: list[str]) -> list[str]:
     try:
         rest = flags.FLAGS(arguments)
-    except (ConfigError, flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        # ml_collections reports a field that doesn't exist as AttributeError or KeyError.
+    except (AttributeError, KeyError) as error:
+        # How ml_collections reports a field that does not exist; it names the last part only.
+        argument = next((argument for argument in arguments if _names(argument) & set(_QUOTED.findall(str(error)))), "")
+        hint = "configs/base.py has all fields; " + str(error.args[0])
+        _fail(ConfigError(f"{argument}: no such field ({hint})"), EXIT_BAD_INPUT)
+    except (flags.Error, TypeError, ValueError, OSError) as error:
         _fail(error, EXIT_BAD_INPUT)
     if rest[1:]:
         _fail(ConfigError(f"{rest[1]!r}: not a flag; all arguments are --name=value"), EXIT_BAD_INPUT)
     return rest
+
+
+_QUOTED = re.compile(r"'(\w+)")
+
+
+def _names(argument: str) -> set[str]:
+    """The parts of the name of a flag: {"--config", "model", "d_ff"}."""
+    return set(argument.split("=")[0].split("."))
 
 
 def _guarded(main: Callable[[], None]) -> None:
@@ -49,11 +62,15 @@ def _guarded(main: Callable[[], None]) -> None:
         main()
     except ConfigError as error:
         _fail(error, EXIT_BAD_INPUT)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        # A file or folder that may not be read or written, or is not what its place asks for.
+        _fail(ConfigError(f"{error.filename}: {error.strerror}"), EXIT_BAD_INPUT)
     except NonFiniteError as error:
         _fail(error, EXIT_NON_FINITE)
 
 
 def _fail(error: Exception, code: int) -> None:
-    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-    print("error:", " ".join(text.split()), file=sys.stderr)
+    print("error:", " ".join(str(error).split()), file=sys.stderr)
     sys.exit(code)

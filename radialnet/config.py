@@ -5,11 +5,14 @@ Defaults and the meaning of each field stand in `configs/base.py`. No jax in thi
 
 import dataclasses
 import json
+import math
 import typing
 from collections.abc import Mapping
 from pathlib import Path
 
 from ml_collections import ConfigDict
+
+from radialnet.files import write_whole
 
 VIEWS = ("all", "latest", "same_step", "first", "same_layer")
 TRAINED_FORMS = ("factored", "flat")
@@ -153,9 +156,7 @@ class Config:
 
     def save(self, path: Path) -> None:
         """Write as JSON, whole or not at all."""
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(self.to_dict(), indent=1) + "\n")
-        partial.replace(path)
+        write_whole(path, json.dumps(self.to_dict(), indent=1) + "\n")
 
     @classmethod
     def load(cls, path: Path) -> "Config":
@@ -164,8 +165,10 @@ class Config:
             fields = json.loads(path.read_text())
         except FileNotFoundError:
             raise ConfigError(f"{path}: no such file; a run folder holds the config.json that train.py wrote") from None
-        except json.JSONDecodeError as error:
+        except ValueError as error:
             raise ConfigError(f"{path}: not JSON ({error})") from None
+        if not isinstance(fields, dict):
+            raise ConfigError(f"{path}: a JSON object is needed")
         return cls.from_dict(fields)
 
 
@@ -189,6 +192,10 @@ def _build(cls: type, fields: Mapping | ConfigDict, where: str):
             value = float(value)
         if type(value) is not wanted:
             raise ConfigError(f"{field}={value!r}: {wanted.__name__} is needed, not {type(value).__name__}")
+        if wanted is int and abs(value) > 2**32:
+            raise ConfigError(f"{field}={value}: at most 2**32 is needed")
+        if wanted is float and not math.isfinite(value):
+            raise ConfigError(f"{field}={value}: a finite number is needed")
         values[name] = value
     return cls(**values)
 
@@ -313,6 +320,8 @@ def _validate_run(config: Config) -> None:
         f"config.data.vocab_size={data.vocab_size}: a byte-level BPE needs at least 258 "
         "(256 bytes, the document separator and one merge)",
     )
+    _require(data.vocab_size <= 2**20, f"config.data.vocab_size={data.vocab_size}: at most 2**20 is needed")
+    _require(bool(data.cache_dir), f"config.data.cache_dir={data.cache_dir!r}: a folder is needed")
     _require(0 < data.eval_fraction < 1, f"config.data.eval_fraction={data.eval_fraction}: between 0 and 1 is needed")
     _at_least("optimizer", optimizer, 0, "learning_rate", "warmup_steps", "final_fraction", "weight_decay")
     _require(0 < optimizer.b2 < 1, f"config.optimizer.b2={optimizer.b2}: between 0 and 1 is needed")

@@ -51,6 +51,8 @@ def load_corpus(cfg: DataConfig) -> Corpus:
     """
     readers = {"stdlib": _read_stdlib, "text": _read_folder, "jsonl": _read_jsonl}
     documents = [document for document in readers[cfg.source](cfg) if document.text]
+    if not documents:
+        raise ConfigError(f"config.data.path={cfg.path!r}: no text in it")
     held_out = [_is_held_out(document, cfg.eval_fraction) for document in documents]
     train = tuple(document for document, out in zip(documents, held_out, strict=True) if not out)
     evaluation = tuple(document for document, out in zip(documents, held_out, strict=True) if out)
@@ -109,21 +111,29 @@ def _text_documents(path: Path) -> Iterator[Document]:
 
 
 def _jsonl_documents(path: Path, text_key: str) -> Iterator[Document]:
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
             try:
                 text = json.loads(line)[text_key]
-            except (json.JSONDecodeError, KeyError, TypeError):
-                raise ConfigError(f"{path}, line {number}: a JSON object with {text_key!r} is needed") from None
-            if not isinstance(text, str):
-                raise ConfigError(f"{path}, line {number}: {text_key}={text!r}: a string is needed")
+                # A lone surrogate can be written in JSON, but not as UTF-8.
+                text.encode()
+            except (ValueError, KeyError, TypeError, AttributeError):
+                raise ConfigError(
+                    f"{path}, line {number}: a JSON object in UTF-8 with a text under {text_key!r} is needed"
+                ) from None
             yield Document(f"{path.name}:{number}", text)
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def _files(root: Path, skip: frozenset | set = frozenset()) -> list[Path]:
     """All files below a folder, sorted, hidden ones and the folders in `skip` left out."""
     found = []
-    for folder, subfolders, names in os.walk(root):
+    for folder, subfolders, names in os.walk(root, onerror=_raise):
         subfolders[:] = [name for name in subfolders if name not in skip and not name.startswith(".")]
         found += [Path(folder, name) for name in names if not name.startswith(".")]
     return sorted(found)

@@ -18,6 +18,7 @@ import numpy as np
 
 from radialnet.config import Config, ConfigError, DataConfig
 from radialnet.corpus import Document, load_corpus
+from radialnet.run_folder import RunFolder
 from radialnet.tokenizer import BYTE_VOCAB_SIZE, Tokenizer
 
 # Part of the name of what is cached: raise it when the layout of the rows changes.
@@ -31,9 +32,15 @@ class PackedRows:
     """Rows of S+1 tokens, memory-mapped: a random-access source for Grain."""
 
     def __init__(self, folder: Path):
-        self.tokens, self.documents, self.positions = (
-            np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("tokens", "documents", "positions")
-        )
+        """Open what `write_rows` wrote. Raises ConfigError when it is damaged."""
+        try:
+            self.tokens, self.documents, self.positions = (
+                np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("tokens", "documents", "positions")
+            )
+        except (OSError, ValueError, EOFError) as error:
+            raise ConfigError(
+                f"{folder}: damaged ({error}); delete the folder, and the rows are packed again"
+            ) from None
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -95,51 +102,48 @@ class Dataset:
     manifest: dict
 
 
-def prepare(config: Config, manifest_path: Path, tokenizer_path: Path) -> Dataset:
+def prepare(config: Config, folder: RunFolder) -> Dataset:
     """Read the corpus, train the tokenizer, pack the rows; what is already in `data.cache_dir` is used again.
 
-    A new run writes the manifest and the tokenizer to the two paths; for an old one they are what the corpus must be
-    equal to and what it is tokenised with.
+    A run that has begun (its folder holds a config) is given its own tokenizer, and the corpus must be the one of its
+    manifest. Nothing is written to the folder.
 
     Raises:
-        ConfigError: the corpus can't be read, or is not the one of the manifest.
+        ConfigError: the corpus can't be read or is not the one of the manifest; the cache can't be used.
     """
     cfg = config.data
     corpus = load_corpus(cfg)
     manifest = corpus.manifest()
-    if manifest_path.exists():
-        known = _known_sha256(manifest_path)
-        if known != manifest["sha256"]:
-            raise ConfigError(
-                f"config.data: the documents of {cfg.path or cfg.source!r} have SHA-256 {manifest['sha256'][:12]}, "
-                f"but {manifest_path} was written for {known[:12]}; held-out text could be text it was trained on"
-            )
-    cache = Path(cfg.cache_dir).expanduser()
-    cache.mkdir(parents=True, exist_ok=True)
-    if tokenizer_path.exists():
-        tokenizer = Tokenizer.load(tokenizer_path)
+    try:
+        cache = Path(cfg.cache_dir).expanduser()
+        cache.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError) as error:  # RuntimeError: no home folder.
+        raise ConfigError(f"config.data.cache_dir={cfg.cache_dir!r}: can't be made ({error})") from None
+    if folder.config.exists():
+        _check_manifest(folder.manifest, manifest["sha256"], cfg)
+        tokenizer = Tokenizer.load(folder.tokenizer)
     else:
         tokenizer = _tokenizer(cache, cfg, corpus.train)
-        tokenizer.save(tokenizer_path)
-    if not manifest_path.exists():
-        partial = manifest_path.with_suffix(".partial")
-        partial.write_text(json.dumps(manifest, indent=1) + "\n")
-        partial.replace(manifest_path)
     key = _key(LAYOUT, manifest["sha256"], tokenizer.fingerprint(), config.train.seq_len)
     rows = {}
     for split in ("train", "eval"):
-        folder = cache / f"rows-{key}-{split}"
-        if not folder.exists():
-            write_rows(folder, getattr(corpus, split), tokenizer, config.train.seq_len)
-        rows[split] = PackedRows(folder)
+        path = cache / f"rows-{key}-{split}"
+        if not path.exists():
+            write_rows(path, getattr(corpus, split), tokenizer, config.train.seq_len)
+        rows[split] = PackedRows(path)
     return Dataset(tokenizer=tokenizer, manifest=manifest, **rows)
 
 
-def _known_sha256(manifest_path: Path) -> str:
+def _check_manifest(path: Path, sha256: str, cfg: DataConfig) -> None:
     try:
-        return json.loads(manifest_path.read_text())["sha256"]
-    except (json.JSONDecodeError, KeyError, TypeError):
-        raise ConfigError(f"{manifest_path}: not a manifest of documents with a 'sha256'") from None
+        known = str(json.loads(path.read_text())["sha256"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ConfigError(f"{path}: not a manifest of documents with a 'sha256'") from None
+    if known != sha256:
+        raise ConfigError(
+            f"config.data: the documents of {cfg.path or cfg.source!r} have SHA-256 {sha256[:12]}, "
+            f"but {path} was written for {known[:12]}; held-out text could be text it was trained on"
+        )
 
 
 def _tokenizer(cache: Path, cfg: DataConfig, documents: tuple[Document, ...]) -> Tokenizer:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from absl import flags
 
 from radialnet import cli
@@ -23,8 +24,9 @@ from radialnet.corpus import read_held_out
 from radialnet.data import Batch, PackedRows, eval_batches, prepare, write_rows
 from radialnet.metrics import BatchSums, add, figures, flops_per_token
 from radialnet.router import Controllers
-from radialnet.run_folder import RunFolder, TrainedModel, load_trained
+from radialnet.run_folder import RunFolder
 from radialnet.train_step import eval_step
+from radialnet.trained import TrainedModel, load_trained
 
 EvalStep = Callable[..., BatchSums]
 
@@ -71,14 +73,14 @@ def evaluate_trained(trained: TrainedModel, rows: PackedRows, max_depth: int, ex
         **found,
         "tokens": int(sums.routing.num_tokens),
         "tokens_per_s": float(sums.routing.num_tokens) / seconds,
-        "flops_per_token": flops_per_token(config, trained.tokenizer.vocab_size, found["depth"]),
+        "flops_per_token": flops_per_token(config, trained.tokenizer.vocab_size, found["depth"], max_depth),
     }
 
 
 def _held_out_rows(trained: TrainedModel, workdir: Path, data: str | None, scratch: Path) -> PackedRows:
     folder = RunFolder(workdir)
     if not data:
-        return prepare(trained.config, folder.manifest, folder.tokenizer).eval
+        return prepare(trained.config, folder).eval
     if not Path(data).exists():
         raise ConfigError(f"--data={data}: no such file or folder")
     documents = read_held_out(Path(data), trained.config.data.text_key)
@@ -91,7 +93,7 @@ def _numbers(flag: str, values: list[str], kind: type, allowed: str) -> list:
         numbers = [kind(value) for value in values]
     except ValueError:
         numbers = []
-    if not numbers or (kind is int and min(numbers) < 1):
+    if not numbers or not np.isfinite(numbers).all() or (kind is int and min(numbers) < 1):
         raise ConfigError(f"--{flag}={','.join(values)}: {allowed} are needed")
     return numbers
 

@@ -19,8 +19,8 @@ from radialnet import cli
 from radialnet.config import Config, ConfigError
 from radialnet.data import PADDING
 from radialnet.router import Controllers, schedule
-from radialnet.run_folder import TrainedModel, load_trained
 from radialnet.train_step import forward
+from radialnet.trained import TrainedModel, load_trained
 
 
 @partial(jax.jit, static_argnames=("config", "graph"))
@@ -75,8 +75,14 @@ def generate(trained: TrainedModel, prompt: str, max_new_tokens: int, temperatur
 def main() -> None:
     if _MAX_NEW_TOKENS.value < 1:
         raise ConfigError(f"--max_new_tokens={_MAX_NEW_TOKENS.value}: at least 1 is needed")
-    if _TEMPERATURE.value < 0:
-        raise ConfigError(f"--temperature={_TEMPERATURE.value}: at least 0 is needed")
+    if not 0 <= _TEMPERATURE.value < np.inf:
+        raise ConfigError(f"--temperature={_TEMPERATURE.value}: a finite number of at least 0 is needed")
+    if not 0 <= _SEED.value < 2**32:
+        raise ConfigError(f"--seed={_SEED.value}: at least 0 and less than 2**32 is needed")
+    try:
+        _PROMPT.value.encode()
+    except UnicodeEncodeError:
+        raise ConfigError(f"--prompt={_PROMPT.value!a}: not UTF-8") from None
     trained = load_trained(Path(_WORKDIR.value))
     print(_PROMPT.value + generate(trained, _PROMPT.value, _MAX_NEW_TOKENS.value, _TEMPERATURE.value, _SEED.value))
 

@@ -160,8 +160,8 @@ def figures(sums: BatchSums) -> dict:
     }
 
 
-def flops_per_token(config: Config, vocab_size: int, depth: float) -> float:
-    """FLOPs of a forward pass per token at a mean executed depth: 2 per multiply-add of every matrix product.
+def flops_per_token(config: Config, vocab_size: int, depth: float, max_depth: int) -> float:
+    """FLOPs of a forward pass per token at a mean executed depth of `max_depth`: 2 per multiply-add.
 
     Attention is counted over the entries that a causal query sees on average: half of the row, and in the views
     `all` and `same_layer`, which look at the entries of all earlier steps, half of the steps too.
@@ -178,7 +178,7 @@ def flops_per_token(config: Config, vocab_size: int, depth: float) -> float:
     if config.router.is_trained:
         hidden = config.router.hidden or d_model
         # A token that leaves before the last step was routed once more than it executed.
-        decisions = min(depth + 1, model.max_depth)
+        decisions = min(depth + 1, max_depth)
         router = decisions * 2 * hidden * (d_model + model.pool_size + 1)
     return routed + unrouted + router + 2 * d_model * vocab_size
 

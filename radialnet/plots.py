@@ -46,10 +46,12 @@ def _draw_loss(plt, train, held_out):
     axes.plot(*_series(train, "bpb"), color="tab:blue", linewidth=1, alpha=0.8, label="training")
     axes.plot(*_series(held_out, "bpb"), color="tab:orange", marker="o", markersize=4, label="held out")
     steps, values = _series(held_out, "bpb")
-    axes.annotate(f"{values[-1]:.3f}", (steps[-1], values[-1]), textcoords="offset points", xytext=(-4, 8), ha="right")
-    # The first steps fall from log V and would leave the rest of the run to a corner.
-    top = np.quantile(_series(train, "bpb")[1], 0.95)
-    axes.set_ylim(0.95 * min(values + _series(train, "bpb")[1]), max(top, values[-1]) * 1.1)
+    trained = _series(train, "bpb")[1]
+    if values and trained:
+        last = (steps[-1], values[-1])
+        axes.annotate(f"{values[-1]:.3f}", last, textcoords="offset points", xytext=(-4, 8), ha="right")
+        # The first steps fall from log V and would leave the rest of the run to a corner.
+        axes.set_ylim(0.95 * min(values + trained), 1.1 * max(np.quantile(trained, 0.95), values[-1]))
     axes.set(xlabel="training step", ylabel="bits per byte", title="Loss")
     axes.legend(frameon=False)
     return figure

@@ -8,6 +8,7 @@ import numpy as np
 import tokenizers
 
 from radialnet.config import ConfigError
+from radialnet.files import write_whole
 
 # Stands before every document, so that it both ends the one before and starts the next.
 SEPARATOR = "<|document|>"
@@ -55,9 +56,7 @@ class Tokenizer:
 
     def save(self, path: Path) -> None:
         """Write as `tokenizer.json`, whole or not at all."""
-        partial = path.with_suffix(".partial")
-        partial.write_text(self._tokenizer.to_str())
-        partial.replace(path)
+        write_whole(path, self._tokenizer.to_str())
 
     def fingerprint(self) -> str:
         return hashlib.sha256(self._tokenizer.to_str().encode()).hexdigest()

@@ -21,13 +21,14 @@ from radialnet.model import init_params, upcycle
 from radialnet.optimizer import make_optimizer
 from radialnet.plots import plot_run
 from radialnet.progress import Clock, Progress
-from radialnet.run_folder import RunFolder, TrainedModel, load_trained
+from radialnet.run_folder import RunFolder
 from radialnet.tokenizer import Tokenizer
 from radialnet.train_step import TrainState, eval_step, init_state, train_step
+from radialnet.trained import TrainedModel, load_trained
 from radialnet.writers import MetricsWriter
 
 # What a run folder was made with and can't be changed on resume. The rest may change, and the change is printed.
-_FIXED_SECTIONS = ("model", "data")
+_FIXED_SECTIONS = ("model", "cache", "data")
 _FIXED_FIELDS = {
     ("router", "form"),
     ("router", "hidden"),
@@ -63,43 +64,49 @@ def train(config: Config, workdir: Path) -> None:
         ConfigError: the folder belongs to a run with another shape or other data, or the data can't be read.
         NonFiniteError: `train.max_skipped_steps` updates in a row were not finite.
     """
-    console = rich.console.Console(highlight=False, soft_wrap=True)
-    # The order in which a run is built and resumed:
+    console = rich.console.Console(highlight=False, markup=False, soft_wrap=True)
+    # The order in which a run is built and resumed; nothing is written before 4.
     # 1. The folder, and whether the config may go on with what is in it.
-    folder = _open_folder(config, workdir, console)
+    folder = RunFolder(workdir)
+    _check_folder(config, folder, console)
     # 2. The data. A resumed run reads the documents of its manifest, by its own tokenizer, or not at all.
-    dataset = prepare(config, folder.manifest, folder.tokenizer)
+    dataset = prepare(config, folder)
     # 3. Fresh parameters, optimizer and controllers; the model's structure. An up-cycled run reads its dense run here.
-    graph, state = _fresh_state(config, dataset.tokenizer)
+    graph, state = _fresh_state(config, dataset.tokenizer, is_new=not folder.has_checkpoint())
     # 4. All of them from the newest checkpoint.
+    workdir.mkdir(parents=True, exist_ok=True)
     with Checkpoints(folder.checkpoints, config.checkpoint.keep) as checkpoints:
         step = checkpoints.latest_step() or 0
         if step:
             state = _restore(checkpoints, step, state)
-        # 5. The config, now that it is known to work.
-        config.save(folder.config)
-        bytes_V = jnp.asarray(dataset.tokenizer.bytes_per_token)
-        run = Run(config, folder, dataset, graph, state, step, checkpoints, bytes_V, console)
-        if step >= config.train.num_steps:
+        if step < config.train.num_steps:
+            # 5. What the folder is told by, now that all of it is known to work; the config last, for it marks a run.
+            dataset.tokenizer.save(folder.tokenizer)
+            folder.write_manifest(dataset.manifest)
+            config.save(folder.config)
+            bytes_V = jnp.asarray(dataset.tokenizer.bytes_per_token)
+            run = Run(config, folder, dataset, graph, state, step, checkpoints, bytes_V, console)
+            _print_start(run)
+            # 6. The metrics of steps that will be done again go; 7. the data goes on from the step.
+            with MetricsWriter(folder, resumed_step=step) as writer:
+                _loop(run, writer)
+        else:
             console.print(f"{workdir}: done, {step} of {config.train.num_steps} steps")
-            return
-        _print_start(run)
-        # 6. The metrics of steps that will be done again go; 7. the data goes on from the step.
-        with MetricsWriter(folder, resumed_step=step) as writer:
-            _loop(run, writer)
-    # 8. What is made once, of the finished run.
-    paths = plot_run(folder.read_metrics(), folder.plots)
-    console.print("plots: " + ", ".join(str(path) for path in paths))
+    # 8. What is made of the finished run, also when a kill came between its last step and here.
+    if step < config.train.num_steps or not folder.plots.exists():
+        paths = plot_run(folder.read_metrics(), folder.plots)
+        console.print("plots: " + ", ".join(str(path) for path in paths))
 
 
-def _open_folder(config: Config, workdir: Path, console: rich.console.Console) -> RunFolder:
-    folder = RunFolder(workdir)
+def _check_folder(config: Config, folder: RunFolder, console: rich.console.Console) -> None:
+    """Whether the config may go on with the run in the folder, if there is one; prints the changes that are allowed."""
+    for path in (folder.root, folder.checkpoints):
+        if path.exists() and not path.is_dir():
+            raise ConfigError(f"--workdir={folder.root}: {path} is not a folder")
     if not folder.config.exists():
-        try:
-            workdir.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(f"--workdir={workdir}: can't be made ({error.strerror})") from None
-        return folder
+        if folder.has_checkpoint():
+            raise ConfigError(f"--workdir={folder.root}: has checkpoints but no config.json; take a new --workdir")
+        return
     before, now = Config.load(folder.config).to_dict(), config.to_dict()
     for section, fields in now.items():
         for field, value in fields.items():
@@ -108,15 +115,15 @@ def _open_folder(config: Config, workdir: Path, console: rich.console.Console) -
                 continue
             if section in _FIXED_SECTIONS or (section, field) in _FIXED_FIELDS:
                 raise ConfigError(
-                    f"{name}={value!r}, but the run in {workdir} was started with {old!r}; take a new --workdir"
+                    f"{name}={value!r}, but the run in {folder.root} was started with {old!r}; take a new --workdir"
                 )
             console.print(f"{name} is now {value!r}, was {old!r}")
-    return folder
 
 
-def _fresh_state(config: Config, tokenizer: Tokenizer) -> tuple[nnx.GraphDef, TrainState]:
+def _fresh_state(config: Config, tokenizer: Tokenizer, is_new: bool) -> tuple[nnx.GraphDef, TrainState]:
+    """The state before the first step. With a checkpoint its values don't matter, and no dense run is asked for."""
     graph, params = init_params(config, tokenizer.vocab_size)
-    if config.model.init == "upcycle":
+    if config.model.init == "upcycle" and is_new:
         params = _upcycled(config, params, tokenizer)
     return graph, init_state(config, params, make_optimizer(config))
 
@@ -214,7 +221,7 @@ def _loop(run: Run, writer: MetricsWriter) -> None:
     if config.log.sample_prompt and config.log.sample_tokens:
         text = config.log.sample_prompt + generate(run.trained(), config.log.sample_prompt, config.log.sample_tokens)
         writer.write_text("sample", text, run.step)
-        run.console.print("a sample, greedily:\n" + text, markup=False)
+        run.console.print("a sample, greedily:\n" + text)
 
 
 def _is_due(step: int, every: int) -> bool:
@@ -251,7 +258,7 @@ class _TrainLog:
         found = figures(sums)
         seconds = self.clock.seconds()
         self.clock.restart()
-        flops = 3 * flops_per_token(self._run.config, self._run.dataset.tokenizer.vocab_size, found["depth"])
+        flops = 3 * _flops(self._run, found)
         line = _line(step, "train", found, scalars, float(sums.routing.num_tokens), seconds, num_steps, flops)
         self._writer.write(line)
         self._progress.show(line)
@@ -265,8 +272,13 @@ def _eval_line(run: Run, eval_fn: EvalStep, scalars: dict) -> dict:
     found = figures(sums)
     num_tokens = float(sums.routing.num_tokens)
     num_batches = num_tokens / (config.train.batch_size * config.train.seq_len)
-    flops = flops_per_token(config, run.dataset.tokenizer.vocab_size, found["depth"])
+    flops = _flops(run, found)
     return _line(run.step, "eval", found, scalars, num_tokens, seconds, num_batches, flops)
+
+
+def _flops(run: Run, found: dict) -> float:
+    config = run.config
+    return flops_per_token(config, run.dataset.tokenizer.vocab_size, found["depth"], config.model.max_depth)
 
 
 def _line(

@@ -83,10 +83,13 @@ def test_train_leaves_a_whole_run_folder(trained):
 
 def test_the_same_command_again_says_that_it_is_done(trained, text):
     workdir, _ = trained
-    before = (workdir / "metrics.jsonl").read_bytes()
+    files = [workdir / "metrics.jsonl", workdir / "config.json"]
+    before = [path.read_bytes() for path in files]
     stdout, _ = train(workdir, *text)
     assert "done, 10 of 10 steps" in stdout
-    assert (workdir / "metrics.jsonl").read_bytes() == before
+    # Nor does the config become one that nothing was trained with.
+    train(workdir, *text, "--config.router.estimator=score")
+    assert [path.read_bytes() for path in files] == before
 
 
 @pytest.mark.slow
@@ -162,6 +165,11 @@ def test_upcycling_from_a_dense_run(tmp_path, text):
     train(tmp_path / "grown", *text, *overrides, *rate, "--config.router.prior_weight=1000.0")
     grown, original = lines_of(tmp_path / "grown")[-1], lines_of(dense)[-1]
     assert grown["ce"] == pytest.approx(original["ce"], rel=1e-4)
+    dense.rename(tmp_path / "gone")
+    stdout, _ = train(
+        tmp_path / "grown", *text, *overrides, "--config.train.num_steps=2", "--config.router.prior_weight=1000.0"
+    )
+    assert "step 1 of 2" in stdout, "the dense run is needed at the start only"
     overrides[1] = f"--config.model.upcycle_from={tmp_path / 'grown'}"
     _, stderr = train(tmp_path / "again", *text, *overrides, code=2)
     assert "'factored' run of 6 layers" in stderr and "max_depth=3" in stderr
@@ -170,7 +178,9 @@ def test_upcycling_from_a_dense_run(tmp_path, text):
 @pytest.mark.parametrize(
     "flag, named",
     [
-        ("--config.model.max_dept=3", ["max_dept"]),
+        ("--config.model.max_dept=3", ["--config.model.max_dept=3", "max_depth"]),
+        ("--config.model.nope=3", ["--config.model.nope=3", "configs/base.py"]),
+        ("--config.modle.d_ff=3", ["--config.modle.d_ff=3", "model"]),
         ("--config.model.max_depth=three", ["max_depth", "three"]),
         ("--config.model.num_heads=5", ["config.model.num_heads=5", "config.model.d_model=32"]),
         ("--config.router.form=sequential", ["config.model.pool_size=6", "config.model.max_depth=3"]),
@@ -185,13 +195,23 @@ def test_bad_configuration_ends_with_one_line_and_exit_code_2(tmp_path, flag, na
     assert stderr.count("\n") == 1 and stderr.startswith("error: ")
     for part in named:
         assert part in stderr
-    assert not (tmp_path / "run" / "config.json").exists()
+    assert not (tmp_path / "run").exists()
 
 
 def test_config_is_required_and_must_exist(tmp_path):
     for arguments in ([], [f"--config={tmp_path}/none.py"]):
         _, stderr = run("train.py", *arguments, code=2)
         assert stderr.startswith("error: ") and "config" in stderr
+
+
+def test_folders_that_no_run_can_be_in(tmp_path, text):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "lost" / "checkpoints" / "5").mkdir(parents=True)
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "checkpoints").write_text("")
+    for name in ("file", "lost", "odd"):
+        _, stderr = train(tmp_path / name, *text, code=2)
+        assert stderr.count("\n") == 1 and str(tmp_path / name) in stderr
 
 
 def test_non_finite_loss_ends_with_exit_code_3(tmp_path, text):

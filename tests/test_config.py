@@ -27,6 +27,7 @@ CONFIGS = sorted(path.stem for path in Path("configs").glob("*.py") if path.stem
         ({"router__noise": 1.0}, ("noise=1.0", "noise_steps=0")),
         ({"router__depth_target": 3.5}, ("depth_target=3.5", "max_depth=3")),
         ({"router__depth_target": float("nan")}, ("depth_target=nan",)),
+        ({"router__prior_weight": float("inf")}, ("prior_weight=inf", "finite")),
         ({"router__load_coef": -1.0}, ("load_coef=-1.0", "at least 0")),
         ({"model__init": "clones", "model__pool_size": 2}, ("init='clones'", "pool_size=2", "max_depth=3")),
         ({"model__init": "upcycle"}, ("init='upcycle'", "upcycle_from=''")),
@@ -76,9 +77,10 @@ def test_saved_config_is_the_same(tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())["model"]["d_ff"] == 28
     with pytest.raises(ConfigError, match="nothing.json"):
         Config.load(tmp_path / "nothing.json")
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ConfigError, match="not JSON"):
-        Config.load(tmp_path / "config.json")
+    for content in (b"{", b"\xff"):
+        (tmp_path / "config.json").write_bytes(content)
+        with pytest.raises(ConfigError, match="not JSON"):
+            Config.load(tmp_path / "config.json")
 
 
 @pytest.mark.parametrize("name", CONFIGS)

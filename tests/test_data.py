@@ -7,6 +7,7 @@ import pytest
 from radialnet.config import ConfigError
 from radialnet.corpus import Document, load_corpus, read_held_out
 from radialnet.data import PADDING, PackedRows, eval_batches, pack, prefetch, prepare, train_batches, write_rows
+from radialnet.run_folder import RunFolder
 from radialnet.tokenizer import BYTE_VOCAB_SIZE, SEPARATOR, Tokenizer
 from tests.tiny import make_config
 
@@ -161,7 +162,7 @@ def test_splits_share_no_text_and_the_manifest_names_all(folder, tmp_path):
 
 def test_no_token_of_the_held_out_split_reaches_training(folder, tmp_path):
     config = config_of("text", folder, tmp_path / "cache")
-    dataset = prepare(config, tmp_path / "manifest.json", tmp_path / "tokenizer.json")
+    dataset = prepare(config, RunFolder(tmp_path))
     corpus = load_corpus(config.data)
 
     def text_of(rows):
@@ -176,31 +177,66 @@ def test_no_token_of_the_held_out_split_reaches_training(folder, tmp_path):
 
 def test_prepared_data_is_used_again(folder, tmp_path):
     config = config_of("text", folder, tmp_path / "cache")
-    first = prepare(config, tmp_path / "manifest.json", tmp_path / "tokenizer.json")
+    first = prepare(config, RunFolder(tmp_path))
     files = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.npy")}
-    second = prepare(config, tmp_path / "manifest.json", tmp_path / "tokenizer.json")
+    second = prepare(config, RunFolder(tmp_path))
     assert files == {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.npy")}
     np.testing.assert_array_equal(first.train.tokens, second.train.tokens)
     assert isinstance(first.train.tokens, np.memmap)
 
 
-def test_a_changed_corpus_is_refused_by_an_old_run(folder, tmp_path):
-    config = config_of("text", folder, tmp_path / "cache")
-    prepare(config, tmp_path / "manifest.json", tmp_path / "tokenizer.json")
+@pytest.fixture
+def begun(folder, tmp_path):
+    """A run folder as the trainer leaves it, and its config."""
+    config, run = config_of("text", folder, tmp_path / "cache"), RunFolder(tmp_path / "run")
+    run.root.mkdir()
+    dataset = prepare(config, run)
+    assert list(run.root.iterdir()) == [], "preparing writes nothing to the run folder"
+    dataset.tokenizer.save(run.tokenizer)
+    run.write_manifest(dataset.manifest)
+    config.save(run.config)
+    return run, config
+
+
+def test_a_changed_corpus_is_refused_by_an_old_run(begun, folder):
+    run, config = begun
+    prepare(config, run)
     (folder / "00.txt").write_text("something else")
     with pytest.raises(ConfigError, match="manifest.json"):
-        prepare(config, tmp_path / "manifest.json", tmp_path / "tokenizer.json")
+        prepare(config, run)
 
 
-def test_damaged_files_of_a_run_are_named(folder, tmp_path):
-    config, paths = config_of("text", folder, tmp_path / "cache"), [tmp_path / "manifest.json", tmp_path / "tok.json"]
-    prepare(config, *paths)
-    for path in paths:
-        whole = path.read_text()
-        path.write_text("{")
+def test_an_old_run_keeps_its_tokenizer(begun):
+    run, config = begun
+    Tokenizer.train(["something else"], 300).save(run.tokenizer)
+    assert prepare(config, run).tokenizer.fingerprint() == Tokenizer.load(run.tokenizer).fingerprint()
+    run.config.unlink()
+    assert prepare(config, run).tokenizer.vocab_size == BYTE_VOCAB_SIZE, "left over by a run that never began"
+
+
+@pytest.mark.parametrize("content", [b"{", b"\xff", b"5", b'{"sha256": 5}'])
+def test_damaged_files_of_a_run_are_named(begun, content):
+    run, config = begun
+    for path in (run.manifest, run.tokenizer):
+        whole = path.read_bytes()
+        path.write_bytes(content)
         with pytest.raises(ConfigError, match=path.name):
-            prepare(config, *paths)
-        path.write_text(whole)
+            prepare(config, run)
+        path.write_bytes(whole)
+
+
+def test_damaged_rows_are_named(begun, tmp_path):
+    run, config = begun
+    path = next((tmp_path / "cache").rglob("tokens.npy"))
+    path.write_bytes(path.read_bytes()[:20])
+    with pytest.raises(ConfigError, match=path.parent.name):
+        prepare(config, run)
+
+
+def test_a_cache_that_is_no_folder(folder, tmp_path):
+    (tmp_path / "cache").write_text("")
+    with pytest.raises(ConfigError, match="config.data.cache_dir"):
+        prepare(config_of("text", folder, tmp_path / "cache"), RunFolder(tmp_path / "run"))
 
 
 def test_jsonl(tmp_path):
@@ -209,15 +245,25 @@ def test_jsonl(tmp_path):
     corpus = load_corpus(config_of("jsonl", path, tmp_path, data__text_key="body").data)
     assert {document.text for document in corpus.train + corpus.eval} == {f"text {index}" for index in range(30)}
     assert len(read_held_out(path, "body")) == 30
-    path.write_text(path.read_text() + '{"other": 1}\n')
-    with pytest.raises(ConfigError, match="line 31.*'body'"):
-        load_corpus(config_of("jsonl", path, tmp_path, data__text_key="body").data)
+    good = path.read_bytes() + b"\n"
+    path.write_bytes(good)
+    assert len(read_held_out(path, "body")) == 30, "an empty line is no document"
+    for bad in (b'{"other": 1}', b'{"body": 5}', b'{"body": "\xff"}', b'{"body": "\\ud800"}', b"[]", b"{"):
+        path.write_bytes(good + bad + b"\n")
+        with pytest.raises(ConfigError, match="line 32.*'body'"):
+            load_corpus(config_of("jsonl", path, tmp_path, data__text_key="body").data)
 
 
 @pytest.mark.parametrize("source", ["text", "jsonl"])
 def test_a_path_that_does_not_exist(source, tmp_path):
     with pytest.raises(ConfigError, match="nowhere"):
         load_corpus(config_of(source, tmp_path / "nowhere", tmp_path).data)
+
+
+def test_a_folder_without_text(tmp_path):
+    (tmp_path / "empty.txt").write_text("")
+    with pytest.raises(ConfigError, match="config.data.path=.*no text"):
+        load_corpus(config_of("text", tmp_path, tmp_path).data)
 
 
 def test_a_split_without_documents(tmp_path):

@@ -94,11 +94,11 @@ def test_flop_model_against_a_plain_program():
     half = (seq + 1) // 2
     steps = [count_flops(lambda t=t: layer_and_router(t * half)) for t in (1, 2)]
     head = count_flops(lambda: h @ jnp.ones((d_model, VOCAB)))
-    assert flops_per_token(config, VOCAB, depth=2.0) == pytest.approx((sum(steps) + head) / seq)
+    assert flops_per_token(config, VOCAB, depth=2.0, max_depth=2) == pytest.approx((sum(steps) + head) / seq)
 
 
 def test_flops_follow_the_depth():
     config = make_config()
-    at = [flops_per_token(config, VOCAB, depth) for depth in (1.0, 2.0)]
+    at = [flops_per_token(config, VOCAB, depth, max_depth=3) for depth in (1.0, 2.0)]
     layer = 2 * (24 * (24 + 16) + 24 * 24 + 3 * 24 * 20) + 4 * 24 * 14 / 2 + 2 * 24 * (24 + 6)
     assert at[1] - at[0] == pytest.approx(layer)

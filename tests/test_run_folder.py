@@ -17,8 +17,9 @@ def test_lines_of_later_steps_and_a_cut_one_are_dropped(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
-def test_a_damaged_line_is_named(tmp_path):
+@pytest.mark.parametrize("damaged", [b'{"step": ', b"[1]", b'{"split": "train"}', b"\xff"])
+def test_a_damaged_line_is_named(tmp_path, damaged):
     folder = RunFolder(tmp_path)
-    folder.metrics.write_text('{"step": 1}\n{"step": \n{"step": 3}\n')
-    with pytest.raises(ConfigError, match=r"metrics\.jsonl, line 2: not JSON"):
+    folder.metrics.write_bytes(b'{"step": 1}\n' + damaged + b'\n{"step": 3}\n')
+    with pytest.raises(ConfigError, match=r"metrics\.jsonl, line 2: not a JSON object"):
         folder.read_metrics()

@@ -4,9 +4,9 @@ import ast
 from pathlib import Path
 
 ORDER = [
-    "config", "tokenizer", "corpus", "grouped", "cache", "layers", "router", "metrics", "pool", "model", "losses",
-    "optimizer", "data", "train_step", "checkpoint", "run_folder", "writers", "progress", "cli", "evaluate", "generate",
-    "plots", "trainer",
+    "files", "config", "tokenizer", "corpus", "grouped", "cache", "layers", "router", "metrics", "pool", "model",
+    "losses", "optimizer", "train_step", "checkpoint", "run_folder", "data", "trained", "writers", "progress", "cli",
+    "evaluate", "generate", "plots", "trainer",
 ]  # fmt: skip
 PACKAGE = Path("radialnet")
 

@@ -1,0 +1,58 @@
+"""The trained model of a run, restored from its folder: what evaluation and generation work with."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+from flax import nnx
+
+from radialnet.checkpoint import Checkpoints
+from radialnet.config import Config, ConfigError
+from radialnet.model import init_params
+from radialnet.router import Controllers
+from radialnet.run_folder import RunFolder
+from radialnet.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainedModel:
+    config: Config
+    graph: nnx.GraphDef
+    params: dict
+    controllers: Controllers
+    tokenizer: Tokenizer
+    step: int
+
+
+def load_trained(workdir: Path) -> TrainedModel:
+    """Restore the newest checkpoint of a run by the run's own config and tokenizer.
+
+    Raises:
+        ConfigError: the folder is not a run folder, or holds no checkpoint.
+    """
+    folder = RunFolder(workdir)
+    config = Config.load(folder.config)
+    tokenizer = Tokenizer.load(folder.tokenizer)
+    graph, params = abstract_params(config, tokenizer.vocab_size)
+    controllers = jax.eval_shape(lambda: Controllers.init(config.router, config.model.pool_size))
+    if not folder.checkpoints.is_dir():
+        raise ConfigError(f"{folder.checkpoints}: no checkpoint in this run folder yet")
+    with Checkpoints(folder.checkpoints) as checkpoints:
+        step = checkpoints.latest_step()
+        if step is None:
+            raise ConfigError(f"{folder.checkpoints}: no checkpoint in this run folder yet")
+        trees = checkpoints.restore(step, {"params": params, "controllers": controllers})
+    return TrainedModel(config, graph, trees["params"], trees["controllers"], tokenizer, step)
+
+
+def abstract_params(config: Config, vocab_size: int) -> tuple[nnx.GraphDef, dict]:
+    """`init_params` without the arrays: shapes and dtypes only."""
+    graph = None
+
+    def build() -> dict:
+        nonlocal graph
+        graph, params = init_params(config, vocab_size)
+        return params
+
+    params = jax.eval_shape(build)
+    return graph, params
