@@ -71,7 +71,7 @@ def get_config() -> ConfigDict:
     train.batch_size = 16  # B: rows a step.
     train.seq_len = 128  # S: tokens a row.
     train.seed = 0  # Of initialisation, data order and selection noise.
-    train.max_skipped_steps = 10  # Non-finite updates in a row after which the run ends with exit code 3.
+    train.max_skipped_steps = 10  # Non-finite updates in a row that end the run with exit code 3 at the next log line.
 
     config.eval = evaluation = ConfigDict()
     evaluation.every_steps = 250  # Held-out evaluation; the end of the run is always evaluated. 0 = only then.

@@ -147,11 +147,13 @@ def figures(sums: BatchSums) -> dict:
     routing, num_tokens = sums.routing, max(sums.routing.num_tokens, 1)
     load_L = np.asarray(routing.load_L())
     entropy = -(load_L[load_L > 0] * np.log(load_L[load_L > 0])).sum()
-    losses = {name: float(total / max(sums.num_targets, 1)) for name, total in sums.losses.items()}
+    # Of no target, as where every step was skipped, there is no loss.
+    num_targets = sums.num_targets or np.nan
+    losses = {name: float(total / num_targets) for name, total in sums.losses.items()}
     return {
         **losses,
-        "bpb": float(sums.losses["ce"] / np.log(2) / max(sums.num_bytes, 1)),
-        "depth": float(routing.mean_depth()),
+        "bpb": float(sums.losses["ce"] / np.log(2) / (sums.num_bytes or np.nan)),
+        "depth": float(routing.mean_depth()) if routing.num_tokens else np.nan,
         "depth_hist": (routing.tokens_by_depth / num_tokens).tolist(),
         "load": load_L.tolist(),
         "load_entropy": float(entropy / np.log(len(load_L))) if len(load_L) > 1 else 1.0,

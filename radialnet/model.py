@@ -33,7 +33,9 @@ class RadialTransformer(nnx.Module):
 
     def __init__(self, config: Config, vocab_size: int, rngs: nnx.Rngs):
         model = config.model
-        self.cfg, self.estimator, self.view = model, config.router.estimator, config.cache.view
+        self.cfg, self.view = model, config.cache.view
+        # A fixed route has no probabilities to learn: nothing is gained by running all layers.
+        self.estimator = config.router.estimator if config.router.is_trained else "straight_through"
         self.vocab_size = vocab_size
         # Keeps the variance of the residual stream about constant in depth (GPT-2's rule): two branches a layer.
         num_executed = model.prelude_layers + model.max_depth + model.coda_layers

@@ -12,7 +12,7 @@ def plot_run(lines: list[dict], folder: Path) -> list[Path]:
     """Draw loss, depth and layer use into `folder` and return the files.
 
     Args:
-        lines: of metrics.jsonl, at least one of each split.
+        lines: of metrics.jsonl. Without a figure in either split nothing is drawn.
     """
     # Here, for it takes a second to import. Agg: no display is needed.
     import matplotlib
@@ -24,8 +24,12 @@ def plot_run(lines: list[dict], folder: Path) -> list[Path]:
         {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25, "font.size": 10}
     )
     folder.mkdir(parents=True, exist_ok=True)
+    # Lines of skipped steps have no figures.
+    lines = [line for line in lines if line["bpb"] is not None]
     train = [line for line in lines if line["split"] == "train"]
     held_out = [line for line in lines if line["split"] == "eval"]
+    if not train or not held_out:
+        return []
     drawn = []
     for name, draw in (("loss", _draw_loss), ("depth", _draw_depth), ("layers", _draw_layers)):
         figure = draw(plt, train, held_out)
@@ -37,8 +41,7 @@ def plot_run(lines: list[dict], folder: Path) -> list[Path]:
 
 
 def _series(lines: list[dict], key: str) -> tuple[list, list]:
-    kept = [line for line in lines if line.get(key) is not None]
-    return [line["step"] for line in kept], [line[key] for line in kept]
+    return [line["step"] for line in lines], [line[key] for line in lines]
 
 
 def _draw_loss(plt, train, held_out):
@@ -47,11 +50,10 @@ def _draw_loss(plt, train, held_out):
     axes.plot(*_series(held_out, "bpb"), color="tab:orange", marker="o", markersize=4, label="held out")
     steps, values = _series(held_out, "bpb")
     trained = _series(train, "bpb")[1]
-    if values and trained:
-        last = (steps[-1], values[-1])
-        axes.annotate(f"{values[-1]:.3f}", last, textcoords="offset points", xytext=(-4, 8), ha="right")
-        # The first steps fall from log V and would leave the rest of the run to a corner.
-        axes.set_ylim(0.95 * min(values + trained), 1.1 * max(np.quantile(trained, 0.95), values[-1]))
+    last = (steps[-1], values[-1])
+    axes.annotate(f"{values[-1]:.3f}", last, textcoords="offset points", xytext=(-4, 8), ha="right")
+    # The first steps fall from log V and would leave the rest of the run to a corner.
+    axes.set_ylim(0.95 * min(values + trained), 1.1 * max(np.quantile(trained, 0.95), values[-1]))
     axes.set(xlabel="training step", ylabel="bits per byte", title="Loss")
     axes.legend(frameon=False)
     return figure

@@ -12,6 +12,8 @@ the largest of the L+1 nodes, `factored` decides to leave (p_exit > 1/2) before 
 Everything here is fp32.
 """
 
+from functools import partial
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -122,7 +124,9 @@ class Router(nnx.Module):
             return self._fixed_route(token_BS, active_BS, depth_step, rng)
         trained_step = min(depth_step, self.max_depth - 1)
         x_BSD = rms_norm(h_BSD.astype(jnp.float32), self.norm[...]) + self.step_embedding[...][trained_step]
-        logits_BSN = jax.nn.gelu(x_BSD @ self.hidden[...]) @ self.out[...] + self.out_bias[...]
+        # In fp32 on accelerators too, where the default is less.
+        matmul = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+        logits_BSN = matmul(jax.nn.gelu(matmul(x_BSD, self.hidden[...])), self.out[...]) + self.out_bias[...]
         layer_logits_BSL, exit_logit_BS = logits_BSN[..., :-1], logits_BSN[..., -1]
 
         prior_L = at.prior_weight * prior_logits(self.cfg.prior, self.num_layers, self.max_depth, trained_step)
@@ -203,7 +207,8 @@ def choice_gate(log_p: jax.Array, estimator: str) -> jax.Array:
 def update_exit_bias(
     controllers: Controllers, cfg: RouterConfig, at: Schedule, depth: jax.Array, exit_logit_std: jax.Array
 ) -> Controllers:
-    """One step of the exit-bias controller: b += u · std(e) · clip(depth - d*, ±1), std running. Off in the warm-up.
+    """One step of the exit-bias controller: b += u · std(e) · clip(depth - d*, ±1), std running. Off in the warm-up:
+    without an exit decision there is no e to take the std of.
 
     The gain follows std(e) because a fixed one swings between the extremes while e hardly varies over tokens.
     """
@@ -211,11 +216,12 @@ def update_exit_bias(
     step = cfg.exit_bias_rate * std * jnp.clip(depth - at.depth_target, -1, 1)
     return controllers.replace(
         exit_bias=controllers.exit_bias + jnp.where(at.may_exit, step, 0),
-        exit_logit_std=std,
+        exit_logit_std=jnp.where(at.may_exit, std, controllers.exit_logit_std),
     )
 
 
 def update_load_bias(controllers: Controllers, cfg: RouterConfig, load_L: jax.Array) -> Controllers:
     """One step of auxiliary-loss-free balancing (arXiv 2408.15664); `load_L` is each layer's share of executions."""
-    step_L = cfg.load_bias_rate * jnp.sign(1 / load_L.shape[0] - load_L)
-    return controllers.replace(load_bias=controllers.load_bias + step_L)
+    load_bias_L = controllers.load_bias + cfg.load_bias_rate * jnp.sign(1 / load_L.shape[0] - load_L)
+    # What all layers share chooses none of them, but in the flat form it would count against the exit.
+    return controllers.replace(load_bias=load_bias_L - load_bias_L.mean())

@@ -209,14 +209,18 @@ def _loop(run: Run, writer: MetricsWriter) -> None:
             # While the device works on the step, the next batch is fetched and the figures of the step before are read.
             batch = None if is_last else next(batches)
             log.add(sums, scalars, is_last)
-            if is_last or _is_due(run.step, config.eval.every_steps):
+            must_evaluate = is_last or _is_due(run.step, config.eval.every_steps)
+            must_save = is_last or _is_due(run.step, config.checkpoint.every_steps)
+            if must_evaluate or must_save:
+                # Steps still under way are time of training, and a line must not be younger than its checkpoint.
+                jax.block_until_ready(run.state)
                 log.flush()
-                with log.clock.paused():
+            with log.clock.paused():
+                if must_evaluate:
                     line = _eval_line(run, eval_fn, scalars)
                     writer.write(line)
                     progress.show(line)
-            if is_last or _is_due(run.step, config.checkpoint.every_steps):
-                with log.clock.paused():
+                if must_save:
                     run.checkpoints.save(run.step, _trees(run.state))
     if config.log.sample_prompt and config.log.sample_tokens:
         text = config.log.sample_prompt + generate(run.trained(), config.log.sample_prompt, config.log.sample_tokens)
@@ -296,7 +300,7 @@ def _line(
         "tokens_per_s": tokens_per_s,
         "step_ms": 1000 * seconds / num_steps,
         "flops_per_token": flops,
-        "mfu": None if peak is None else flops * tokens_per_s / (peak * jax.device_count()),
+        "mfu": None if peak is None else flops * tokens_per_s / peak,
     }
 
 
