@@ -2,7 +2,7 @@
 
 What: 64 layers of width 2048 in the pool, at most 24 per token and 20 on average; bf16 products. 3.0B parameters in
 the pool, 0.9B of them used by a token. Give it your own text by --config.data.source=jsonl --config.data.path=FILE.
-Cost: 50 GB for parameters and optimizer, before activations: more than one accelerator holds.
+Cost: 40 GB for parameters and optimizer, before activations. A run uses one device as yet, so it does not fit anywhere.
 Expected: not measured.
 Command: python train.py --config=configs/radial_base.py --workdir=runs/radial_base
 """

@@ -26,7 +26,11 @@ def load_loss(sums: RoutingSums) -> jax.Array:
 
 
 def depth_loss(sums: RoutingSums, kind: str, target: jax.Array) -> jax.Array:
-    """`price`: the mean expected depth; `target`: its squared distance from the target."""
+    """`price`: the mean expected depth; `target`: its squared distance from the target.
+
+    The expected depth of a token is the sum of its survival probabilities over the steps that it came to. What it would
+    have done after its hard exit is not known, for nothing is computed for it there: that part is left out.
+    """
     expected = sums.expected_depth / jnp.maximum(sums.num_tokens, 1)
     return expected if kind == "price" else (expected - target) ** 2
 

@@ -142,7 +142,10 @@ def eval_step(
     graph: nnx.GraphDef,
     max_depth: int | None = None,
 ) -> BatchSums:
-    """The sums of a held-out batch, routed without noise, with the controllers frozen, as of training step `step`."""
+    """The sums of a held-out batch, routed without noise, with the controllers frozen, as of training step `step`.
+
+    `random` routes are the same in every batch, so that an evaluation gives the same figures every time.
+    """
     at = schedule(config.router, config.model.max_depth, step).replace(noise=jnp.float32(0))
     output = forward(graph, params, batch, controllers, at, jax.random.key(0), max_depth)
     return _sums(config, batch, output, at, bytes_V)[1]

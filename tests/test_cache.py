@@ -19,12 +19,12 @@ def history(seed):
     return document, executes & (document >= 0), layer, keys
 
 
-def brute_force(view, document, executes, layer, t, b, i):
+def brute_force(view, document, executes, layer, t, b, i, seq=S):
     """(step, token) of the entries that the query of token i of row b sees at step t, by the rule of the paper."""
     entries = [
         (s, j)
         for s in range(t + 1)
-        for j in range(S)
+        for j in range(seq)
         if j <= i and executes[s, b, j] and document[b, j] == document[b, i] and document[b, j] >= 0
     ]
     if view == "latest":

@@ -185,6 +185,7 @@ def test_exit_bias_controller_follows_its_formula():
         np.testing.assert_allclose(after.exit_logit_std, std, rtol=1e-5)
     held = update_exit_bias(before, cfg, at.replace(may_exit=jnp.bool_(False)), jnp.float32(9), jnp.float32(1))
     assert held.exit_bias == -1, "no exits yet: nothing to control"
+    assert held.exit_logit_std == 3, "nor to take the std of; it used to decay to 0 in the warm-up"
 
 
 def test_load_bias_controller_raises_the_layers_that_are_used_too_little():

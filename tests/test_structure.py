@@ -8,7 +8,8 @@ ORDER = [
     "losses", "optimizer", "train_step", "checkpoint", "run_folder", "data", "trained", "writers", "progress", "cli",
     "evaluate", "generate", "plots", "trainer",
 ]  # fmt: skip
-PACKAGE = Path("radialnet")
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "radialnet"
 
 
 def imports_of(path: Path) -> set[str]:
@@ -35,7 +36,7 @@ def test_imports_go_one_way():
 
 def test_config_needs_no_jax():
     assert "jax" not in (PACKAGE / "config.py").read_text().split("import", 1)[1].split("class")[0]
-    for path in Path("configs").glob("*.py"):
+    for path in (ROOT / "configs").glob("*.py"):
         roots = {
             (node.module if isinstance(node, ast.ImportFrom) else node.names[0].name).split(".")[0]
             for node in ast.walk(ast.parse(path.read_text()))
