@@ -37,8 +37,9 @@ def _parse(arguments: list[str]) -> list[str]:
     except (AttributeError, KeyError) as error:
         # How ml_collections reports a field that does not exist; it names the last part only.
         argument = next((argument for argument in arguments if _names(argument) & set(_QUOTED.findall(str(error)))), "")
-        hint = "configs/base.py has all fields; " + str(error.args[0])
-        _fail(ConfigError(f"{argument}: no such field ({hint})"), EXIT_BAD_INPUT)
+        meant = re.search(r'Did you mean "(\w+)"', str(error))
+        hint = f"; did you mean {meant[1]!r}?" if meant else ""
+        _fail(ConfigError(f"{argument}: no such field{hint}; configs/base.py has all fields"), EXIT_BAD_INPUT)
     except (flags.Error, TypeError, ValueError, OSError) as error:
         _fail(error, EXIT_BAD_INPUT)
     if rest[1:]:
