@@ -38,7 +38,7 @@ def _parse(arguments: list[str]) -> list[str]:
         # How ml_collections reports a field that does not exist; it names the last part only.
         argument = next((argument for argument in arguments if _names(argument) & set(_QUOTED.findall(str(error)))), "")
         meant = re.search(r'Did you mean "(\w+)"', str(error))
-        hint = f"; did you mean {meant[1]!r}?" if meant else ""
+        hint = f" (did you mean {meant[1]!r}?)" if meant else ""
         _fail(ConfigError(f"{argument}: no such field{hint}; configs/base.py has all fields"), EXIT_BAD_INPUT)
     except (flags.Error, TypeError, ValueError, OSError) as error:
         _fail(error, EXIT_BAD_INPUT)
