@@ -1,4 +1,4 @@
-"""Rows grouped by layer: plan, scatter, grouped matmul, gather. Cost follows the rows that execute.
+"""Rows grouped by layer: plan, scatter, grouped matmul, gather. The products cost what the executing rows do.
 
 Each row (a token at one depth step) goes through the weights of one layer. The rows are sorted by layer and every
 layer's group is padded to whole blocks, so that a block meets the weights of one layer only:
