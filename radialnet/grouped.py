@@ -1,20 +1,24 @@
-"""Rows grouped by layer: plan, scatter, grouped matmul, gather. The products cost what the executing rows do.
+"""Rows grouped by layer: plan, scatter, a function of each block with its layer's weights, gather.
 
 Each row (a token at one depth step) goes through the weights of one layer. The rows are sorted by layer and every
 layer's group is padded to whole blocks, so that a block meets the weights of one layer only:
 
     groups = plan(layer_N, num_layers, block_size(N, num_layers))
     x_MPD  = scatter(x_ND, groups)              M blocks of P rows; only the first groups.num_blocks hold rows
-    y_MPF  = matmul(x_MPD, w_LDF, groups)
+    y_MPF  = map_blocks(function, weights, (x_MPD,), groups)
     y_NF   = gather(y_MPF, groups)              zeros for the rows that execute nothing
 
-`matmul` has one function per backend, all with the same results and gradients:
+`map_blocks` costs what the blocks that hold rows cost: products, norms and activations of the function alike. It has
+one form per backend, all with the same results and gradients:
   block_loop    a loop over the blocks that hold rows. Runs anywhere; what CPUs use.
   masked_dense  every block through every layer, masked: L times the work. The reference.
-A faster backend for another platform is one more function beside these two and one more line in `matmul`.
+A faster backend for another platform is one more form beside these two and one more line in `map_blocks`.
 
 (`jax.lax.ragged_dot` is no such backend on CPU and GPU: it is a masked dense product there.)
 """
+
+from collections.abc import Callable
+from functools import partial
 
 import flax.struct
 import jax
@@ -32,10 +36,6 @@ class Groups:
     layer_M: jax.Array  # The layer of each block.
     num_blocks: jax.Array  # Blocks that hold rows; they are the first ones.
     backend: str = flax.struct.field(pytree_node=False)
-
-    def per_block(self, values_LX: jax.Array) -> jax.Array:
-        """A vector of each layer, such as a norm's scale, laid out for its blocks: [M, 1, X]."""
-        return values_LX[self.layer_M][:, None]
 
 
 def block_size(num_rows: int, num_layers: int) -> int:
@@ -114,53 +114,72 @@ def gather(x_MPX: jax.Array, groups: Groups) -> jax.Array:
     return _permute(x_MPX.reshape(-1, x_MPX.shape[-1]), groups.slot_N, groups.row_R)
 
 
-def matmul(x_MPD: jax.Array, w_LDF: jax.Array, groups: Groups) -> jax.Array:
-    """Each block times the weights of its layer, in the dtype of x: [M, P, F]. Blocks without rows give zeros.
+# Weights of one layer and rows of one block, [P, X] each, to rows [P, Y].
+BlockFunction = Callable[[dict[str, jax.Array], tuple[jax.Array, ...]], jax.Array]
 
-    The weights may be of a higher precision than x: they are cast a layer at a time, and their gradient is summed
-    over the blocks in their own precision.
+
+def map_blocks(
+    function: BlockFunction, weights: dict[str, jax.Array], rows: tuple[jax.Array, ...], groups: Groups
+) -> jax.Array:
+    """`function` of each block's rows and its layer's weights: [M, P, Y]. Blocks without rows give zeros.
+
+    Args:
+        function: closes over no traced array.
+        weights: arrays stacked over the layers on the first axis.
+        rows: arrays [M, P, X].
+
+    The gradient of the weights is summed over the blocks in their own precision.
     """
     if groups.backend == "masked_dense":
-        return _masked_dense(x_MPD, w_LDF, groups.layer_M, groups.num_blocks)
-    return _block_loop(x_MPD, w_LDF, groups.layer_M, groups.num_blocks)
+        return _masked_dense(function, weights, rows, groups.layer_M, groups.num_blocks)
+    return _block_loop(function, weights, rows, groups.layer_M, groups.num_blocks)
 
 
-def _masked_dense(x_MPD, w_LDF, layer_M, num_blocks):
-    is_layer_ML = (layer_M[:, None] == jnp.arange(w_LDF.shape[0])) & (jnp.arange(layer_M.shape[0]) < num_blocks)[
-        :, None
-    ]
-    y_LMPF = jnp.einsum("MPD,LDF->LMPF", x_MPD, w_LDF.astype(x_MPD.dtype))
-    return jnp.einsum("LMPF,ML->MPF", y_LMPF, is_layer_ML.astype(x_MPD.dtype))
+def _masked_dense(function, weights, rows, layer_M, num_blocks):
+    num_layers = jax.tree.leaves(weights)[0].shape[0]
+    over_blocks = jax.vmap(function, in_axes=(None, 0))
+    y_LMPY = jax.vmap(over_blocks, in_axes=(0, None))(weights, rows)
+    is_layer_ML = (layer_M[:, None] == jnp.arange(num_layers)) & (jnp.arange(len(layer_M)) < num_blocks)[:, None]
+    return jnp.einsum("LMPY,ML->MPY", y_LMPY, is_layer_ML.astype(y_LMPY.dtype))
 
 
-@jax.custom_vjp
-def _block_loop(x_MPD, w_LDF, layer_M, num_blocks):
-    def multiply(block, y_MPF):
-        return y_MPF.at[block].set(x_MPD[block] @ w_LDF[layer_M[block]].astype(x_MPD.dtype))
-
-    y_MPF = jnp.zeros((*x_MPD.shape[:2], w_LDF.shape[-1]), x_MPD.dtype)
-    return jax.lax.fori_loop(0, num_blocks, multiply, y_MPF)
+def _at(tree, index):
+    return jax.tree.map(lambda array: array[index], tree)
 
 
-def _block_loop_forward(x_MPD, w_LDF, layer_M, num_blocks):
-    return _block_loop(x_MPD, w_LDF, layer_M, num_blocks), (x_MPD, w_LDF, layer_M, num_blocks)
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _block_loop(function, weights, rows, layer_M, num_blocks):
+    one = jax.eval_shape(function, _at(weights, 0), _at(rows, 0))
+
+    def apply(block, y_MPY):
+        return y_MPY.at[block].set(function(_at(weights, layer_M[block]), _at(rows, block)))
+
+    return jax.lax.fori_loop(0, num_blocks, apply, jnp.zeros((len(layer_M), *one.shape), one.dtype))
 
 
-def _block_loop_backward(residuals, dy_MPF):
+def _block_loop_forward(function, weights, rows, layer_M, num_blocks):
+    y_MPY = _block_loop(function, weights, rows, layer_M, num_blocks)
+    return y_MPY, (weights, rows, layer_M, num_blocks)
+
+
+def _block_loop_backward(function, residuals, dy_MPY):
     # By hand: autodiff of a loop that indexes the weights would add a whole dW of all layers for every block, and
-    # can't go backwards through a dynamic number of blocks at all. Here dW of one layer is updated in place.
-    x_MPD, w_LDF, layer_M, num_blocks = residuals
+    # can't go backwards through a dynamic number of blocks at all. Here a block is computed again, which is cheaper
+    # than keeping what lies inside it for all padded rows, and dW of its layer is updated in place.
+    weights, rows, layer_M, num_blocks = residuals
 
     def accumulate(block, grads):
-        dx_MPD, dw_LDF = grads
-        layer, dy_PF = layer_M[block], dy_MPF[block]
-        dx_MPD = dx_MPD.at[block].set(dy_PF @ w_LDF[layer].astype(dy_PF.dtype).T)
-        dw_DF = jnp.matmul(x_MPD[block].T, dy_PF, preferred_element_type=dw_LDF.dtype)
-        return dx_MPD, dw_LDF.at[layer].add(dw_DF)
+        d_weights, d_rows = grads
+        layer = layer_M[block]
+        _, transpose = jax.vjp(function, _at(weights, layer), _at(rows, block))
+        d_layer, d_block = transpose(dy_MPY[block])
+        d_weights = jax.tree.map(lambda total, part: total.at[layer].add(part), d_weights, d_layer)
+        d_rows = jax.tree.map(lambda all_rows, part: all_rows.at[block].set(part), d_rows, d_block)
+        return d_weights, d_rows
 
-    zeros = jnp.zeros_like(x_MPD), jnp.zeros_like(w_LDF)
-    dx_MPD, dw_LDF = jax.lax.fori_loop(0, num_blocks, accumulate, zeros)
-    return dx_MPD, dw_LDF, None, None
+    zeros = jax.tree.map(jnp.zeros_like, (weights, rows))
+    d_weights, d_rows = jax.lax.fori_loop(0, num_blocks, accumulate, zeros)
+    return d_weights, d_rows, None, None
 
 
 _block_loop.defvjp(_block_loop_forward, _block_loop_backward)

@@ -1,5 +1,7 @@
 """The parts of a transformer layer: norm, rotary positions, attention, and the Block put together from them."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -55,7 +57,8 @@ def attend_with_own(
     """
     num_shared = q_BSHK.shape[2] // k_own_BSGK.shape[2]
     k_own_BSHK, v_own_BSHK = (jnp.repeat(own, num_shared, axis=2) for own in (k_own_BSGK, v_own_BSGK))
-    own_BHS = jnp.einsum("BSHK,BSHK->BHS", q_BSHK, k_own_BSHK).astype(jnp.float32) * q_BSHK.shape[-1] ** -0.5
+    own_BHS = jnp.einsum("BSHK,BSHK->BHS", q_BSHK, k_own_BSHK, preferred_element_type=jnp.float32)
+    own_BHS *= q_BSHK.shape[-1] ** -0.5
     scores_BHSC = jnp.concatenate([_scores(q_BSHK, k_BCGK), own_BHS[..., None]], axis=-1)
     visible_BSC = jnp.concatenate([visible_BSC, sees_own_BS[..., None]], axis=-1)
     probs_BHSC = _softmax(scores_BHSC, visible_BSC[:, None]).astype(v_BCGK.dtype)
@@ -95,7 +98,6 @@ class Block(nnx.Module):
         d_model, size = cfg.d_model, cfg.head_size
         q_width, kv_width = cfg.num_heads * size, cfg.num_kv_heads * size
         self.widths = (q_width, kv_width)
-        self.head_size = size
         self.dtype = jnp.dtype(cfg.dtype)
 
         def normal(rows: int, columns: int, scale: float = 1.0) -> nnx.Param:
@@ -114,22 +116,38 @@ class Block(nnx.Module):
 
     def before_attention(self, h_MPD: jax.Array, groups: Groups) -> jax.Array:
         """Queries, keys and values side by side, [M, P, (H+2G)·K], normed but not yet turned by position."""
-        normed_MPD = rms_norm(h_MPD, groups.per_block(self.attention_norm[...])).astype(self.dtype)
-        qkv_MPX = grouped.matmul(normed_MPD, self.qkv[...], groups)
-        q_width, kv_width = self.widths
-        q_MPX, k_MPX, v_MPX = jnp.split(qkv_MPX, [q_width, q_width + kv_width], axis=-1)
-        q_MPX = self._norm_heads(q_MPX, groups.per_block(self.query_norm[...]))
-        k_MPX = self._norm_heads(k_MPX, groups.per_block(self.key_norm[...]))
-        return jnp.concatenate([q_MPX, k_MPX, v_MPX], axis=-1)
+        names = ("attention_norm", "qkv", "query_norm", "key_norm")
+        function = partial(_before_attention, widths=self.widths, dtype=self.dtype)
+        return grouped.map_blocks(function, self._weights(names), (h_MPD,), groups)
 
     def after_attention(self, h_MPD: jax.Array, mixed_MPX: jax.Array, groups: Groups) -> jax.Array:
         """The layer's whole update of the residual stream, [M, P, D], from what attention gathered."""
-        attended_MPD = grouped.matmul(mixed_MPX, self.attention_out[...], groups).astype(h_MPD.dtype)
-        normed_MPD = rms_norm(h_MPD + attended_MPD, groups.per_block(self.mlp_norm[...])).astype(self.dtype)
-        gate_MPF, up_MPF = jnp.split(grouped.matmul(normed_MPD, self.mlp_in[...], groups), 2, axis=-1)
-        mlp_MPD = grouped.matmul(jax.nn.silu(gate_MPF) * up_MPF, self.mlp_out[...], groups)
-        return attended_MPD + mlp_MPD.astype(h_MPD.dtype)
+        names = ("attention_out", "mlp_norm", "mlp_in", "mlp_out")
+        function = partial(_after_attention, dtype=self.dtype)
+        return grouped.map_blocks(function, self._weights(names), (h_MPD, mixed_MPX), groups)
 
-    def _norm_heads(self, x_MPX, scale_M1K):
-        x_MPHK = x_MPX.reshape(*x_MPX.shape[:-1], -1, self.head_size)
-        return rms_norm(x_MPHK, scale_M1K[:, :, None]).reshape(x_MPX.shape)
+    def _weights(self, names: tuple[str, ...]) -> dict[str, jax.Array]:
+        return {name: getattr(self, name)[...] for name in names}
+
+
+def _before_attention(w, rows, widths, dtype):
+    (h_PD,) = rows
+    qkv_PX = rms_norm(h_PD, w["attention_norm"]).astype(dtype) @ w["qkv"].astype(dtype)
+    q_width, kv_width = widths
+    q_PX, k_PX, v_PX = jnp.split(qkv_PX, [q_width, q_width + kv_width], axis=-1)
+    normed = [_norm_heads(q_PX, w["query_norm"]), _norm_heads(k_PX, w["key_norm"])]
+    return jnp.concatenate([*normed, v_PX], axis=-1)
+
+
+def _after_attention(w, rows, dtype):
+    h_PD, mixed_PX = rows
+    attended_PD = (mixed_PX @ w["attention_out"].astype(dtype)).astype(h_PD.dtype)
+    normed_PD = rms_norm(h_PD + attended_PD, w["mlp_norm"]).astype(dtype)
+    gate_PF, up_PF = jnp.split(normed_PD @ w["mlp_in"].astype(dtype), 2, axis=-1)
+    mlp_PD = (jax.nn.silu(gate_PF) * up_PF) @ w["mlp_out"].astype(dtype)
+    return attended_PD + mlp_PD.astype(h_PD.dtype)
+
+
+def _norm_heads(x_PX, scale_K):
+    x_PHK = x_PX.reshape(x_PX.shape[0], -1, scale_K.shape[0])
+    return rms_norm(x_PHK, scale_K).reshape(x_PX.shape)

@@ -14,9 +14,13 @@ W_LDF = jnp.asarray(RNG.normal(size=(L, D, F)), jnp.float32)
 DY_NF = jnp.asarray(RNG.normal(size=(N, F)), jnp.float32)
 
 
+def product(weights, rows):
+    return rows[0] @ weights["w"].astype(rows[0].dtype)
+
+
 def run(x_ND, w_LDF, layer_N, backend, block=P):
     groups = grouped.plan(layer_N, L, block, backend)
-    return grouped.gather(grouped.matmul(grouped.scatter(x_ND, groups), w_LDF, groups), groups)
+    return grouped.gather(grouped.map_blocks(product, {"w": w_LDF}, (grouped.scatter(x_ND, groups),), groups), groups)
 
 
 @jax.jit
@@ -105,7 +109,7 @@ def test_loop_runs_only_over_blocks_with_rows():
     groups = grouped.plan(np.where(np.arange(N) < 5, 0, L).astype(np.int32), L, P)
     x_MPD = grouped.scatter(X_ND, groups)
     x_MPD = x_MPD.at[groups.num_blocks :].set(jnp.nan)
-    y_MPF, transpose = jax.vjp(lambda x, w: grouped.matmul(x, w, groups), x_MPD, W_LDF)
+    y_MPF, transpose = jax.vjp(lambda x, w: grouped.map_blocks(product, {"w": w}, (x,), groups), x_MPD, W_LDF)
     dx_MPD, dw_LDF = transpose(jnp.ones_like(y_MPF))
     for array in (y_MPF, dx_MPD, dw_LDF):
         assert np.isfinite(array).all()
@@ -134,9 +138,42 @@ def test_weight_gradient_is_summed_in_the_precision_of_the_weights():
     rows = 512
     groups = grouped.plan(np.zeros(rows, np.int32), L, 1)
     x_MPD = grouped.scatter(jnp.ones((rows, D), jnp.bfloat16), groups)
-    dw_LDF = jax.grad(lambda w: grouped.matmul(x_MPD, w, groups).astype(jnp.float32).sum())(W_LDF)
+    dw_LDF = jax.grad(lambda w: grouped.map_blocks(product, {"w": w}, (x_MPD,), groups).astype(jnp.float32).sum())(
+        W_LDF
+    )
     assert dw_LDF.dtype == jnp.float32
     np.testing.assert_array_equal(dw_LDF[0], rows)
+
+
+@pytest.mark.parametrize("name", ROUTINGS)
+def test_a_function_of_several_weights_and_rows(name):
+    """Norm, two products and an activation, of two kinds of rows: both backends against autodiff row by row."""
+    layer_N = jnp.asarray(ROUTINGS[name], jnp.int32)
+    other_NF = jnp.asarray(RNG.normal(size=(N, F)), jnp.float32)
+    weights = {"up": W_LDF, "scale": jnp.asarray(RNG.normal(size=(L, D)), jnp.float32)}
+
+    def function(w, rows):
+        x, other = rows
+        return jnp.tanh((x / (1 + (x**2).sum(-1, keepdims=True)) * w["scale"]) @ w["up"]) * other
+
+    def plain(weights, x_ND, other_NF):
+        one = jax.vmap(lambda w, x, o: function(w, (x[None], o[None]))[0])
+        y_NF = one(jax.tree.map(lambda array: array[jnp.minimum(layer_N, L - 1)], weights), x_ND, other_NF)
+        return jnp.where((layer_N < L)[:, None], y_NF, 0)
+
+    def grouped_by(backend, weights, x_ND, other_NF):
+        groups = grouped.plan(layer_N, L, P, backend)
+        rows = grouped.scatter(x_ND, groups), grouped.scatter(other_NF, groups)
+        return grouped.gather(grouped.map_blocks(function, weights, rows, groups), groups)
+
+    def value_and_transpose(f):
+        y_NF, transpose = jax.vjp(f, weights, X_ND, other_NF)
+        return y_NF, transpose(DY_NF)
+
+    expected = value_and_transpose(plain)
+    for backend in grouped.BACKENDS:
+        found = value_and_transpose(lambda *arguments, b=backend: grouped_by(b, *arguments))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), found, expected)
 
 
 def test_block_size_follows_rows_per_layer():
