@@ -4,8 +4,8 @@ An entry is (position j, step s, k, v), written when token j executes step s. Th
 
     j <= i   and   s <= t   and   token j executed step s   and   j, i lie in the same document
 
-and the view (VIEWS) leaves out some of those. In training all tokens of a step write before any of them reads, and a
-step reads before the next one writes, so `s <= t` holds by construction.
+and the view (`config.VIEWS`) leaves out some of those. In training all tokens of a step write before any of them reads,
+and a step reads before the next one writes, so `s <= t` holds by construction.
 """
 
 import flax.struct

@@ -39,6 +39,8 @@ def _parse(arguments: list[str]) -> list[str]:
         argument = next((argument for argument in arguments if _names(argument) & set(_QUOTED.findall(str(error)))), "")
         meant = re.search(r'Did you mean "(\w+)"', str(error))
         hint = f" (did you mean {meant[1]!r}?)" if meant else ""
+        if not argument:
+            _fail(error, EXIT_BAD_INPUT)
         _fail(ConfigError(f"{argument}: no such field{hint}; configs/base.py has all fields"), EXIT_BAD_INPUT)
     except (flags.Error, TypeError, ValueError, OSError) as error:
         _fail(error, EXIT_BAD_INPUT)

@@ -39,7 +39,7 @@ class Groups:
 
 
 def block_size(num_rows: int, num_layers: int) -> int:
-    """Rows per block: a power of two of at most an average group, so that padding stays below the rows themselves.
+    """Rows per block: a power of two of at most an average group, but 8 at least.
 
     Larger blocks than 128 rows don't make a CPU's matrix product any faster; smaller ones than 8 make it slow.
     """

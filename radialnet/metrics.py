@@ -1,6 +1,6 @@
 """What is counted while tokens are routed, and the figures made of it.
 
-Counts are sums over tokens, so that batches, steps and devices add up exactly; figures are made from them at the end.
+Counts are sums over tokens, so that batches, steps and devices add up; figures are made from them at the end.
 """
 
 import flax.struct
@@ -163,7 +163,7 @@ def figures(sums: BatchSums) -> dict:
 
 
 def flops_per_token(config: Config, vocab_size: int, depth: float, max_depth: int) -> float:
-    """FLOPs of a forward pass per token at a mean executed depth of `max_depth`: 2 per multiply-add.
+    """FLOPs of a forward pass per token at a mean executed depth, out of `max_depth`: 2 per multiply-add.
 
     Attention is counted over the entries that a causal query sees on average: half of the row, and in the views
     `all` and `same_layer`, which look at the entries of all earlier steps, half of the steps too.

@@ -16,6 +16,7 @@ from radialnet.router import Controllers, Router, Schedule, choice_gate, group_o
 @flax.struct.dataclass
 class Output:
     logits_BSV: jax.Array  # fp32
+    # For analysis and tests; a program that doesn't use them doesn't compute them.
     layer_TBS: jax.Array  # The layer that each token executed at each depth step; L for none.
     depth_BS: jax.Array  # Executed layers of the pool.
     h_TBSD: jax.Array  # The residual stream before each depth step.

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.tiny import Model, make_batch, make_config
+from tests.tiny import VOCAB, Model, make_batch, make_config
 
 NUM_SAMPLES = 1500
 
@@ -116,3 +116,34 @@ def test_gradient_against_finite_differences_of_its_formula(estimator):
         numeric[index] = (surrogate(out + step) - surrogate(out - step)) / 2e-4
     np.testing.assert_allclose(grads["out"], numeric, rtol=2e-3, atol=2e-3 * np.abs(numeric).max())
     np.testing.assert_array_equal(np.abs(numeric).max(0) > 0, True)
+
+
+def test_weighted_gradient_over_all_steps_equals_finite_differences_of_the_model():
+    """With `weighted` gates the forward pass is differentiable while no hard choice changes, the survival product over
+    the steps included: an exit decision is credited with all later updates.
+    """
+    config = make_config(router__estimator="weighted", model__max_depth=3, model__min_depth=0)
+    model, batch = Model(config), make_batch(config)
+    # Nobody leaves, and p_exit is far from 0 at every step.
+    controllers = model.controllers.replace(exit_bias=jnp.float32(-0.7))
+    direction = np.random.default_rng(5).normal(size=(2, 13, VOCAB)).astype(np.float32)
+
+    def loss(router):
+        output = model(batch, {**model.params, "router": router}, controllers)
+        return (output.logits_BSV * direction).sum(), output.layer_TBS
+
+    router = model.params["router"]
+    (_, layers), grads = jax.value_and_grad(loss, has_aux=True)(router)
+    assert (layers < 5).all()
+    exit_column = jnp.zeros_like(router["out_bias"]).at[-1].set(1.0)
+    for step in range(3):
+        # The exit logit of one step: by the embedding of the step; and of all of them at once, by the bias.
+        moves = {"step_embedding": jnp.zeros_like(router["step_embedding"]).at[step].set(0.5)}
+        for name, move in {**moves, "out_bias": exit_column}.items():
+            values = []
+            for sign in (1, -1):
+                value, moved_layers = loss({**router, name: router[name] + sign * 0.02 * move})
+                np.testing.assert_array_equal(moved_layers, layers)
+                values.append(float(value))
+            numeric = (values[0] - values[1]) / 0.04
+            np.testing.assert_allclose(float((grads[name] * move).sum()), numeric, rtol=0.02, atol=0.02)

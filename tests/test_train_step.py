@@ -137,12 +137,14 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_counts(poison):
 
 
 def test_frozen_in_evaluation():
-    """Evaluation uses neither the noise nor the step's random state: it gives the same figures every time."""
+    """Evaluation of a run with noise is that of the same parameters in a run without."""
     config = make_config(router__noise=5.0, router__noise_steps=1000)
     training, batch = Training(config), make_batch(config)
     training.step(batch)
-    left, right = training.evaluate(batch), training.evaluate(batch)
-    jax.tree.map(np.testing.assert_array_equal, left, right)
+    left = training.evaluate(batch)
+    silent = Training(make_config())
+    silent.state = training.state
+    jax.tree.map(np.testing.assert_array_equal, left, silent.evaluate(batch))
     noisy, _ = training.step(batch)
     assert (np.asarray(noisy.routing.executions_TL) != np.asarray(left.routing.executions_TL)).any()
 
@@ -154,6 +156,16 @@ def test_steps_follow_the_seed_and_the_step_alone():
         for run in runs:
             run.step(make_batch(config, seed=step))
     jax.tree.map(np.testing.assert_array_equal, runs[0].state, runs[1].state)
+
+    def routes(seed, step):
+        run = Training(make_config(router__noise=5.0, router__noise_steps=10**6, train__seed=seed))
+        # The parameters of one seed, so that the noise alone makes a difference.
+        run.state = run.state.replace(params=runs[0].state.params, step=jnp.int32(step))
+        return np.asarray(run.step(make_batch(config))[0].routing.executions_TKL)
+
+    np.testing.assert_array_equal(routes(0, 3), routes(0, 3))
+    assert (routes(0, 3) != routes(0, 4)).any(), "another step has other noise"
+    assert (routes(0, 3) != routes(1, 3)).any(), "another seed has other noise"
 
 
 def test_learning_rate_and_decay_mask():
