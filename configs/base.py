@@ -24,7 +24,8 @@ def get_config() -> ConfigDict:
     model.upcycle_from = ""  # Run folder of the dense run that `init="upcycle"` starts from.
     model.rope_base = 10_000.0  # Base of the rotary position angles.
     model.dtype = "float32"  # float32 | bfloat16: of the matrix products. Parameters and the router stay float32.
-    model.grouped_backend = "block_loop"  # block_loop | masked_dense (the reference: computes every layer).
+    model.grouped_backend = "auto"  # block_loop | ragged_dot | masked_dense (the reference) | auto: by platform.
+    model.remat = "none"  # none: keep what the layers computed for the backward pass | step: compute it again.
 
     config.router = router = ConfigDict()
     router.form = "factored"  # factored | flat (trained); sequential | cyclic | random | hash (fixed).

@@ -17,6 +17,7 @@ from radialnet.files import write_whole
 VIEWS = ("all", "latest", "same_step", "first", "same_layer")
 TRAINED_FORMS = ("factored", "flat")
 FIXED_FORMS = ("sequential", "cyclic", "random", "hash")
+GROUPED_BACKENDS = ("block_loop", "ragged_dot", "masked_dense")
 ESTIMATORS = ("straight_through", "score", "weighted", "dense")
 
 
@@ -40,6 +41,7 @@ class ModelConfig:
     rope_base: float
     dtype: str
     grouped_backend: str
+    remat: str
 
     @property
     def head_size(self) -> int:
@@ -228,7 +230,8 @@ def _validate_model(config: Config) -> None:
     _at_least("model", model, 0, "min_depth", "prelude_layers", "coda_layers")
     _one_of("config.model.init", model.init, ("distinct", "clones", "upcycle"))
     _one_of("config.model.dtype", model.dtype, ("float32", "bfloat16"))
-    _one_of("config.model.grouped_backend", model.grouped_backend, ("block_loop", "masked_dense"))
+    _one_of("config.model.grouped_backend", model.grouped_backend, ("auto", *GROUPED_BACKENDS))
+    _one_of("config.model.remat", model.remat, ("none", "step"))
     _one_of("config.cache.view", view, VIEWS)
     _require(model.rope_base > 1, f"config.model.rope_base={model.rope_base}: more than 1 is needed")
     _require(

@@ -2,17 +2,65 @@
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from radialnet.config import RouterConfig
 from radialnet.metrics import RoutingSums
 from radialnet.router import Schedule
 
+# Logits that are in memory at a time.
+LOGITS_IN_MEMORY = 2**22
 
-def cross_entropy(logits_BSV: jax.Array, target_BS: jax.Array, is_target_BS: jax.Array) -> jax.Array:
-    """Sum over the real targets of -log p(target), in nats."""
-    nats_BS = optax.softmax_cross_entropy_with_integer_labels(logits_BSV, target_BS)
-    return jnp.where(is_target_BS, nats_BS, 0).sum()
+
+@jax.custom_vjp
+def cross_entropy(final_ND: jax.Array, head_DV: jax.Array, target_N: jax.Array, is_target_N: jax.Array) -> jax.Array:
+    """Sum over the real targets of -log p(target), in nats, from what the head gets.
+
+    In chunks of rows, so that the logits are never whole in memory. Their gradient is known as soon as they are, so the
+    forward pass takes it along and the backward pass computes nothing again.
+    """
+    return _cross_entropy(final_ND, head_DV, target_N, is_target_N, with_grads=False)[0]
+
+
+def _cross_entropy(final_ND, head_DV, target_N, is_target_N, with_grads: bool):
+    (num_rows, d_model), vocab_size = final_ND.shape, head_DV.shape[1]
+    chunk = min(num_rows, max(1, LOGITS_IN_MEMORY // vocab_size))
+    head = head_DV.astype(final_ND.dtype)
+
+    def chunked(x_NX):
+        padded = jnp.pad(x_NX, ((0, -num_rows % chunk), *((0, 0) for _ in x_NX.shape[1:])))
+        return padded.reshape(-1, chunk, *x_NX.shape[1:])
+
+    def step(sums, rows):
+        nats, d_head = sums
+        final_CD, target_C, is_target_C = rows
+        logits_CV = jnp.matmul(final_CD, head, preferred_element_type=jnp.float32)
+        lse_C = jax.nn.logsumexp(logits_CV, axis=-1)
+        at_target_C = jnp.take_along_axis(logits_CV, target_C[:, None], axis=-1)[:, 0]
+        nats += jnp.where(is_target_C, lse_C - at_target_C, 0).sum()
+        if not with_grads:
+            return (nats, d_head), None
+        is_it_CV = jnp.arange(vocab_size) == target_C[:, None]
+        d_logits_CV = jnp.where(is_target_C[:, None], jnp.exp(logits_CV - lse_C[:, None]) - is_it_CV, 0)
+        d_logits_CV = d_logits_CV.astype(final_CD.dtype)
+        d_head += jnp.matmul(final_CD.T, d_logits_CV, preferred_element_type=jnp.float32)
+        return (nats, d_head), d_logits_CV @ head.T
+
+    zeros = jnp.float32(0), jnp.zeros((d_model, vocab_size) if with_grads else ())
+    rows = chunked(final_ND), chunked(target_N), chunked(is_target_N)
+    (nats, d_head), d_final = jax.lax.scan(step, zeros, rows)
+    return nats, (d_final.reshape(-1, d_model)[:num_rows], d_head) if with_grads else None
+
+
+def _cross_entropy_forward(final_ND, head_DV, target_N, is_target_N):
+    return _cross_entropy(final_ND, head_DV, target_N, is_target_N, with_grads=True)
+
+
+def _cross_entropy_backward(grads, d_nats):
+    d_final_ND, d_head_DV = grads
+    return (d_final_ND * d_nats).astype(d_final_ND.dtype), d_head_DV * d_nats, None, None
+
+
+cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
 
 
 def load_loss(sums: RoutingSums) -> jax.Array:

@@ -17,73 +17,88 @@ MAX_TOKEN_BUCKETS = 1024
 
 
 @flax.struct.dataclass
-class RoutingSums:
-    """Sums over the tokens of a batch. Those in the loss (`p_layer_L`, `expected_depth`, `z`) carry gradients."""
+class StepSums:
+    """Sums over the decisions of one depth step. The first three are in the loss and carry gradients."""
 
-    num_tokens: jax.Array  # Padding excluded.
-    tokens_by_depth: jax.Array  # [T+1] Tokens by executed depth.
-    executions_TL: jax.Array  # Executions by depth step and layer.
-    executions_TKL: jax.Array  # The same by bucket of the token id too.
     p_layer_L: jax.Array  # Probability of each layer, over executions.
-    expected_depth: jax.Array  # Survival probability, over the steps that tokens came to.
-    z: jax.Array  # logsumexp^2 of the layer logits + e^2, over the decisions.
-    num_decisions: jax.Array  # (token, step) pairs that the router decided.
-    exit_logit: jax.Array  # e, over the decisions that could be an exit: sum, sum of squares, number.
-    exit_logit_squared: jax.Array
+    expected_depth: jax.Array  # Survival probability, over the tokens that came to this step.
+    z: jax.Array  # logsumexp^2 of the layer logits + e^2.
+    executions_KL: jax.Array  # Executions by bucket of the token id and by layer.
+    num_decisions: jax.Array
+    leave_logit: jax.Array  # e + b over the decisions that could be an exit: sum, sum of squares, number.
+    leave_logit_squared: jax.Array
     num_exit_decisions: jax.Array
 
     @classmethod
-    def zero(cls, max_depth: int, num_layers: int, vocab_size: int) -> "RoutingSums":
-        zero = jnp.float32(0)
-        return cls(
-            num_tokens=zero,
-            tokens_by_depth=jnp.zeros(max_depth + 1),
-            executions_TL=jnp.zeros((max_depth, num_layers)),
-            executions_TKL=jnp.zeros((max_depth, min(vocab_size, MAX_TOKEN_BUCKETS), num_layers)),
-            p_layer_L=jnp.zeros(num_layers),
-            expected_depth=zero,
-            z=zero,
-            num_decisions=zero,
-            exit_logit=zero,
-            exit_logit_squared=zero,
-            num_exit_decisions=zero,
-        )
-
-    def add_step(
-        self, depth_step: int, route: Route, active_BS: jax.Array, log_survival_BS: jax.Array, token_BS: jax.Array
-    ) -> "RoutingSums":
-        """Add the decisions of one depth step.
+    def of(cls, route: Route, active_BS: jax.Array, log_survival_BS: jax.Array, token_BS: jax.Array, vocab_size: int):
+        """The sums of a step.
 
         Args:
             active_BS: the tokens that the router decided on.
             log_survival_BS: log of the product of (1 - p_exit) up to this step, this one included.
         """
-        num_buckets, num_layers = self.executions_TKL.shape[1:]
+        num_layers, num_buckets = route.p_layer_BSL.shape[-1], min(vocab_size, MAX_TOKEN_BUCKETS)
         cell_BS = token_BS % num_buckets * (num_layers + 1) + route.layer_BS
         counts = jnp.bincount(cell_BS.ravel(), length=num_buckets * (num_layers + 1))
-        executions_KL = counts.reshape(num_buckets, num_layers + 1)[:, :-1].astype(jnp.float32)
         active_BS = active_BS.astype(jnp.float32)
         could_exit_BS = active_BS * route.can_exit
-        e_BS = jax.lax.stop_gradient(route.exit_logit_BS)
-        return self.replace(
-            executions_TL=self.executions_TL.at[depth_step].add(executions_KL.sum(0)),
-            executions_TKL=self.executions_TKL.at[depth_step].add(executions_KL),
-            p_layer_L=self.p_layer_L + (route.p_layer_BSL * route.executes_BS[..., None]).sum((0, 1)),
-            expected_depth=self.expected_depth + (active_BS * jnp.exp(log_survival_BS)).sum(),
-            z=self.z + (active_BS * (route.layer_lse_BS**2 + route.exit_logit_BS**2)).sum(),
-            num_decisions=self.num_decisions + active_BS.sum(),
-            exit_logit=self.exit_logit + (could_exit_BS * e_BS).sum(),
-            exit_logit_squared=self.exit_logit_squared + (could_exit_BS * e_BS**2).sum(),
-            num_exit_decisions=self.num_exit_decisions + could_exit_BS.sum(),
+        # With the bias, which holds it near 0: the squares of a logit far off would swamp its variance in fp32.
+        leave_BS = jax.lax.stop_gradient(route.leave_logit_BS)
+        return cls(
+            p_layer_L=(route.p_layer_BSL * route.executes_BS[..., None]).sum((0, 1)),
+            expected_depth=(active_BS * jnp.exp(log_survival_BS)).sum(),
+            z=(active_BS * (route.layer_lse_BS**2 + route.exit_logit_BS**2)).sum(),
+            executions_KL=counts.reshape(num_buckets, num_layers + 1)[:, :-1].astype(jnp.float32),
+            num_decisions=active_BS.sum(),
+            leave_logit=(could_exit_BS * leave_BS).sum(),
+            leave_logit_squared=(could_exit_BS * leave_BS**2).sum(),
+            num_exit_decisions=could_exit_BS.sum(),
         )
 
-    def add_tokens(self, is_real_BS: jax.Array, depth_BS: jax.Array) -> "RoutingSums":
-        """Add the tokens themselves, once all their steps are done. `depth_BS` is their executed depth."""
-        depth_BS = jnp.where(is_real_BS, depth_BS, len(self.tokens_by_depth))
-        counts = jnp.bincount(depth_BS.ravel(), length=len(self.tokens_by_depth) + 1)[:-1]
-        return self.replace(
-            num_tokens=self.num_tokens + is_real_BS.sum(),
-            tokens_by_depth=self.tokens_by_depth + counts.astype(jnp.float32),
+
+@flax.struct.dataclass
+class RoutingSums:
+    """Sums over the tokens of a batch, of all depth steps."""
+
+    num_tokens: jax.Array  # Padding excluded.
+    tokens_by_depth: jax.Array  # [T+1] Tokens by executed depth.
+    executions_TL: jax.Array  # Executions by depth step and layer.
+    executions_TKL: jax.Array  # The same by bucket of the token id too.
+    num_computed: jax.Array  # Rows that went through a layer's products, padding of segments included.
+    p_layer_L: jax.Array  # The rest: `StepSums` of all steps together.
+    expected_depth: jax.Array
+    z: jax.Array
+    num_decisions: jax.Array
+    leave_logit: jax.Array
+    leave_logit_squared: jax.Array
+    num_exit_decisions: jax.Array
+
+    @classmethod
+    def of(cls, steps: StepSums, num_computed_T: jax.Array, is_real_BS: jax.Array, depth_BS: jax.Array):
+        """The sums of a batch.
+
+        Args:
+            steps: of each depth step, stacked.
+            num_computed_T: rows that each step computed.
+            is_real_BS: False for padding.
+            depth_BS: executed depth of each token.
+        """
+        executions_TKL = steps.executions_KL
+        num_depths = len(executions_TKL) + 1
+        counts = jnp.bincount(jnp.where(is_real_BS, depth_BS, num_depths).ravel(), length=num_depths + 1)
+        return cls(
+            num_tokens=is_real_BS.sum().astype(jnp.float32),
+            tokens_by_depth=counts[:-1].astype(jnp.float32),
+            executions_TL=executions_TKL.sum(1),
+            executions_TKL=executions_TKL,
+            num_computed=num_computed_T.sum().astype(jnp.float32),
+            p_layer_L=steps.p_layer_L.sum(0),
+            expected_depth=steps.expected_depth.sum(),
+            z=steps.z.sum(),
+            num_decisions=steps.num_decisions.sum(),
+            leave_logit=steps.leave_logit.sum(),
+            leave_logit_squared=steps.leave_logit_squared.sum(),
+            num_exit_decisions=steps.num_exit_decisions.sum(),
         )
 
     def mean_depth(self) -> jax.Array:
@@ -97,8 +112,8 @@ class RoutingSums:
     def exit_logit_std(self) -> jax.Array:
         """Standard deviation of e over the decisions that could be an exit; 0 without any."""
         count = jnp.maximum(self.num_exit_decisions, 1)
-        mean = self.exit_logit / count
-        return jnp.sqrt(jnp.maximum(self.exit_logit_squared / count - mean**2, 0))
+        mean = self.leave_logit / count
+        return jnp.sqrt(jnp.maximum(self.leave_logit_squared / count - mean**2, 0))
 
 
 @flax.struct.dataclass
@@ -158,6 +173,7 @@ def figures(sums: BatchSums) -> dict:
         "load": load_L.tolist(),
         "load_entropy": float(entropy / np.log(len(load_L))) if len(load_L) > 1 else 1.0,
         "load_by_step": (routing.executions_TL / num_tokens).tolist(),
+        "padding": float(1 - routing.executions_TL.sum() / max(routing.num_computed, 1)),
         "route_mi": route_mutual_information(routing.executions_TKL),
     }
 

@@ -5,22 +5,23 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from radialnet.cache import UnifiedCache
 from radialnet.config import Config
+from radialnet.depth import DepthLoop, Inputs, scanned, unrolled
 from radialnet.layers import rms_norm
 from radialnet.metrics import RoutingSums
-from radialnet.pool import LayerPool, clone_groups
-from radialnet.router import Controllers, Router, Schedule, choice_gate, group_of_layer
+from radialnet.pool import LayerPool, Positions, clone_groups
+from radialnet.router import Controllers, Router, Schedule, group_of_layer
 
 
 @flax.struct.dataclass
 class Output:
-    logits_BSV: jax.Array  # fp32
-    # For analysis and tests; a program that doesn't use them doesn't compute them.
-    layer_TBS: jax.Array  # The layer that each token executed at each depth step; L for none.
-    depth_BS: jax.Array  # Executed layers of the pool.
-    h_TBSD: jax.Array  # The residual stream before each depth step.
+    exit_BSD: jax.Array  # The residual stream at the output node.
+    final_BSD: jax.Array  # What the head gets: the same, normed, in the compute dtype.
+    logits_BSV: jax.Array  # fp32. A program that doesn't use them doesn't compute them.
     routing: RoutingSums
+    depth_BS: jax.Array  # Executed layers of the pool.
+    layer_TBS: jax.Array  # The layer that each token executed at each depth step; L for none.
+    h_TBSD: jax.Array  # The residual stream before each depth step. For analysis; carries no gradient.
 
 
 class RadialTransformer(nnx.Module):
@@ -29,7 +30,7 @@ class RadialTransformer(nnx.Module):
         h_{t+1} = h_t + g_t · Layer_{c_t}(h_t, cache)    for tokens that are still active
         logits  = Head(norm(h_exit))
 
-    The loop over depth steps is unrolled: step t then attends to the entries of t steps and no more.
+    `depth` has the loop over depth steps.
     """
 
     def __init__(self, config: Config, vocab_size: int, rngs: nnx.Rngs):
@@ -73,49 +74,37 @@ class RadialTransformer(nnx.Module):
             max_depth: overrides the trained T; a trained router takes the steps beyond it as the last trained one.
         """
         max_depth = max_depth or self.cfg.max_depth
+        is_real_BS = document_BS >= 0
+        positions = Positions.of(document_BS, position_BS, self.cfg)
         h_BSD = self.embedding[...][token_BS] * self.cfg.d_model**0.5
-        h_BSD = self._run_unshared(self.prelude, h_BSD, document_BS, position_BS)
+        h_BSD = self._run_unshared(self.prelude, h_BSD, is_real_BS, positions)
 
-        active_BS = document_BS >= 0
-        depth_BS = jnp.zeros(token_BS.shape, jnp.int32)
-        log_survival_BS = jnp.zeros(token_BS.shape, jnp.float32)
-        sums = RoutingSums.zero(max_depth, self.cfg.pool_size, self.vocab_size)
-        cache = UnifiedCache.empty(document_BS, self.view)
-        layers, states = [], []
-        for depth_step in range(max_depth):
-            route = self.router(h_BSD, token_BS, active_BS, depth_step, controllers, at, rng)
-            log_survival_BS += route.log_survive_BS
-            sums = sums.add_step(depth_step, route, active_BS, log_survival_BS, token_BS)
-            layers.append(route.layer_BS)
-            states.append(h_BSD)
-            gate_BS = choice_gate(log_survival_BS, self.estimator)
-            if self.estimator == "dense":
-                update_BSD, cache = self.pool.choose(h_BSD, route, cache, position_BS)
-            else:
-                update_BSD, cache = self.pool(h_BSD, route.layer_BS, cache, position_BS)
-                gate_BS *= choice_gate(route.log_p_layer_BS, self.estimator)
-            # The update of a token that executes nothing is exactly 0: its state stays as it is.
-            h_BSD += gate_BS[..., None] * update_BSD
-            active_BS &= ~route.exits_BS
-            depth_BS += route.executes_BS
+        graph, params = nnx.split((self.router, self.pool))
+        loop = DepthLoop(graph, self.view, max_depth, self.estimator, self.vocab_size, self.cfg.remat == "none")
+        run = unrolled if self.estimator == "dense" else scanned
+        inputs = Inputs(token_BS, positions, controllers, at, rng)
+        h_BSD, trace = run(loop, params, h_BSD, is_real_BS, inputs)
+        depth_BS = (trace.layer_BS < self.cfg.pool_size).sum(0)
 
-        h_BSD = self._run_unshared(self.coda, h_BSD, document_BS, position_BS)
-        dtype = jnp.dtype(self.cfg.dtype)
-        normed_BSD = rms_norm(h_BSD, self.final_norm[...]).astype(dtype)
-        logits_BSV = jnp.matmul(normed_BSD, self.head[...].astype(dtype), preferred_element_type=jnp.float32)
+        h_BSD = self._run_unshared(self.coda, h_BSD, is_real_BS, positions)
+        final_BSD = rms_norm(h_BSD, self.final_norm[...]).astype(jnp.dtype(self.cfg.dtype))
+        head = self.head[...].astype(final_BSD.dtype)
         return Output(
-            logits_BSV=logits_BSV,
-            layer_TBS=jnp.stack(layers),
+            exit_BSD=h_BSD,
+            final_BSD=final_BSD,
+            logits_BSV=jnp.matmul(final_BSD, head, preferred_element_type=jnp.float32),
+            routing=RoutingSums.of(trace.sums, trace.num_computed, is_real_BS, depth_BS),
             depth_BS=depth_BS,
-            h_TBSD=jnp.stack(states),
-            routing=sums.add_tokens(document_BS >= 0, depth_BS),
+            layer_TBS=trace.layer_BS,
+            h_TBSD=trace.h_BSD,
         )
 
-    def _run_unshared(self, pool: LayerPool | None, h_BSD, document_BS, position_BS) -> jax.Array:
+    def _run_unshared(self, pool: LayerPool | None, h_BSD, is_real_BS, positions: Positions) -> jax.Array:
         """Every token through all layers of a prelude or coda, each layer over the entries of its own."""
         for layer in range(pool.num_layers if pool else 0):
-            layer_BS = jnp.where(document_BS >= 0, layer, pool.num_layers)
-            update_BSD, _ = pool(h_BSD, layer_BS, UnifiedCache.empty(document_BS, "all"), position_BS)
+            layer_BS = jnp.where(is_real_BS, layer, pool.num_layers)
+            cache = pool.empty_cache("same_step", 1, *is_real_BS.shape)
+            update_BSD, _ = pool(h_BSD, layer_BS, cache, positions, jnp.int32(0))
             h_BSD += update_BSD
         return h_BSD
 

@@ -1,28 +1,62 @@
 """The pool: L layers, each token through the one that its route names, over one unified cache."""
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from radialnet import grouped
-from radialnet.cache import UnifiedCache
+from radialnet.attention import attend, attend_backward, attend_forward, attend_with_own
+from radialnet.cache import Packing, UnifiedCache, document_starts
 from radialnet.config import ModelConfig
-from radialnet.layers import Block, attend, attend_with_own, rope
+from radialnet.grouped import Groups, gather, permute, scatter
+from radialnet.layers import Block, rotation
 from radialnet.router import Route, group_of_layer
+
+
+@flax.struct.dataclass
+class Positions:
+    """What attention needs to know of a batch of packed rows; the same at every depth step."""
+
+    rotation_NK: jax.Array
+    document_start_BS: jax.Array
+
+    @classmethod
+    def of(cls, document_BS: jax.Array, position_BS: jax.Array, cfg: ModelConfig) -> "Positions":
+        turned_NK = rotation(position_BS.ravel(), cfg.head_size, cfg.rope_base)
+        return cls(turned_NK, document_starts(document_BS))
+
+
+@flax.struct.dataclass
+class Kept:
+    """What a depth step leaves behind so that its backward pass need not compute it again. Sorted rows or packed."""
+
+    before: dict[str, jax.Array]  # Products, by name.
+    after: dict[str, jax.Array]
+    q_BSHK: jax.Array
+    mixed_BSHK: jax.Array
+    lse_BSH: jax.Array
+    update_ND: jax.Array
 
 
 class LayerPool(nnx.Module):
     """L blocks stacked on the first axis.
 
-    Attention and MLP of a layer run on rows grouped by layer; attention itself runs in token order, over the cache.
+    The two halves of a layer run on rows sorted by layer; attention runs on tokens packed by row of the batch, over the
+    cache. `__call__` leaves the gradient to autodiff. `forward` and `backward` are the same by hand, for loops over
+    depth that keep one cache for all steps and add up the gradient of the weights in place.
     """
 
     def __init__(self, cfg: ModelConfig, num_layers: int, residual_scale: float, rngs: nnx.Rngs):
         self.cfg, self.num_layers = cfg, num_layers
         self.block = Block(cfg, num_layers, residual_scale, rngs)
 
+    def empty_cache(self, view: str, max_depth: int, batch: int, seq: int) -> UnifiedCache:
+        cfg = self.cfg
+        return UnifiedCache.empty(view, max_depth, batch, seq, cfg.num_kv_heads, cfg.head_size, jnp.dtype(cfg.dtype))
+
     def __call__(
-        self, h_BSD: jax.Array, layer_BS: jax.Array, cache: UnifiedCache, position_BS: jax.Array
+        self, h_BSD: jax.Array, layer_BS: jax.Array, cache: UnifiedCache, positions: Positions, depth_step: jax.Array
     ) -> tuple[jax.Array, UnifiedCache]:
         """One depth step: each token's layer writes its entry and reads what it sees.
 
@@ -32,60 +66,205 @@ class LayerPool(nnx.Module):
         Returns:
             The update of the residual stream [B, S, D], 0 where nothing was executed, and the cache with the entries.
         """
-        batch, seq, d_model = h_BSD.shape
-        groups = self._plan(layer_BS.ravel())
-        h_MPD = grouped.scatter(h_BSD.reshape(-1, d_model), groups)
-        qkv_NX = grouped.gather(self.block.before_attention(h_MPD, groups), groups)
-        q_BSHK, k_BSGK, v_BSGK = self._split_heads(qkv_NX.reshape(batch, seq, -1), position_BS)
-        cache = cache.append(k_BSGK, v_BSGK, layer_BS < self.num_layers, layer_BS)
-        mixed_BSHK = attend(q_BSHK, *cache.look(layer_BS))
-        mixed_MPX = grouped.scatter(mixed_BSHK.reshape(batch * seq, -1), groups)
-        update_ND = grouped.gather(self.block.after_attention(h_MPD, mixed_MPX, groups), groups)
-        return update_ND.reshape(h_BSD.shape), cache
+        groups, packing = self._plans(layer_BS)
+        block = self.block
+        h_ND = scatter(h_BSD.reshape(-1, h_BSD.shape[-1]), groups)
+        fixed = (scatter(positions.rotation_NK, groups),)
+        qkv = grouped.map_rows(block.before_attention, block.weights(block.BEFORE), (h_ND,), groups, fixed)
+        to_places, from_places = self._between(groups, packing)
+        to_entries, from_entries = (to_places, from_places) if cache.is_packed else (groups.slot_N, groups.row_N)
+        q_BSHK = self._heads(permute(qkv[0], to_places, from_places), layer_BS.shape)
+        k_BSGK, v_BSGK = (self._heads(permute(x, to_entries, from_entries), layer_BS.shape) for x in qkv[1:])
+        cache = cache.append(k_BSGK, v_BSGK, self._entry_layers(layer_BS, cache, packing), packing, depth_step)
+        visibility = cache.visibility(positions.document_start_BS, self._packed(layer_BS, packing), packing)
+        mixed_BSHK = attend(q_BSHK, cache.k_BCGK, cache.v_BCGK, visibility)
+        mixed_NX = permute(mixed_BSHK.reshape(len(h_ND), -1), from_places, to_places)
+        update_ND = grouped.map_rows(block.after_attention, block.weights(block.AFTER), (h_ND, mixed_NX), groups)
+        return gather(update_ND, groups).reshape(h_BSD.shape), cache
+
+    def forward(
+        self,
+        h_BSD: jax.Array,
+        layer_BS: jax.Array,
+        cache: UnifiedCache,
+        positions: Positions,
+        depth_step: jax.Array,
+        is_again: bool = False,
+    ) -> tuple[jax.Array, UnifiedCache, Kept, jax.Array]:
+        """`__call__`, with what `backward` needs, and the number of rows that were computed.
+
+        Args:
+            is_again: the step was run before and `cache` has its entries.
+        """
+        groups, packing = self._plans(layer_BS)
+        block = self.block
+        h_ND = scatter(h_BSD.reshape(-1, h_BSD.shape[-1]), groups)
+        fixed = (scatter(positions.rotation_NK, groups),)
+        qkv, before = grouped.map_forward(block.before_attention, block.weights(block.BEFORE), (h_ND,), groups, fixed)
+        to_places, from_places = self._between(groups, packing)
+        to_entries = to_places if cache.is_packed else groups.slot_N
+        q_BSHK = self._heads(_take(qkv[0], to_places), layer_BS.shape)
+        if not is_again:
+            k_BSGK, v_BSGK = (self._heads(_take(x, to_entries), layer_BS.shape) for x in qkv[1:])
+            cache = cache.append(k_BSGK, v_BSGK, self._entry_layers(layer_BS, cache, packing), packing, depth_step)
+        visibility = cache.visibility(positions.document_start_BS, self._packed(layer_BS, packing), packing)
+        mixed_BSHK, lse_BSH = attend_forward(q_BSHK, cache.k_BCGK, cache.v_BCGK, visibility)
+        mixed_NX = _take(mixed_BSHK.reshape(len(h_ND), -1), from_places)
+        update_ND, after = grouped.map_forward(
+            block.after_attention, block.weights(block.AFTER), (h_ND, mixed_NX), groups
+        )
+        update_ND = gather(update_ND, groups)
+        kept = Kept(before, after, q_BSHK, mixed_BSHK, lse_BSH, update_ND)
+        return update_ND.reshape(h_BSD.shape), cache, kept, groups.num_computed()
+
+    def backward(
+        self,
+        h_BSD: jax.Array,
+        layer_BS: jax.Array,
+        cache: UnifiedCache,
+        positions: Positions,
+        depth_step: jax.Array,
+        kept: Kept,
+        d_update_BSD: jax.Array,
+        d_entries: tuple[jax.Array, jax.Array],
+        d_block: dict[str, jax.Array],
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array], dict[str, jax.Array]]:
+        """The gradient of `forward`.
+
+        Args:
+            cache: as it was after the step.
+            d_entries: of keys and values of that cache, from all later steps; fp32.
+            d_block: of the weights, from all later steps.
+
+        Returns:
+            The gradients of h, of the entries of the cache before the step, and of the weights.
+        """
+        groups, packing = self._plans(layer_BS)
+        block = self.block
+        h_ND = scatter(h_BSD.reshape(-1, h_BSD.shape[-1]), groups)
+        to_places, from_places = self._between(groups, packing)
+        mixed_NX = _take(kept.mixed_BSHK.reshape(len(h_ND), -1), from_places)
+        d_update_ND = scatter(d_update_BSD.reshape(h_ND.shape), groups)
+        weights = block.weights(block.AFTER)
+        d_after, (d_h_ND, d_mixed_NX) = grouped.map_backward(
+            block.after_attention,
+            weights,
+            (h_ND, mixed_NX),
+            groups,
+            (),
+            kept.after,
+            d_update_ND,
+            {name: d_block[name] for name in weights},
+        )
+
+        d_mixed_BSHK = _take(d_mixed_NX, to_places).reshape(kept.mixed_BSHK.shape)
+        visibility = cache.visibility(positions.document_start_BS, self._packed(layer_BS, packing), packing)
+        d_q_BSHK, *d_entries = attend_backward(
+            kept.q_BSHK,
+            cache.k_BCGK,
+            cache.v_BCGK,
+            visibility,
+            kept.mixed_BSHK,
+            kept.lse_BSH,
+            d_mixed_BSHK,
+            *d_entries,
+        )
+        d_new, d_entries = cache.appended_gradient(*d_entries, packing, depth_step)
+
+        from_entries = from_places if cache.is_packed else groups.row_N
+        d_qkv = (
+            _take(d_q_BSHK.reshape(len(h_ND), -1), from_places),
+            *(_take(grad.reshape(len(h_ND), -1).astype(d_q_BSHK.dtype), from_entries) for grad in d_new),
+        )
+        weights = block.weights(block.BEFORE)
+        d_before, (d_h_before_ND,) = grouped.map_backward(
+            block.before_attention,
+            weights,
+            (h_ND,),
+            groups,
+            (scatter(positions.rotation_NK, groups),),
+            kept.before,
+            d_qkv,
+            {name: d_block[name] for name in weights},
+        )
+        d_h_BSD = gather(d_h_ND + d_h_before_ND, groups).reshape(h_BSD.shape)
+        return d_h_BSD, d_entries, {**d_before, **d_after}
 
     def all_layers(
-        self, h_BSD: jax.Array, executes_BS: jax.Array, cache: UnifiedCache, position_BS: jax.Array
+        self, h_BSD: jax.Array, layer_BS: jax.Array, cache: UnifiedCache, positions: Positions, depth_step: jax.Array
     ) -> jax.Array:
         """The updates [L, B, S, D] that each layer would have made at the step that `cache` holds the entries of.
 
         A layer that was not chosen sees its own entry of the token in place of the one that the chosen layer wrote.
+        Attention is whole in memory here: for the `dense` estimator, which is for tests and small studies.
         """
         (batch, seq, d_model), num_layers = h_BSD.shape, self.num_layers
-        layer_LBS = jnp.broadcast_to(jnp.arange(num_layers)[:, None, None], (num_layers, batch, seq))
-        layer_LBS = jnp.where(executes_BS, layer_LBS, num_layers)
-        groups = self._plan(layer_LBS.ravel())
-        h_MPD = grouped.scatter(jnp.tile(h_BSD.reshape(-1, d_model), (num_layers, 1)), groups)
-        qkv_RX = grouped.gather(self.block.before_attention(h_MPD, groups), groups)
-        own_SC = cache.own_slots()
+        executes_BS = layer_BS < num_layers
+        all_LBS = jnp.broadcast_to(jnp.arange(num_layers)[:, None, None], (num_layers, batch, seq))
+        all_LBS = jnp.where(executes_BS, all_LBS, num_layers)
+        groups, packing = self._groups(all_LBS.ravel()), Packing.of(executes_BS)
+        block = self.block
+        h_RD = scatter(jnp.tile(h_BSD.reshape(-1, d_model), (num_layers, 1)), groups)
+        fixed = (scatter(jnp.tile(positions.rotation_NK, (num_layers, 1)), groups),)
+        qkv = grouped.map_rows(block.before_attention, block.weights(block.BEFORE), (h_RD,), groups, fixed)
+        q_LBSHK, k_LBSGK, v_LBSGK = (self._heads(gather(x, groups), (num_layers, batch, seq)) for x in qkv)
+        # The slot of each token's own entry of this step, if the view looks at it.
+        token_BC = cache.token_BC
+        if len(token_BC[0]) > seq:
+            is_new_BC = jnp.arange(token_BC.shape[1]) >= (cache.num_B - packing.num_B)[:, None]
+        else:
+            is_new_BC = jnp.broadcast_to(depth_step == 0 if cache.view == "first" else True, token_BC.shape)
+        own_BSC = (token_BC[:, None, :] == jnp.arange(seq)[None, :, None]) & is_new_BC[:, None]
+        own_BSC &= executes_BS[..., None]
 
-        def mix(qkv_BSX, layer_BS):
-            q_BSHK, k_BSGK, v_BSGK = self._split_heads(qkv_BSX, position_BS)
-            keys, values, visible_BSC = cache.look(layer_BS)
-            sees_own_BS = executes_BS & own_SC.any(-1)
-            return attend_with_own(q_BSHK, keys, values, visible_BSC & ~own_SC, k_BSGK, v_BSGK, sees_own_BS)
+        def mix(q_BSHK, k_BSGK, v_BSGK, layer_BS):
+            in_order = Packing(
+                jnp.where(executes_BS, jnp.arange(seq), -1), packing.source_N, packing.place_N, packing.num_B
+            )
+            visible_BSC = cache.visibility(positions.document_start_BS, layer_BS, in_order).mask() & ~own_BSC
+            return attend_with_own(q_BSHK, cache.k_BCGK, cache.v_BCGK, visible_BSC, k_BSGK, v_BSGK, own_BSC.any(-1))
 
-        mixed_LBSHK = jax.vmap(mix)(qkv_RX.reshape(num_layers, batch, seq, -1), layer_LBS)
-        mixed_MPX = grouped.scatter(mixed_LBSHK.reshape(num_layers * batch * seq, -1), groups)
-        update_RD = grouped.gather(self.block.after_attention(h_MPD, mixed_MPX, groups), groups)
-        return update_RD.reshape(num_layers, batch, seq, d_model)
+        mixed_LBSHK = jax.vmap(mix)(q_LBSHK, k_LBSGK, v_LBSGK, all_LBS)
+        mixed_RX = scatter(mixed_LBSHK.reshape(len(h_RD), -1), groups)
+        update_RD = grouped.map_rows(block.after_attention, block.weights(block.AFTER), (h_RD, mixed_RX), groups)
+        return gather(update_RD, groups).reshape(num_layers, batch, seq, d_model)
 
-    def choose(self, h_BSD, route: Route, cache: UnifiedCache, position_BS) -> tuple[jax.Array, UnifiedCache]:
+    def choose(
+        self, h_BSD, route: Route, cache: UnifiedCache, positions: Positions, depth_step: jax.Array
+    ) -> tuple[jax.Array, UnifiedCache]:
         """`__call__` with the `dense` estimator: the chosen layer's update, with the gradient of the full one-hot."""
-        _, cache = self(h_BSD, route.layer_BS, cache, position_BS)
-        update_LBSD = self.all_layers(h_BSD, route.executes_BS, cache, position_BS)
+        _, cache = self(h_BSD, route.layer_BS, cache, positions, depth_step)
+        update_LBSD = self.all_layers(h_BSD, route.layer_BS, cache, positions, depth_step)
         p_BSL = route.p_layer_BSL
         gate_BSL = jax.nn.one_hot(route.layer_BS, self.num_layers) + p_BSL - jax.lax.stop_gradient(p_BSL)
         return jnp.einsum("BSL,LBSD->BSD", gate_BSL, update_LBSD), cache
 
-    def _plan(self, layer_N: jax.Array) -> grouped.Groups:
-        block = grouped.block_size(layer_N.shape[0], self.num_layers)
-        return grouped.plan(layer_N, self.num_layers, block, self.cfg.grouped_backend)
+    def _groups(self, layer_N: jax.Array) -> Groups:
+        backend = self.cfg.grouped_backend
+        return grouped.plan(layer_N, self.num_layers, grouped.default_backend() if backend == "auto" else backend)
 
-    def _split_heads(self, qkv_BSX: jax.Array, position_BS: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        heads, kv_heads = self.cfg.num_heads, self.cfg.num_kv_heads
-        qkv_BSJK = qkv_BSX.reshape(*qkv_BSX.shape[:2], heads + 2 * kv_heads, -1)
-        turned_BSJK = rope(qkv_BSJK[:, :, : heads + kv_heads], position_BS, self.cfg.rope_base)
-        return turned_BSJK[:, :, :heads], turned_BSJK[:, :, heads:], qkv_BSJK[:, :, heads + kv_heads :]
+    def _plans(self, layer_BS: jax.Array) -> tuple[Groups, Packing]:
+        return self._groups(layer_BS.ravel()), Packing.of(layer_BS < self.num_layers)
+
+    def _between(self, groups: Groups, packing: Packing) -> tuple[jax.Array, jax.Array]:
+        """From sorted rows to packed places, and back: what to take where."""
+        num_tokens = len(groups.row_N)
+        to_places = jnp.take(groups.slot_N, packing.source_N, mode="fill", fill_value=num_tokens)
+        from_places = jnp.take(packing.place_N, groups.row_N, mode="fill", fill_value=num_tokens)
+        return to_places, from_places
+
+    def _packed(self, layer_BS: jax.Array, packing: Packing) -> jax.Array:
+        return jnp.take_along_axis(layer_BS, jnp.maximum(packing.token_BS, 0), axis=1)
+
+    def _entry_layers(self, layer_BS: jax.Array, cache: UnifiedCache, packing: Packing) -> jax.Array:
+        return self._packed(layer_BS, packing) if cache.is_packed else layer_BS
+
+    def _heads(self, x_NX: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        return x_NX.reshape(*shape, -1, self.cfg.head_size)
+
+
+def _take(x_IX: jax.Array, source_J: jax.Array) -> jax.Array:
+    return jnp.take(x_IX, source_J, axis=0, mode="fill", fill_value=0)
 
 
 def clone_groups(block: Block, num_layers: int, max_depth: int) -> None:

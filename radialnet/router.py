@@ -64,6 +64,14 @@ def schedule(cfg: RouterConfig, max_depth: int, step: jax.Array) -> Schedule:
 
 
 @flax.struct.dataclass
+class Decision:
+    """The hard choice at one depth step."""
+
+    layer_BS: jax.Array  # 0…L-1, also for tokens that don't execute it.
+    exits_BS: jax.Array
+
+
+@flax.struct.dataclass
 class Route:
     """Where each token goes at one depth step. A token that neither executes nor exits is idle for the step."""
 
@@ -75,6 +83,7 @@ class Route:
     p_layer_BSL: jax.Array
     layer_lse_BS: jax.Array  # logsumexp of the layer logits without prior, for the z-loss.
     exit_logit_BS: jax.Array  # e, without the exit bias.
+    leave_logit_BS: jax.Array  # e + b.
     can_exit: jax.Array  # Whether an exit is allowed at this step at all.
 
 
@@ -83,7 +92,7 @@ def group_of_layer(num_layers: int, max_depth: int) -> jax.Array:
     return jnp.arange(num_layers) * max_depth // num_layers
 
 
-def prior_logits(kind: str, num_layers: int, max_depth: int, depth_step: int) -> jax.Array:
+def prior_logits(kind: str, num_layers: int, max_depth: int, depth_step: jax.Array) -> jax.Array:
     """1 for the layers that the prior favours at a depth step, else 0. [L]"""
     if kind == "sequential":
         return (jnp.arange(num_layers) == depth_step % num_layers).astype(jnp.float32)
@@ -113,16 +122,22 @@ class Router(nnx.Module):
         h_BSD: jax.Array,
         token_BS: jax.Array,
         active_BS: jax.Array,
-        depth_step: int,
+        depth_step: jax.Array,
         controllers: Controllers,
         at: Schedule,
         rng: jax.Array,
+        decided: "Decision | None" = None,
     ) -> Route:
-        """Route the active tokens. A depth step beyond the trained max depth is treated as the last trained one."""
+        """Route the active tokens. A depth step beyond the trained max depth is treated as the last trained one.
+
+        Args:
+            decided: choices to keep to, made before from the same inputs: a backward pass that computes the
+                probabilities again must not choose again, for the last bit of a logit could choose otherwise.
+        """
         rng = jax.random.fold_in(rng, depth_step)
         if not self.cfg.is_trained:
             return self._fixed_route(token_BS, active_BS, depth_step, rng)
-        trained_step = min(depth_step, self.max_depth - 1)
+        trained_step = jnp.minimum(depth_step, self.max_depth - 1)
         x_BSD = rms_norm(h_BSD.astype(jnp.float32), self.norm[...]) + self.step_embedding[...][trained_step]
         # In fp32 on accelerators too, where the default is less.
         matmul = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
@@ -135,19 +150,10 @@ class Router(nnx.Module):
         # The logit of leaving: against 0 in the factored form, against all layers together in the flat one.
         odds_BS = leave_BS if self.cfg.form == "factored" else leave_BS - jax.nn.logsumexp(biased_BSL, axis=-1)
 
-        selection_BSL, leave_noisy_BS = biased_BSL + controllers.load_bias, leave_BS
-        if self.cfg.noise > 0:
-            layer_rng, exit_rng = jax.random.split(rng)
-            selection_BSL += at.noise * jax.random.gumbel(layer_rng, selection_BSL.shape)
-            # The two forms compare the exit with a constant and with a noisy maximum.
-            exit_noise = jax.random.logistic if self.cfg.form == "factored" else jax.random.gumbel
-            leave_noisy_BS += at.noise * exit_noise(exit_rng, leave_BS.shape)
-        layer_BS = jnp.argmax(selection_BSL, axis=-1).astype(jnp.int32)
-        threshold_BS = 0.0 if self.cfg.form == "factored" else selection_BSL.max(axis=-1)
-        wants_exit_BS = leave_noisy_BS > threshold_BS
-
         can_exit = at.may_exit & (depth_step >= self.min_depth)
-        exits_BS = active_BS & wants_exit_BS & can_exit
+        if decided is None:
+            decided = self._decide(biased_BSL + controllers.load_bias, leave_BS, active_BS & can_exit, at, rng)
+        layer_BS, exits_BS = decided.layer_BS, decided.exits_BS
         executes_BS = active_BS & ~exits_BS
         log_p_BSL = jax.nn.log_softmax(biased_BSL, axis=-1)
         return Route(
@@ -159,8 +165,21 @@ class Router(nnx.Module):
             p_layer_BSL=jnp.exp(log_p_BSL),
             layer_lse_BS=jax.nn.logsumexp(layer_logits_BSL, axis=-1),
             exit_logit_BS=exit_logit_BS,
+            leave_logit_BS=leave_BS,
             can_exit=can_exit,
         )
+
+    def _decide(self, selection_BSL, leave_BS, may_exit_BS, at: Schedule, rng) -> Decision:
+        """The hard choice, by the logits and the selection noise."""
+        if self.cfg.noise > 0:
+            layer_rng, exit_rng = jax.random.split(rng)
+            selection_BSL += at.noise * jax.random.gumbel(layer_rng, selection_BSL.shape)
+            # The two forms compare the exit with a constant and with a noisy maximum.
+            exit_noise = jax.random.logistic if self.cfg.form == "factored" else jax.random.gumbel
+            leave_BS += at.noise * exit_noise(exit_rng, leave_BS.shape)
+        threshold_BS = 0.0 if self.cfg.form == "factored" else selection_BSL.max(axis=-1)
+        layer_BS = jnp.argmax(selection_BSL, axis=-1).astype(jnp.int32)
+        return Decision(layer_BS, may_exit_BS & (leave_BS > threshold_BS))
 
     def _fixed_route(self, token_BS, active_BS, depth_step, rng) -> Route:
         shape, num_layers = token_BS.shape, self.num_layers
@@ -180,13 +199,15 @@ class Router(nnx.Module):
             p_layer_BSL=jax.nn.one_hot(layer_BS, num_layers),
             layer_lse_BS=zeros_BS,
             exit_logit_BS=zeros_BS,
+            leave_logit_BS=zeros_BS,
             can_exit=jnp.bool_(False),
         )
 
 
-def _hash(token_BS: jax.Array, depth_step: int, num_layers: int) -> jax.Array:
+def _hash(token_BS: jax.Array, depth_step: jax.Array, num_layers: int) -> jax.Array:
     """A layer by token id, another one at each step (arXiv 2106.04426): the murmur3 finaliser, modulo L."""
-    x = token_BS.astype(jnp.uint32) * jnp.uint32(0x9E3779B1) + jnp.uint32((depth_step + 1) * 0x85EBCA77 & 0xFFFFFFFF)
+    step = (jnp.asarray(depth_step, jnp.uint32) + 1) * jnp.uint32(0x85EBCA77)
+    x = token_BS.astype(jnp.uint32) * jnp.uint32(0x9E3779B1) + step
     x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
     x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
     return ((x ^ (x >> 16)) % jnp.uint32(num_layers)).astype(jnp.int32)

@@ -54,11 +54,12 @@ def forward(
 
 
 def _sums(
-    config: Config, batch: Batch, output: Output, at: Schedule, bytes_V: jax.Array
+    config: Config, batch: Batch, output: Output, head_DV: jax.Array, at: Schedule, bytes_V: jax.Array
 ) -> tuple[jax.Array, BatchSums]:
     """The loss of a batch and its sums."""
     num_targets = batch["is_target"].sum().astype(jnp.float32)
-    nats = cross_entropy(output.logits_BSV, batch["target"], batch["is_target"])
+    final_ND = output.final_BSD.reshape(-1, output.final_BSD.shape[-1])
+    nats = cross_entropy(final_ND, head_DV, batch["target"].ravel(), batch["is_target"].ravel())
     losses = total_loss(config.router, nats / jnp.maximum(num_targets, 1), output.routing, at)
     num_bytes = jnp.where(batch["is_target"], bytes_V[batch["target"]], 0).sum().astype(jnp.float32)
     weighted = {name: loss * num_targets for name, loss in losses.items()}
@@ -90,7 +91,7 @@ def train_step(
 
     def loss_of(params):
         output = forward(graph, params, batch, state.controllers, at, rng)
-        return _sums(config, batch, output, at, bytes_V)
+        return _sums(config, batch, output, params["head"], at, bytes_V)
 
     (loss, sums), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
     grad_norm = optax.tree.norm(grads)
@@ -148,4 +149,4 @@ def eval_step(
     """
     at = schedule(config.router, config.model.max_depth, step).replace(noise=jnp.float32(0))
     output = forward(graph, params, batch, controllers, at, jax.random.key(0), max_depth)
-    return _sums(config, batch, output, at, bytes_V)[1]
+    return _sums(config, batch, output, params["head"], at, bytes_V)[1]

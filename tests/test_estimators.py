@@ -40,11 +40,9 @@ def test_score_is_the_dense_gradient_in_expectation_under_a_linear_loss():
         batch = make_batch(model.config)
 
         def loss(router, rng, model=model, batch=batch):
-            # A step deeper does nothing but show the state after the first one.
             params = {**model.params, "router": router}
             pool = jax.tree.map(jax.lax.stop_gradient, {k: v for k, v in params.items() if k != "router"})
-            output = model(batch, {**params, **pool}, rng=rng, max_depth=2)
-            return (output.h_TBSD[1] * direction).sum()
+            return (model(batch, {**params, **pool}, rng=rng).exit_BSD * direction).sum()
 
         grads = jax.jit(jax.vmap(jax.grad(loss), in_axes=(None, 0)))
         rngs = jax.random.split(jax.random.key(1), NUM_SAMPLES)
@@ -71,8 +69,8 @@ def test_gradient_against_finite_differences_of_its_formula(estimator):
     direction = np.random.default_rng(5).normal(size=(26, 1, 24)).astype(np.float32)
 
     def loss(router):
-        output = model(batch, {**model.params, "router": router})
-        return (output.h_TBSD[1] * direction).sum(), output
+        output = model(batch, {**model.params, "router": router}, max_depth=1)
+        return (output.exit_BSD * direction).sum(), output
 
     (_, output), grads = jax.value_and_grad(loss, has_aux=True)(router)
     layer_BS = np.asarray(output.layer_TBS[0])
@@ -83,8 +81,8 @@ def test_gradient_against_finite_differences_of_its_formula(estimator):
     plain, gain_LBS = Model(make_config(**sizes)), np.zeros((5, 26, 1))
     for pinned in range(5):
         controllers = model.controllers.replace(load_bias=1e6 * jnp.eye(5)[pinned], exit_bias=jnp.float32(-1e6))
-        states = plain(batch, model.params, controllers).h_TBSD
-        gain_LBS[pinned] = ((states[1] - states[0]) * direction).sum(-1)
+        output_of_layer = plain(batch, model.params, controllers, max_depth=1)
+        gain_LBS[pinned] = ((output_of_layer.exit_BSD - output_of_layer.h_TBSD[0]) * direction).sum(-1)
 
     h = np.asarray(output.h_TBSD[0], np.float64)
     x = h / np.sqrt((h**2).mean(-1, keepdims=True) + 1e-6) + np.asarray(router["step_embedding"])[0]

@@ -6,42 +6,61 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from radialnet import grouped
+from radialnet.config import GROUPED_BACKENDS
 
-N, D, F, L, P = 21, 6, 10, 5, 4
+N, D, F, L, SIZES = 21, 6, 10, 5, (4, 2)
 RNG = np.random.default_rng(0)
 X_ND = jnp.asarray(RNG.normal(size=(N, D)), jnp.float32)
-W_LDF = jnp.asarray(RNG.normal(size=(L, D, F)), jnp.float32)
+OTHER_NF = jnp.asarray(RNG.normal(size=(N, F)), jnp.float32)
 DY_NF = jnp.asarray(RNG.normal(size=(N, F)), jnp.float32)
+WEIGHTS = {
+    "up": jnp.asarray(RNG.normal(size=(L, D, F)), jnp.float32),
+    "scale": jnp.asarray(RNG.normal(size=(L, D)), jnp.float32),
+    "out": jnp.asarray(RNG.normal(size=(L, F, F)), jnp.float32),
+}
 
 
-def product(weights, rows):
-    return rows[0] @ weights["w"].astype(rows[0].dtype)
+def layer(w, rows, product):
+    """A norm with a scale, a product, an activation that joins in another kind of rows, and a last product."""
+    x_PD, other_PF = rows
+    normed_PD = x_PD / (1 + (x_PD**2).sum(-1, keepdims=True)) * w["scale"]
+    return product("out", jnp.tanh(product("up", normed_PD)) * other_PF, keep=False) + x_PD[:, :1]
 
 
-def run(x_ND, w_LDF, layer_N, backend, block=P):
-    groups = grouped.plan(layer_N, L, block, backend)
-    return grouped.gather(grouped.map_blocks(product, {"w": w_LDF}, (grouped.scatter(x_ND, groups),), groups), groups)
+def run(weights, x_ND, other_NF, layer_N, backend, sizes=SIZES):
+    groups = grouped.plan(layer_N, L, backend, sizes)
+    rows = grouped.scatter(x_ND, groups), grouped.scatter(other_NF, groups)
+    return grouped.gather(grouped.map_rows(layer, weights, rows, groups), groups)
+
+
+def value_and_grads(function, weights=WEIGHTS):
+    y_NF, transpose = jax.vjp(function, weights, X_ND, OTHER_NF)
+    return y_NF, transpose(DY_NF)
 
 
 @jax.jit
-def value_and_grads(layer_N):
-    """y, dx, dw of both backends."""
-    results = []
-    for backend in grouped.BACKENDS:
-        y_NF, transpose = jax.vjp(lambda x, w, b=backend: run(x, w, layer_N, b), X_ND, W_LDF)
-        results.append((y_NF, *transpose(DY_NF)))
-    return results
+def by_backend(layer_N):
+    return [value_and_grads(lambda *args, b=backend: run(*args, layer_N, b)) for backend in GROUPED_BACKENDS]
 
 
+@jax.jit
 def by_row(layer_N):
-    """The same without any grouping: row by row in numpy."""
-    y_NF, dx_ND, dw_LDF = np.zeros((N, F)), np.zeros((N, D)), np.zeros((L, D, F))
-    for n, layer in enumerate(layer_N):
-        if layer < L:
-            y_NF[n] = X_ND[n] @ W_LDF[layer]
-            dx_ND[n] = W_LDF[layer] @ DY_NF[n]
-            dw_LDF[layer] += np.outer(X_ND[n], DY_NF[n])
-    return y_NF, dx_ND, dw_LDF
+    """The same without any grouping: autodiff of each row with a copy of its layer's weights."""
+
+    def plain(weights, x_ND, other_NF):
+        def one(w, x_D, other_F):
+            return layer(
+                {"scale": w["scale"][None]}, (x_D[None], other_F[None]), lambda name, x, keep=True: x @ w[name]
+            )
+
+        of_row = jax.tree.map(lambda array: array[jnp.minimum(layer_N, L - 1)], weights)
+        return jnp.where((layer_N < L)[:, None], jax.vmap(one)(of_row, x_ND, other_NF)[:, 0], 0)
+
+    return value_and_grads(plain)
+
+
+def assert_equal(found, expected, message=""):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4, err_msg=message), found, expected)
 
 
 ROUTINGS = {
@@ -50,139 +69,140 @@ ROUTINGS = {
     "one layer": np.full(N, 2),
     "all rows idle": np.full(N, L),
     "one row": np.where(np.arange(N) == 7, 4, L),
+    "uneven": np.sort(np.where(np.arange(N) < 15, 0, np.arange(N) % L)),
 }
 
 
 @pytest.mark.parametrize("name", ROUTINGS)
-def test_backends_equal_the_row_by_row_product(name):
+def test_backends_equal_the_layers_row_by_row(name):
     layer_N = ROUTINGS[name].astype(np.int32)
     expected = by_row(layer_N)
-    for backend, results in zip(grouped.BACKENDS, value_and_grads(layer_N), strict=True):
-        for result, wanted in zip(results, expected, strict=True):
-            np.testing.assert_allclose(result, wanted, atol=1e-5, err_msg=backend)
+    for backend, found in zip(GROUPED_BACKENDS, by_backend(layer_N), strict=True):
+        assert_equal(found, expected, backend)
 
 
 @settings(deadline=None, max_examples=60)
 @given(st.lists(st.integers(0, L), min_size=N, max_size=N))
 def test_any_routing(layers):
     layer_N = np.asarray(layers, np.int32)
-    for results in value_and_grads(layer_N):
-        for result, wanted in zip(results, by_row(layer_N), strict=True):
-            np.testing.assert_allclose(result, wanted, atol=1e-5)
+    for found in by_backend(layer_N):
+        assert_equal(found, by_row(layer_N))
 
 
 def test_backends_are_different_programs():
-    """So that the parity above compares two things."""
+    """So that the parity above compares different things."""
     programs = {
-        backend: str(jax.make_jaxpr(lambda x, b=backend: run(x, W_LDF, jnp.zeros(N, jnp.int32), b))(X_ND))
-        for backend in grouped.BACKENDS
+        backend: str(jax.make_jaxpr(lambda b=backend: run(WEIGHTS, X_ND, OTHER_NF, jnp.zeros(N, jnp.int32), b))())
+        for backend in GROUPED_BACKENDS
     }
-    assert "while" in programs["block_loop"]
-    assert "while" not in programs["masked_dense"]
+    found = {backend: ("while" in text, "ragged_dot" in text) for backend, text in programs.items()}
+    assert found == {"block_loop": (True, False), "ragged_dot": (False, True), "masked_dense": (False, False)}
 
 
-@pytest.mark.parametrize("block", [1, 8, 64])
-def test_result_does_not_depend_on_the_block_size(block):
+@pytest.mark.parametrize("sizes", [(1,), (3,), (8, 4, 2), (16, 1), (21,)])
+def test_result_does_not_depend_on_the_sizes_of_segments(sizes):
     layer_N = ROUTINGS["random with idle rows"].astype(np.int32)
-    np.testing.assert_allclose(run(X_ND, W_LDF, layer_N, "block_loop", block), by_row(layer_N)[0], atol=1e-5)
+    found = value_and_grads(lambda *args: run(*args, layer_N, "block_loop", sizes))
+    assert_equal(found, by_row(layer_N))
 
 
-@given(st.lists(st.integers(0, L), min_size=N, max_size=N), st.sampled_from([1, 3, 4, 32]))
-@settings(deadline=None, max_examples=60)
-def test_plan_places_every_row_in_a_block_of_its_layer(layers, block):
+@given(st.lists(st.integers(0, L), min_size=N, max_size=N), st.sampled_from([(1,), (3,), (4, 2), (16, 8, 1)]))
+@settings(deadline=None, max_examples=100)
+def test_segments_cover_every_executing_row_once_and_no_other(layers, sizes):
     layer_N = np.asarray(layers, np.int32)
-    groups = grouped.plan(layer_N, L, block)
-    slots = np.asarray(groups.slot_N)
-    executed = layer_N < L
-    assert len(set(slots[executed])) == executed.sum(), "two rows share a place"
-    assert (np.asarray(groups.layer_M)[slots[executed] // block] == layer_N[executed]).all()
-    assert (slots[executed] // block < groups.num_blocks).all()
-    assert (slots[~executed] == len(groups.row_R)).all()
-    assert (np.asarray(groups.row_R)[slots[executed]] == np.flatnonzero(executed)).all()
-    assert (np.asarray(groups.row_R) < N).sum() == executed.sum()
-    counts = np.bincount(layer_N[executed], minlength=L)
-    assert groups.num_blocks == np.ceil(counts / block).sum(), "work is more than the rows and their padding"
+    groups = grouped.plan(layer_N, L, sizes=sizes)
+    executes = layer_N < L
+    slots, rows = np.asarray(groups.slot_N), np.asarray(groups.row_N)
+    assert sorted(slots[executes]) == list(range(executes.sum()))
+    assert (slots[~executes] == N).all() and (rows[executes.sum() :] == N).all()
+    assert (rows[slots[executes]] == np.flatnonzero(executes)).all()
+    segments = groups.segments
+    bounds, covered = np.asarray(segments.first_of_size), []
+    for which, size in enumerate(sizes):
+        for index in range(bounds[which], bounds[which + 1]):
+            begin, end = int(segments.begin_M[index]), int(segments.end_M[index])
+            assert 0 < end - begin <= size
+            covered += range(begin, end)
+            assert (layer_N[rows[begin:end]] == segments.layer_M[index]).all()
+    assert sorted(covered) == list(range(executes.sum()))
+    counts = np.bincount(layer_N[executes], minlength=L)
+    assert int(groups.num_computed()) >= executes.sum()
+    # What is computed for nothing is less than a third of a group, or less than a segment of the smallest size.
+    assert groups.num_computed() <= sum(count + max(count / 3, sizes[-1] - 1) for count in counts if count)
 
 
-def test_loop_runs_only_over_blocks_with_rows():
-    """Blocks without rows are not read: what is wrong in them does not show."""
-    groups = grouped.plan(np.where(np.arange(N) < 5, 0, L).astype(np.int32), L, P)
-    x_MPD = grouped.scatter(X_ND, groups)
-    x_MPD = x_MPD.at[groups.num_blocks :].set(jnp.nan)
-    y_MPF, transpose = jax.vjp(lambda x, w: grouped.map_blocks(product, {"w": w}, (x,), groups), x_MPD, W_LDF)
-    dx_MPD, dw_LDF = transpose(jnp.ones_like(y_MPF))
-    for array in (y_MPF, dx_MPD, dw_LDF):
-        assert np.isfinite(array).all()
+def test_loop_runs_only_over_rows_that_execute():
+    """Rows past them are not read as anybody's: what is wrong in them does not show."""
+    layer_N = np.where(np.arange(N) < 5, 0, L).astype(np.int32)
+    for backend in ("block_loop", "ragged_dot"):
+        groups = grouped.plan(layer_N, L, backend, SIZES)
+        rows = [grouped.scatter(x, groups).at[5:].set(jnp.nan) for x in (X_ND, OTHER_NF)]
+        y_NF, transpose = jax.vjp(
+            lambda w, x, other, g=groups: grouped.map_rows(layer, w, (x, other), g), WEIGHTS, *rows
+        )
+        grads = transpose(DY_NF.at[5:].set(jnp.nan))
+        for array in jax.tree.leaves((y_NF, grads)):
+            assert np.isfinite(array).all(), backend
+        assert (y_NF[:5] != 0).any()
+
+
+def test_only_the_products_that_are_asked_for_are_kept():
+    groups = grouped.plan(ROUTINGS["one layer"].astype(np.int32), L, "block_loop", SIZES)
+    rows = grouped.scatter(X_ND, groups), grouped.scatter(OTHER_NF, groups)
+    _, kept = grouped.map_forward(layer, WEIGHTS, rows, groups)
+    assert {name: array.shape for name, array in kept.items()} == {"up": (N, F)}
+
+
+def test_backward_adds_to_what_is_there():
+    layer_N = ROUTINGS["random with idle rows"].astype(np.int32)
+    expected = by_row(layer_N)[1][0]
+    for backend in GROUPED_BACKENDS:
+        groups = grouped.plan(layer_N, L, backend, SIZES)
+        rows = grouped.scatter(X_ND, groups), grouped.scatter(OTHER_NF, groups)
+        _, kept = grouped.map_forward(layer, WEIGHTS, rows, groups)
+        before = jax.tree.map(lambda w: jnp.full_like(w, 3.0), WEIGHTS)
+        dy_NF = grouped.scatter(DY_NF, groups)
+        d_weights, _ = grouped.map_backward(layer, WEIGHTS, rows, groups, (), kept, dy_NF, before)
+        assert_equal(jax.tree.map(lambda x: x - 3, d_weights), expected, backend)
 
 
 def test_permutations_have_the_gradient_of_plain_indexing():
-    groups = grouped.plan(ROUTINGS["random with idle rows"].astype(np.int32), L, P)
-    dy = jnp.asarray(RNG.normal(size=(len(groups.layer_M), P, D)), jnp.float32)
+    groups = grouped.plan(ROUTINGS["random with idle rows"].astype(np.int32), L)
+    dy = jnp.asarray(RNG.normal(size=(N, D)), jnp.float32)
 
-    def plain_scatter(x_ND):
-        padded = jnp.concatenate([x_ND, jnp.zeros((1, D))])
-        return padded[groups.row_R].reshape(dy.shape)
+    def plain(indices):
+        return lambda x_ND: jnp.concatenate([x_ND, jnp.zeros((1, D))])[indices]
 
-    ours, plain = (jax.vjp(f, X_ND)[1](dy)[0] for f in (lambda x: grouped.scatter(x, groups), plain_scatter))
-    np.testing.assert_allclose(ours, plain, atol=1e-6)
-
-    def plain_gather(x_MPD):
-        return jnp.concatenate([x_MPD.reshape(-1, D), jnp.zeros((1, D))])[groups.slot_N]
-
-    ours, plain = (jax.vjp(f, dy)[1](X_ND)[0] for f in (lambda x: grouped.gather(x, groups), plain_gather))
-    np.testing.assert_allclose(ours, plain, atol=1e-6)
+    for ours, indices in ((grouped.scatter, groups.row_N), (grouped.gather, groups.slot_N)):
+        found, expected = (jax.vjp(f, X_ND) for f in (lambda x, f=ours: f(x, groups), plain(indices)))
+        np.testing.assert_allclose(found[0], expected[0])
+        np.testing.assert_allclose(found[1](dy)[0], expected[1](dy)[0], atol=1e-6)
 
 
 def test_weight_gradient_is_summed_in_the_precision_of_the_weights():
-    """With bf16 rows a sum of many blocks in bf16 would stand still: 256 + 1 = 256."""
+    """With bf16 rows a sum of many segments in bf16 would stand still: 256 + 1 = 256."""
     rows = 512
-    groups = grouped.plan(np.zeros(rows, np.int32), L, 1)
-    x_MPD = grouped.scatter(jnp.ones((rows, D), jnp.bfloat16), groups)
-    dw_LDF = jax.grad(lambda w: grouped.map_blocks(product, {"w": w}, (x_MPD,), groups).astype(jnp.float32).sum())(
-        W_LDF
-    )
-    assert dw_LDF.dtype == jnp.float32
-    np.testing.assert_array_equal(dw_LDF[0], rows)
+    for backend in ("block_loop", "ragged_dot"):
+        groups = grouped.plan(np.zeros(rows, np.int32), L, backend, (1,))
+        x_ND = grouped.scatter(jnp.ones((rows, D), jnp.bfloat16), groups)
+
+        def total(w, x_ND=x_ND, groups=groups):
+            y_NF = grouped.map_rows(lambda w, rows, product: product("up", rows[0]), {"up": w}, (x_ND,), groups)
+            assert y_NF.dtype == jnp.bfloat16
+            return y_NF.astype(jnp.float32).sum()
+
+        dw_LDF = jax.grad(total)(WEIGHTS["up"])
+        assert dw_LDF.dtype == jnp.float32
+        np.testing.assert_array_equal(dw_LDF[0], rows)
 
 
-@pytest.mark.parametrize("name", ROUTINGS)
-def test_a_function_of_several_weights_and_rows(name):
-    """Norm, two products and an activation, of two kinds of rows: both backends against autodiff row by row."""
-    layer_N = jnp.asarray(ROUTINGS[name], jnp.int32)
-    other_NF = jnp.asarray(RNG.normal(size=(N, F)), jnp.float32)
-    weights = {"up": W_LDF, "scale": jnp.asarray(RNG.normal(size=(L, D)), jnp.float32)}
-
-    def function(w, rows):
-        x, other = rows
-        return jnp.tanh((x / (1 + (x**2).sum(-1, keepdims=True)) * w["scale"]) @ w["up"]) * other
-
-    def plain(weights, x_ND, other_NF):
-        one = jax.vmap(lambda w, x, o: function(w, (x[None], o[None]))[0])
-        y_NF = one(jax.tree.map(lambda array: array[jnp.minimum(layer_N, L - 1)], weights), x_ND, other_NF)
-        return jnp.where((layer_N < L)[:, None], y_NF, 0)
-
-    def grouped_by(backend, weights, x_ND, other_NF):
-        groups = grouped.plan(layer_N, L, P, backend)
-        rows = grouped.scatter(x_ND, groups), grouped.scatter(other_NF, groups)
-        return grouped.gather(grouped.map_blocks(function, weights, rows, groups), groups)
-
-    def value_and_transpose(f):
-        y_NF, transpose = jax.vjp(f, weights, X_ND, other_NF)
-        return y_NF, transpose(DY_NF)
-
-    expected = value_and_transpose(plain)
-    for backend in grouped.BACKENDS:
-        found = value_and_transpose(lambda *arguments, b=backend: grouped_by(b, *arguments))
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), found, expected)
-
-
-def test_block_size_follows_rows_per_layer():
-    assert grouped.block_size(2048, 16) == 128
-    assert grouped.block_size(2048, 64) == 32
-    assert grouped.block_size(10**6, 8) == 128
-    assert grouped.block_size(3, 50) == 8
+def test_sizes_follow_rows_per_layer():
+    assert grouped.segment_sizes(4096, 8) == (512, 256, 128, 64, 32)
+    assert grouped.segment_sizes(4096, 64) == (64, 32, 16, 8)
+    assert grouped.segment_sizes(10**6, 8) == (512, 256, 128, 64, 32)
+    assert grouped.segment_sizes(3, 50) == (3,)
 
 
 def test_unknown_backend():
     with pytest.raises(ValueError, match="'magic'"):
-        grouped.plan(np.zeros(N, np.int32), L, P, "magic")
+        grouped.plan(np.zeros(N, np.int32), L, "magic")

@@ -3,26 +3,51 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
+from radialnet import losses
 from radialnet.losses import cross_entropy, depth_loss, load_loss, router_z_loss, total_loss
-from radialnet.metrics import RoutingSums
 from radialnet.router import schedule
-from tests.tiny import Model, make_batch, make_config
+from tests.tiny import Model, make_batch, make_config, zero_sums
 
 T, L = 2, 3
 
 
 def sums(**fields):
-    zero = RoutingSums.zero(T, L, vocab_size=4)
-    return zero.replace(**{name: jnp.asarray(value, jnp.float32) for name, value in fields.items()})
+    return zero_sums(T, L).replace(**{name: jnp.asarray(value, jnp.float32) for name, value in fields.items()})
 
 
 def test_cross_entropy_counts_real_targets_only():
-    logits = jnp.log(jnp.array([[[0.5, 0.25, 0.25], [0.1, 0.1, 0.8]]]))
-    target, is_target = jnp.array([[1, 2]]), jnp.array([[True, False]])
-    np.testing.assert_allclose(cross_entropy(logits, target, is_target), np.log(4), rtol=1e-6)
-    np.testing.assert_allclose(cross_entropy(logits, target, ~is_target), -np.log(0.8), rtol=1e-6)
+    logits = jnp.log(jnp.array([[0.5, 0.25, 0.25], [0.1, 0.1, 0.8]]))
+    target, is_target, head = jnp.array([1, 2]), jnp.array([True, False]), jnp.eye(3)
+    np.testing.assert_allclose(cross_entropy(logits, head, target, is_target), np.log(4), rtol=1e-6)
+    np.testing.assert_allclose(cross_entropy(logits, head, target, ~is_target), -np.log(0.8), rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(jnp.float32, 1e-5), (jnp.bfloat16, 2e-2)])
+def test_cross_entropy_in_chunks_equals_the_whole(monkeypatch, dtype, tolerance):
+    """Values and gradients, with a last chunk that is not full; and no matrix of all logits in the program."""
+    monkeypatch.setattr(losses, "LOGITS_IN_MEMORY", 5 * 11)
+    rng = np.random.default_rng(0)
+    final, head = jnp.asarray(rng.normal(size=(13, 6)), dtype), jnp.asarray(rng.normal(size=(6, 11)), jnp.float32)
+    target, is_target = jnp.asarray(rng.integers(0, 11, 13)), jnp.asarray(rng.random(13) < 0.7)
+
+    def whole(final, head):
+        logits = (final @ head.astype(dtype)).astype(jnp.float32)
+        nats = optax.softmax_cross_entropy_with_integer_labels(logits, target)
+        return 3 * jnp.where(is_target, nats, 0).sum()
+
+    def chunked(final, head):
+        return 3 * cross_entropy(final, head, target, is_target)
+
+    found, expected = (jax.value_and_grad(f, argnums=(0, 1))(final, head) for f in (chunked, whole))
+    for left, right in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert left.dtype == right.dtype
+        scale = np.abs(np.asarray(right, np.float32)).max()
+        np.testing.assert_allclose(np.asarray(left, np.float32), np.asarray(right, np.float32), atol=tolerance * scale)
+    programs = [str(jax.make_jaxpr(jax.grad(f, argnums=(0, 1)))(final, head)) for f in (chunked, whole)]
+    assert ["13,11]" in program for program in programs] == [False, True]
 
 
 def test_load_loss_is_pooled_over_steps():

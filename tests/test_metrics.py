@@ -3,8 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from radialnet.metrics import BatchSums, RoutingSums, add, figures, flops_per_token, route_mutual_information
-from tests.tiny import VOCAB, Model, make_batch, make_config
+from radialnet.metrics import BatchSums, add, figures, flops_per_token, route_mutual_information
+from tests.tiny import VOCAB, Model, make_batch, make_config, zero_sums
 
 
 def test_mutual_information_of_known_routings():
@@ -49,6 +49,7 @@ def test_figures_of_sums():
     assert found["depth"] == pytest.approx(np.dot(found["depth_hist"], range(4)))
     assert found["depth"] == pytest.approx(np.sum(found["load_by_step"]))
     assert sum(found["load"]) == pytest.approx(1) and len(found["load"]) == 5
+    assert 0 < found["padding"] < 1
     load = np.asarray(found["load"])[np.asarray(found["load"]) > 0]
     assert found["load_entropy"] == pytest.approx(-(load * np.log(load)).sum() / np.log(5))
 
@@ -56,7 +57,7 @@ def test_figures_of_sums():
 def test_an_interval_of_skipped_steps_has_no_loss():
     """Its sums are zero; a loss of 0 would be a perfect one."""
     zero = jnp.float32(0)
-    found = figures(BatchSums({"loss": zero, "ce": zero}, zero, zero, RoutingSums.zero(3, 5, VOCAB)))
+    found = figures(BatchSums({"loss": zero, "ce": zero}, zero, zero, zero_sums(3, 5)))
     for name in ("loss", "ce", "bpb", "depth"):
         assert np.isnan(found[name])
 

@@ -90,7 +90,7 @@ def perturbed(params, seed=0):
     return jax.tree.unflatten(tree, [x + 0.1 * rng.normal(size=x.shape).astype(np.float32) for x in leaves])
 
 
-@pytest.mark.parametrize("backend", ["block_loop", "masked_dense"])
+@pytest.mark.parametrize("backend", ["block_loop", "ragged_dot", "masked_dense"])
 @pytest.mark.parametrize("view", ["latest", "same_step", "same_layer"])
 def test_sequential_routes_equal_a_plain_transformer(view, backend):
     """In these three views a token in layer t sees what the others wrote in layer t, as in a plain transformer."""
@@ -136,12 +136,11 @@ def test_other_views_are_not_a_plain_transformer():
         assert np.abs(outputs[view] - outputs["latest"]).max() > 0.01
 
 
-@pytest.mark.parametrize("estimator", ["straight_through", "score", "weighted", "dense"])
-def test_backends_agree_on_a_routed_model(estimator):
+def test_backends_agree_on_the_dense_estimator():
     """Values and gradients, with exits: the block loop of executed rows against all layers masked."""
-    results = []
+    results, programs = [], set()
     for backend in ("block_loop", "masked_dense"):
-        config = make_config(model__grouped_backend=backend, router__estimator=estimator)
+        config = make_config(model__grouped_backend=backend, router__estimator="dense")
         model, batch = Model(config).with_mixed_exits(), make_batch(config, packed=True)
 
         def loss(params, model=model, batch=batch):
@@ -149,9 +148,10 @@ def test_backends_agree_on_a_routed_model(estimator):
             return (output.logits_BSV**2).mean() + output.routing.expected_depth, output.depth_BS
 
         program = jax.jit(jax.value_and_grad(loss, has_aux=True)).trace(model.params)
-        assert (" while[" in str(program.jaxpr)) == (backend == "block_loop"), "two paths, not one compared with itself"
+        programs.add(str(program.jaxpr).count("while["))
         results.append(program.lower().compile()(model.params))
     left, right = results
+    assert len(programs) == 2, "two paths, not one compared with itself"
     assert len(np.unique(left[0][1])) >= 3, "tokens leave at different depths"
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), left, right)
 

@@ -4,9 +4,10 @@ import ast
 from pathlib import Path
 
 ORDER = [
-    "files", "config", "tokenizer", "corpus", "grouped", "cache", "layers", "router", "metrics", "pool", "model",
+    "files", "config", "tokenizer", "corpus", "grouped", "attention", "cache", "layers", "router", "metrics", "pool",
+    "depth", "model",
     "losses", "optimizer", "train_step", "checkpoint", "run_folder", "data", "trained", "writers", "progress", "cli",
-    "evaluate", "generate", "plots", "trainer",
+    "evaluate", "generate", "benchmark", "plots", "trainer",
 ]  # fmt: skip
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "radialnet"

@@ -8,6 +8,7 @@ import numpy as np
 
 from configs import base
 from radialnet.config import Config
+from radialnet.metrics import RoutingSums
 from radialnet.model import init_params
 from radialnet.router import Controllers, schedule
 from radialnet.train_step import forward
@@ -49,6 +50,18 @@ def make_batch(config: Config, seed: int = 0, packed: bool = False) -> dict[str,
         "position": position,
         "is_target": document >= 0,
     }
+
+
+def zero_sums(max_depth: int, num_layers: int) -> RoutingSums:
+    zero = jnp.float32(0)
+    names = RoutingSums.__dataclass_fields__
+    sums = RoutingSums(**dict.fromkeys(names, zero))
+    return sums.replace(
+        tokens_by_depth=jnp.zeros(max_depth + 1),
+        executions_TL=jnp.zeros((max_depth, num_layers)),
+        executions_TKL=jnp.zeros((max_depth, VOCAB, num_layers)),
+        p_layer_L=jnp.zeros(num_layers),
+    )
 
 
 # Compiled once for all tests with equal configs and shapes.

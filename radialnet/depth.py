@@ -1,0 +1,216 @@
+"""The loop over depth steps: router, pool, residual stream, until every token has left.
+
+`scanned` is the one that trains: a scan, so that compile time doesn't grow with T, with a gradient written by hand.
+Autodiff of a scan that carries the cache would keep T caches; but an entry never changes once written, so that the
+cache of every step is a part of the last one (`UnifiedCache.at_step`). And it would add a gradient of the whole pool to
+another at every step; by hand each step adds in place what its layers got.
+
+`unrolled` is the reference, by autodiff. It has the `dense` estimator too, which runs all layers at every step.
+"""
+
+import dataclasses
+from functools import partial
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from radialnet.metrics import StepSums
+from radialnet.pool import LayerPool, Positions
+from radialnet.router import Controllers, Decision, Router, Schedule, choice_gate
+
+
+@flax.struct.dataclass
+class Inputs:
+    """What the loop reads at every step and never changes."""
+
+    token_BS: jax.Array
+    positions: Positions
+    controllers: Controllers
+    at: Schedule
+    rng: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class DepthLoop:
+    """What is static in the loop.
+
+    Attributes:
+        graph: of the pair (router, pool).
+        keeps_products: whether the backward pass finds what the layers computed, or computes it again, a step at a time
+            (rematerialisation: memory of a step's activations instead of T steps').
+    """
+
+    graph: nnx.GraphDef
+    view: str
+    max_depth: int
+    estimator: str
+    vocab_size: int
+    keeps_products: bool
+
+    def modules(self, params) -> tuple[Router, LayerPool]:
+        return nnx.merge(self.graph, params)
+
+
+@flax.struct.dataclass
+class Trace:
+    """What happened, by depth step."""
+
+    sums: StepSums
+    num_computed: jax.Array  # Rows that were computed, padding of segments included.
+    layer_BS: jax.Array  # The layer that each token executed; L for none.
+    h_BSD: jax.Array  # The residual stream before the step. Carries no gradient.
+
+
+def _decide(loop: DepthLoop, router: Router, h_BSD, log_survival_BS, active_BS, depth_step, inputs, decided=None):
+    """The router's part of a step.
+
+    Returns:
+        The gate of the update, the log of the product of (1 - p_exit) so far, the sums, and the route.
+    """
+    args = (active_BS, depth_step, inputs.controllers, inputs.at, inputs.rng, decided)
+    route = router(h_BSD, inputs.token_BS, *args)
+    log_survival_BS += route.log_survive_BS
+    gate_BS = choice_gate(log_survival_BS, loop.estimator)
+    if loop.estimator != "dense":
+        gate_BS *= choice_gate(route.log_p_layer_BS, loop.estimator)
+    sums = StepSums.of(route, active_BS, log_survival_BS, inputs.token_BS, loop.vocab_size)
+    return gate_BS, log_survival_BS, sums, route
+
+
+def unrolled(loop: DepthLoop, params, h_BSD: jax.Array, is_real_BS: jax.Array, inputs: Inputs):
+    """All depth steps, one after the other in the program. Returns the residual stream at the exits and the trace."""
+    router, pool = loop.modules(params)
+    active_BS, log_survival_BS = is_real_BS, jnp.zeros(is_real_BS.shape)
+    cache = pool.empty_cache(loop.view, loop.max_depth, *is_real_BS.shape)
+    steps = []
+    for t in range(loop.max_depth):
+        depth_step = jnp.int32(t)
+        gate_BS, log_survival_BS, sums, route = _decide(
+            loop, router, h_BSD, log_survival_BS, active_BS, depth_step, inputs
+        )
+        steps.append(Trace(sums, route.executes_BS.sum(), route.layer_BS, jax.lax.stop_gradient(h_BSD)))
+        if loop.estimator == "dense":
+            update_BSD, cache = pool.choose(h_BSD, route, cache, inputs.positions, depth_step)
+        else:
+            update_BSD, cache = pool(h_BSD, route.layer_BS, cache, inputs.positions, depth_step)
+        # The update of a token that executes nothing is exactly 0: its state stays as it is.
+        h_BSD += gate_BS[..., None] * update_BSD
+        active_BS &= ~route.exits_BS
+    return h_BSD, jax.tree.map(lambda *xs: jnp.stack(xs), *steps)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def scanned(loop: DepthLoop, params, h_BSD: jax.Array, is_real_BS: jax.Array, inputs: Inputs):
+    """`unrolled` as a scan. No gradient reaches `inputs`."""
+    return _forward(dataclasses.replace(loop, keeps_products=False), params, h_BSD, is_real_BS, inputs)[:2]
+
+
+@flax.struct.dataclass
+class _StepState:
+    """What the backward pass needs of a step, beside the trace."""
+
+    log_survival_BS: jax.Array
+    active_BS: jax.Array
+    decided: Decision
+    cache: object  # `UnifiedCache.varying` after the step.
+    kept: object  # `Kept`, or None.
+
+
+def _forward(loop: DepthLoop, params, h_BSD, is_real_BS, inputs):
+    router, pool = loop.modules(params)
+    active_BS, log_survival_BS = is_real_BS, jnp.zeros(is_real_BS.shape)
+    cache = pool.empty_cache(loop.view, loop.max_depth, *is_real_BS.shape)
+
+    def step(carry, depth_step):
+        h_BSD, before_BS, active_BS, cache = carry
+        with jax.named_scope("router"):
+            gate_BS, log_survival_BS, sums, route = _decide(
+                loop, router, h_BSD, before_BS, active_BS, depth_step, inputs
+            )
+        with jax.named_scope("layer"):
+            update_BSD, cache, kept, num_computed = pool.forward(
+                h_BSD, route.layer_BS, cache, inputs.positions, depth_step
+            )
+        trace = Trace(sums, num_computed, route.layer_BS, h_BSD)
+        state = _StepState(
+            log_survival_BS=before_BS,
+            active_BS=active_BS,
+            decided=Decision(jnp.minimum(route.layer_BS, pool.num_layers - 1), route.exits_BS),
+            cache=cache.varying(),
+            kept=kept if loop.keeps_products else None,
+        )
+        # The update of a token that executes nothing is exactly 0: its state stays as it is.
+        h_BSD = h_BSD + gate_BS[..., None] * update_BSD
+        return (h_BSD, log_survival_BS, active_BS & ~route.exits_BS, cache), (trace, state)
+
+    carry = (h_BSD, log_survival_BS, active_BS, cache)
+    (h_BSD, _, _, cache), (trace, states) = jax.lax.scan(step, carry, jnp.arange(loop.max_depth))
+    return h_BSD, trace, (params, inputs, trace.h_BSD, states, cache)
+
+
+def _scanned_forward(loop, params, h_BSD, is_real_BS, inputs):
+    h_BSD, trace, residuals = _forward(loop, params, h_BSD, is_real_BS, inputs)
+    return (h_BSD, trace), residuals
+
+
+def _scanned_backward(loop: DepthLoop, residuals, d_outputs):
+    params, inputs, h_TBSD, states, last_cache = residuals
+    d_h_BSD, d_trace = d_outputs
+    router, pool = loop.modules(params)
+    router_graph, router_params = nnx.split(router)
+
+    def step(carry, of_step):
+        d_h_BSD, d_log_survival_BS, d_entries, d_block, d_router = carry
+        depth_step, h_BSD, state, d_sums = of_step
+        cache = last_cache.at_step(state.cache)
+
+        def decide(router_params, h_BSD, log_survival_BS):
+            router = nnx.merge(router_graph, router_params)
+            gate_BS, log_survival_BS, sums, route = _decide(
+                loop, router, h_BSD, log_survival_BS, state.active_BS, depth_step, inputs, state.decided
+            )
+            return (gate_BS, log_survival_BS, (sums.p_layer_L, sums.expected_depth, sums.z)), route.layer_BS
+
+        with jax.named_scope("router"):
+            (gate_BS, _, _), transpose, layer_BS = jax.vjp(
+                decide, router_params, h_BSD, state.log_survival_BS, has_aux=True
+            )
+        with jax.named_scope("layer"):
+            kept = state.kept
+            if kept is None:
+                _, _, kept, _ = pool.forward(h_BSD, layer_BS, cache, inputs.positions, depth_step, is_again=True)
+            d_layer_BSD, d_entries, d_block = pool.backward(
+                h_BSD,
+                layer_BS,
+                cache,
+                inputs.positions,
+                depth_step,
+                kept,
+                gate_BS[..., None] * d_h_BSD,
+                d_entries,
+                d_block,
+            )
+        d_gate_BS = (d_h_BSD * kept.update_ND.reshape(h_BSD.shape)).sum(-1)
+        with jax.named_scope("router"):
+            d_of_router, d_routed_BSD, d_log_survival_BS = transpose((d_gate_BS, d_log_survival_BS, d_sums))
+        d_router = jax.tree.map(jnp.add, d_router, d_of_router)
+        return (d_h_BSD + d_layer_BSD + d_routed_BSD, d_log_survival_BS, d_entries, d_block, d_router), None
+
+    d_entries = tuple(jnp.zeros(x.shape, jnp.float32) for x in (last_cache.k_BCGK, last_cache.v_BCGK))
+    block = pool.block
+    d_block = {name: jnp.zeros_like(weight) for name, weight in block.weights(block.BEFORE + block.AFTER).items()}
+    d_router = jax.tree.map(jnp.zeros_like, router_params)
+    carry = d_h_BSD, jnp.zeros(h_TBSD.shape[1:3]), d_entries, d_block, d_router
+    d_sums = d_trace.sums.p_layer_L, d_trace.sums.expected_depth, d_trace.sums.z
+    steps = jnp.arange(loop.max_depth), h_TBSD, states, d_sums
+    (d_h_BSD, _, _, d_block, d_router), _ = jax.lax.scan(step, carry, steps, reverse=True)
+
+    nnx.update(router, d_router)
+    for name, grad in d_block.items():
+        getattr(block, name)[...] = grad
+    return nnx.split((router, pool))[1], d_h_BSD, None, None
+
+
+scanned.defvjp(_scanned_forward, _scanned_backward)

@@ -1,0 +1,132 @@
+"""The scan over depth with its gradient by hand, against the same steps one after the other under autodiff."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from radialnet import model as model_module
+from radialnet.config import VIEWS
+from radialnet.depth import scanned, unrolled
+from radialnet.train_step import forward
+from tests.tiny import Model, make_batch, make_config
+
+
+def value_and_grads(run, monkeypatch, **overrides):
+    """Of a loss that everything with a gradient is in."""
+    monkeypatch.setattr(model_module, "scanned", run)
+    config = make_config(model__max_depth=4, **overrides)
+    model, batch = Model(config), make_batch(config, packed=True)
+    if config.router.is_trained:
+        model.with_mixed_exits()
+
+    def loss(params):
+        output = forward(model.graph, params, batch, model.controllers, model.at, jax.random.key(0))
+        routing = output.routing
+        auxiliary = routing.expected_depth + routing.z + (routing.p_layer_L**2).sum()
+        return (output.logits_BSV**2).mean() + 0.01 * auxiliary, output
+
+    program = jax.jit(jax.value_and_grad(loss, has_aux=True)).trace(model.params)
+    (value, output), grads = program.lower().compile()(model.params)
+    return str(program.jaxpr), value, grads, output
+
+
+CASES = {
+    **{view: {"cache__view": view} for view in VIEWS},
+    **{estimator: {"router__estimator": estimator} for estimator in ("score", "weighted")},
+    "flat with noise": {"router__form": "flat", "router__noise": 0.5, "router__noise_steps": 9},
+    "load prior": {"router__prior": "group", "router__load_bias_rate": 0.1},
+    "random": {"router__form": "random", "cache__view": "all"},
+    "prelude and coda": {"model__prelude_layers": 1, "model__coda_layers": 2},
+    "ragged_dot": {"model__grouped_backend": "ragged_dot"},
+    **{f"remat {view}": {"model__remat": "step", "cache__view": view} for view in VIEWS},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_scan_by_hand_equals_autodiff_of_the_unrolled_loop(monkeypatch, case):
+    overrides = CASES[case]
+    text, value, grads, output = value_and_grads(scanned, monkeypatch, **overrides)
+    plain = {**overrides, "model__remat": "none", "model__grouped_backend": "masked_dense"}
+    plain_text, plain_value, plain_grads, plain_output = value_and_grads(unrolled, monkeypatch, **plain)
+    assert "scan[" in text and "masked" not in plain_text
+    assert text.count("while[") != plain_text.count("while["), "two programs"
+    np.testing.assert_allclose(value, plain_value, rtol=1e-5)
+    np.testing.assert_array_equal(output.layer_TBS, plain_output.layer_TBS)
+    np.testing.assert_allclose(output.h_TBSD, plain_output.h_TBSD, atol=1e-5)
+    if "random" not in case:
+        assert len(np.unique(output.depth_BS)) >= 3, "tokens leave at different depths"
+    assert jax.tree.structure(grads) == jax.tree.structure(plain_grads)
+
+    def close(path, left, right):
+        scale = np.abs(right).max()
+        np.testing.assert_allclose(left, right, atol=2e-5 * scale + 1e-9, err_msg=str(path))
+        return scale
+
+    scales = jax.tree.map_with_path(close, grads, plain_grads)
+    assert all(scale > 0 for scale in jax.tree.leaves(scales)), "every parameter has a gradient"
+
+
+def test_program_does_not_grow_with_depth_or_pool():
+    """So that compile time doesn't either."""
+
+    def size(max_depth, pool_size):
+        config = make_config(model__max_depth=max_depth, model__pool_size=pool_size)
+        model, batch = Model(config), make_batch(config)
+
+        def loss(params):
+            return forward(model.graph, params, batch, model.controllers, model.at, jax.random.key(0)).exit_BSD.sum()
+
+        return len(jax.jit(jax.grad(loss)).lower(model.params).as_text())
+
+    base = size(2, 8)
+    assert size(7, 8) < 1.05 * base
+    assert size(2, 13) < 1.05 * base
+
+
+def memory(max_depth, **overrides):
+    config = make_config(model__max_depth=max_depth, model__pool_size=3, train__seq_len=64, **overrides)
+    model, batch = Model(config), make_batch(config)
+
+    def loss(params):
+        return forward(model.graph, params, batch, model.controllers, model.at, jax.random.key(0)).exit_BSD.sum()
+
+    return jax.jit(jax.grad(loss)).lower(model.params).compile().memory_analysis().temp_size_in_bytes
+
+
+@pytest.mark.parametrize("view", ["all", "latest"])
+def test_one_cache_is_kept_and_not_one_for_each_step(view):
+    """Twice as deep is twice the memory; T caches of T steps would be four times."""
+    sizes = [memory(depth, cache__view=view) for depth in (8, 16)]
+    assert sizes[1] < 2.3 * sizes[0]
+
+
+def test_rematerialisation_saves_memory():
+    kept, again = (memory(16, model__remat=remat) for remat in ("none", "step"))
+    assert again < 0.6 * kept
+
+
+def test_a_step_that_is_not_differentiated_keeps_nothing():
+    config = make_config(model__max_depth=16, train__seq_len=64)
+    model, batch = Model(config), make_batch(config)
+    run = partial(forward, model.graph, controllers=model.controllers, at=model.at, rng=jax.random.key(0))
+    program = jax.jit(lambda params: run(params, batch).exit_BSD).lower(model.params).compile()
+    assert program.memory_analysis().temp_size_in_bytes < 0.3 * memory(16)
+
+
+def test_gate_of_an_exited_token_gives_no_gradient():
+    """It executes nothing, so that nothing depends on what its gate is."""
+    config = make_config(model__min_depth=0, router__exit_bias_init=100.0)
+    model, batch = Model(config), make_batch(config)
+
+    def loss(router):
+        output = forward(
+            model.graph, {**model.params, "router": router}, batch, model.controllers, model.at, jax.random.key(0)
+        )
+        return output.exit_BSD.sum(), output.depth_BS
+
+    grads, depth = jax.grad(loss, has_aux=True)(model.params["router"])
+    assert (depth == 0).all()
+    assert all((jnp.asarray(grad) == 0).all() for grad in jax.tree.leaves(grads))
