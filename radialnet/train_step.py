@@ -1,7 +1,5 @@
 """TrainState, train_step and eval_step: pure functions, no I/O."""
 
-from functools import partial
-
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -12,7 +10,7 @@ from radialnet.config import Config
 from radialnet.losses import cross_entropy, total_loss
 from radialnet.metrics import BatchSums
 from radialnet.model import Output
-from radialnet.optimizer import learning_rate
+from radialnet.optimizer import clip, learning_rate
 from radialnet.router import Controllers, Schedule, schedule, update_exit_bias, update_load_bias
 
 Batch = dict[str, jax.Array]
@@ -95,13 +93,15 @@ def train_step(
 
     (loss, sums), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
     grad_norm = optax.tree.norm(grads)
-    updates, opt_state = optimizer.update(grads, state.optimizer, state.params)
-    controllers = _update_controllers(config, state.controllers, at, sums)
-    updated = optax.apply_updates(state.params, updates), opt_state, controllers
-
     is_finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-    kept = state.params, state.optimizer, state.controllers
-    params, opt_state, controllers = jax.tree.map(partial(jnp.where, is_finite), updated, kept)
+
+    def update(params, opt_state, controllers):
+        updates, opt_state = optimizer.update(clip(config, grads, grad_norm), opt_state, params)
+        return optax.apply_updates(params, updates), opt_state, _update_controllers(config, controllers, at, sums)
+
+    # A branch, and not a choice between new and old: that would keep both in memory.
+    old = state.params, state.optimizer, state.controllers
+    params, opt_state, controllers = jax.lax.cond(is_finite, update, lambda *same: same, *old)
     new_state = TrainState(
         step=state.step + 1,
         params=params,

@@ -1,0 +1,55 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from radialnet.optimizer import clip, learning_rate, make_optimizer
+from tests.tiny import make_config
+
+RNG = np.random.default_rng(0)
+
+
+def tree(scale=1.0):
+    shapes = {
+        "head": (5, 3),
+        "router": {"norm": (7,), "out_bias": (2,)},
+        "pool": {"qkv": (2, 3, 4), "key_norm": (2, 3)},
+    }
+    return jax.tree.map(lambda s: jnp.asarray(scale * RNG.normal(size=s), jnp.float32), shapes, is_leaf=_is_shape)
+
+
+def _is_shape(x):
+    return isinstance(x, tuple)
+
+
+def test_is_adamw_with_clipping_by_the_global_norm():
+    """Ten steps, some clipped and some not, against optax's own."""
+    config = make_config(train__num_steps=20, optimizer__clip_norm=3.0, optimizer__weight_decay=0.3)
+    params = plain_params = tree()
+    decayed = {"head": True, "router": {"norm": False, "out_bias": False}, "pool": {"qkv": True, "key_norm": False}}
+    ours = make_optimizer(config)
+    plain = optax.chain(
+        optax.clip_by_global_norm(3.0),
+        optax.adamw(learning_rate(config), b1=0.9, b2=config.optimizer.b2, weight_decay=0.3, mask=decayed),
+    )
+    state, plain_state = ours.init(params), plain.init(params)
+    norms = []
+    for step in range(10):
+        grads = tree(scale=0.2 * (step + 1))
+        norms.append(float(optax.tree.norm(grads)))
+        updates, state = ours.update(clip(config, grads, optax.tree.norm(grads)), state, params)
+        params = optax.apply_updates(params, updates)
+        updates, plain_state = plain.update(grads, plain_state, plain_params)
+        plain_params = optax.apply_updates(plain_params, updates)
+    assert min(norms) < 3 < max(norms)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), params, plain_params)
+
+
+def test_learning_rate_warms_up_and_decays():
+    config = make_config(
+        train__num_steps=100, optimizer__warmup_steps=5, optimizer__learning_rate=0.5, optimizer__final_fraction=0.1
+    )
+    rate = learning_rate(config)
+    assert rate(0) > 0, "no step is spent at 0"
+    np.testing.assert_allclose(rate(4), 0.5, rtol=1e-5)
+    np.testing.assert_allclose(rate(99), 0.05, rtol=1e-4)
