@@ -57,7 +57,7 @@ def get_config() -> ConfigDict:
     data.tokenizer = "bpe"  # bpe (byte-level, trained on the training split) | byte.
     data.vocab_size = 4096  # V: of the BPE, special token included. The byte tokenizer has 257.
     data.eval_fraction = 0.05  # Share of the documents held out, chosen by the hash of their content.
-    data.cache_dir = "~/.cache/radialnet"  # Tokenizers and packed rows, named by content hash; shared by runs.
+    data.cache_dir = "~/.cache/radialnet"  # Tokenizers, packed rows and compiled programs; shared by runs.
 
     config.optimizer = optimizer = ConfigDict()
     optimizer.learning_rate = 3e-3  # Peak; linear warm-up, then cosine decay over train.num_steps.
@@ -71,6 +71,7 @@ def get_config() -> ConfigDict:
     train.num_steps = 1000  # Optimizer steps.
     train.batch_size = 16  # B: rows a step.
     train.seq_len = 128  # S: tokens a row.
+    train.accumulate_steps = 1  # Parts of a batch whose gradients are added up one after the other, to save memory.
     train.seed = 0  # Of initialisation, data order and selection noise.
     train.max_skipped_steps = 10  # Non-finite updates in a row that end the run with exit code 3 at the next log line.
 

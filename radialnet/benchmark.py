@@ -11,22 +11,37 @@ repeat. Machines are noisy: compare ratios, not milliseconds.
 """
 
 import itertools
+import json
+import os
+import platform
+import sys
+import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from absl import flags
+from flax import nnx
+from rich.console import Console
+from rich.table import Table
 
-from configs import base
+from configs import base, radial_nano
+from radialnet import cli
 from radialnet.attention import attend_backward, attend_forward
 from radialnet.cache import Packing, UnifiedCache
-from radialnet.config import Config
+from radialnet.config import Config, ConfigError
+from radialnet.data import prefetch, prepare, train_batches
+from radialnet.files import write_whole
 from radialnet.metrics import figures, flops_per_token
 from radialnet.model import init_params
-from radialnet.optimizer import make_optimizer
+from radialnet.optimizer import clip, make_optimizer
+from radialnet.router import Controllers, Router, schedule
+from radialnet.run_folder import RunFolder
 from radialnet.train_step import TrainState, init_state, train_step
 
 VOCAB = 512
@@ -128,6 +143,7 @@ class DenseStep:
                 return optax.softmax_cross_entropy_with_integer_labels(logits, batch["target"]).mean()
 
             grads = jax.grad(loss)(params)
+            grads = clip(config, grads, optax.tree.norm(grads))
             updates, opt_state = optimizer.update(grads, opt_state, params)
             return optax.apply_updates(params, updates), opt_state
 
@@ -136,6 +152,9 @@ class DenseStep:
     def __call__(self):
         self.state = self.program(self.state, self.batch)
         return self.state
+
+    def bytes(self) -> int:
+        return _bytes(self.program)
 
 
 # The radial step
@@ -183,18 +202,18 @@ def make_batch(config: Config) -> dict[str, np.ndarray]:
 class RadialStep:
     """A compiled training step of a radial network. Call it to run it once."""
 
-    def __init__(self, config: Config, batch: dict, depth: float | None = None):
+    def __init__(self, config: Config, batch: dict, depth: float | None = None, vocab_size: int = VOCAB):
         """
         Args:
             depth: mean executed depth to hold by the exit bias; the full depth by default.
         """
-        self.config, self.batch = config, batch
-        graph, params = init_params(config, VOCAB)
+        self.batch = batch
+        graph, params = init_params(config, vocab_size)
         # At first all layers are nearly as likely for all tokens. Larger weights make routes depend on the token.
         params["router"]["out"] *= 30.0
         optimizer = make_optimizer(config)
         self.state: TrainState = init_state(config, params, optimizer)
-        self.bytes_V = jnp.ones(VOCAB)
+        self.bytes_V = jnp.ones(vocab_size)
         step = partial(train_step, config=config, graph=graph, optimizer=optimizer)
         start = time.perf_counter()
         lowered = jax.jit(step, donate_argnums=0).lower(self.state, batch, self.bytes_V)
@@ -209,6 +228,13 @@ class RadialStep:
         self.state, self.sums, _ = self.program(self.state, self.batch, self.bytes_V)
         return self.state
 
+    def bytes(self) -> int:
+        return _bytes(self.program)
+
+    def described(self) -> dict:
+        found = {name: round(self.figures[name], 3) for name in ("depth", "load_entropy", "padding")}
+        return {**found, "compile_s": round(self.compile_s, 1)}
+
     def _hold(self, depth: float) -> None:
         """Set the exit bias, by bisection, so that the mean executed depth is `depth`."""
         low, high = -100.0, 100.0
@@ -220,64 +246,76 @@ class RadialStep:
             low, high = (bias, high) if figures(self.sums)["depth"] > depth else (low, bias)
 
 
-def step_memory(program) -> int:
-    """Bytes that a compiled step needs beside its batch: state and temporaries."""
+def _bytes(program: jax.stages.Compiled) -> int:
+    """What a compiled step needs: its state, its batch and its temporaries."""
     memory = program.memory_analysis()
     return memory.temp_size_in_bytes + memory.argument_size_in_bytes
 
 
-def benchmark_train(sizes: dict, repeats: int) -> tuple[dict, list]:
-    found, rows = {}, []
+class Report:
+    """What was timed: rows for the table, and those of them that have a name as figures."""
+
+    def __init__(self, repeats: int):
+        self.repeats, self.rows, self.figures = repeats, [], {}
+
+    def add(self, what: str, against: str, first, second, *, name: str | None, **more: object) -> None:
+        """Time two things against each other. A figure with a name is one that docs and users rely on."""
+        value, ms, other_ms = ratio(first, second, self.repeats)
+        self._add({"what": what, "against": against, "ratio": value, "ms": ms, "against_ms": other_ms, **more}, name)
+
+    def add_bytes(self, what: str, against: str, first: int, second: int, *, name: str | None) -> None:
+        row = {"what": what, "against": against, "ratio": first / second, "mb": first / 1e6, "against_mb": second / 1e6}
+        self._add(row, name)
+
+    def _add(self, row: dict, name: str | None) -> None:
+        self.rows.append(row)
+        if name:
+            self.figures[name] = row["ratio"]
+        print(f"{row['what']} / {row['against']}: {row['ratio']:.3f}", file=sys.stderr, flush=True)
+
+    def show(self, title: str) -> None:
+        table = Table(title=title)
+        for column, justify in (("", "left"), ("against", "left"), ("ratio", "right"), ("", "right"), ("", "left")):
+            table.add_column(column, justify=justify)
+        for row in self.rows:
+            unit = "ms" if "ms" in row else "mb"
+            sizes = f"{row[unit]:.0f} / {row['against_' + unit]:.0f} {unit.replace('mb', 'MB')}"
+            known = {"what", "against", "ratio", unit, f"against_{unit}"}
+            more = ", ".join(f"{key} {value}" for key, value in row.items() if key not in known)
+            table.add_row(row["what"], row["against"], f"{row['ratio']:.3f}", sizes, more)
+        Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+
+def benchmark_train(report: Report, sizes: dict) -> None:
+    max_depth = sizes["max_depth"]
     config = make_config(sizes)
     batch = make_batch(config)
-    dense = DenseStep(config, batch)
-    num_tokens = config.train.batch_size * config.train.seq_len
+    dense, full = DenseStep(config, batch), RadialStep(config, batch)
+    report.add("step, L=8", "dense step", full, dense, name="step/dense@L=8", **full.described())
+    for num_layers in (16, 32, 64):
+        step = RadialStep(make_config(sizes, model__pool_size=num_layers), batch)
+        name = f"step/dense@L={num_layers}"
+        report.add(f"step, L={num_layers}", "dense step", step, dense, name=name, **step.described())
+    report.add("step, L=64", "step, L=8", step, full, name="step L=64/L=8")
+    del step
 
-    def row(what: str, against: str, result: tuple[float, float, float], **more):
-        value, ms, other_ms = result
-        rows.append({"what": what, "against": against, "ratio": value, "ms": ms, "against_ms": other_ms, **more})
-        print(f"{what} / {against}: {value:.3f}  ({ms:.0f} ms / {other_ms:.0f} ms)  {more or ''}", flush=True)
-        return value
-
-    def described(step: RadialStep) -> dict:
-        kept = ("depth", "load_entropy", "padding")
-        return {**{name: round(step.figures[name], 3) for name in kept}, "compile_s": round(step.compile_s, 1)}
-
-    steps = {}
-    for num_layers in (8, 16, 32, 64):
-        steps[num_layers] = step = RadialStep(make_config(sizes, model__pool_size=num_layers), batch)
-        found[f"step/dense@L={num_layers}"] = row(
-            f"step, L={num_layers}", "dense step", ratio(step, dense, repeats), **described(step)
-        )
-        if num_layers not in (8, 64):
-            del steps[num_layers]
-    found["step L=64/L=8"] = row("step, L=64", "step, L=8", ratio(steps[64], steps[8], repeats))
-    del steps[64]
-    full = steps[8]
-
-    for part in (4, 2):
-        depth = sizes["max_depth"] / part
-        shallow = RadialStep(make_config(sizes, model__min_depth=0), batch, depth)
-        value = row(f"step, depth T/{part}", "step, depth T", ratio(shallow, full, repeats), **described(shallow))
-        if part == 2:
-            found["step depth=T÷2/depth=T"] = value
+    for part, name in ((4, None), (2, "step depth=T÷2/depth=T")):
+        shallow = RadialStep(make_config(sizes, model__min_depth=0), batch, depth=max_depth / part)
+        report.add(f"step, mean depth T/{part}", "step, depth T", shallow, full, name=name, **shallow.described())
     for view in ("all", "same_step", "first", "same_layer"):
         step = RadialStep(make_config(sizes, cache__view=view), batch)
-        row(f"step, view {view}", "step, view latest", ratio(step, full, repeats), **described(step))
+        report.add(f"step, view {view}", "step, view latest", step, full, name=None, **step.described())
 
-    found["attention all half/full"] = row(
-        "attention, half of the entries", "all of them", ratio(*_attention(config, (0.5, 1.0)), repeats)
-    )
-    found["router share"] = row("router", "step", ratio(_router(config, full, batch), full, repeats))
-    found["memory/dense"] = step_memory(full.program) / step_memory(dense.program)
-    rows.append({"what": "memory of a step", "against": "dense step", "ratio": found["memory/dense"]})
-    remat = make_config(sizes, model__remat="step")
-    rematerialised = step_memory(RadialStep(remat, batch).program) / step_memory(DenseStep(remat, batch).program)
-    rows.append({"what": "memory of a step, remat", "against": "dense step, remat", "ratio": rematerialised})
-
-    flops = 3 * num_tokens * flops_per_token(config, VOCAB, sizes["max_depth"], sizes["max_depth"])
-    found["step/matmul limit"] = row("step, L=8", "a product of the same FLOPs", ratio(full, _product(flops), repeats))
-    return found, rows
+    half, whole = _attention(config, 0.5), _attention(config, 1.0)
+    report.add("attention, view all, half executes", "all of it", half, whole, name="attention all half/full")
+    report.add("router, all steps", "step, L=8", _router(config), full, name="router share")
+    flops = 3 * batch["token"].size * flops_per_token(config, VOCAB, max_depth, max_depth)
+    report.add("step, L=8", "product of its FLOPs", full, _product(flops), name="step/matmul limit")
+    report.add("dense step", "product of its FLOPs", dense, _product(flops), name=None)
+    report.add_bytes("memory, L=8", "dense step", full.bytes(), dense.bytes(), name="memory/dense")
+    again = make_config(sizes, model__remat="step")
+    radial_bytes, dense_bytes = RadialStep(again, batch).bytes(), DenseStep(again, batch).bytes()
+    report.add_bytes("memory, L=8, remat", "dense step, remat", radial_bytes, dense_bytes, name=None)
 
 
 def _product(flops: float) -> Callable[[], jax.Array]:
@@ -288,58 +326,123 @@ def _product(flops: float) -> Callable[[], jax.Array]:
     return lambda: program(left, right)
 
 
-def _attention(config: Config, shares: tuple[float, ...]) -> list[Callable[[], object]]:
+def _attention(config: Config, share: float) -> Callable[[], object]:
     """Attention of the last step and its gradient in view `all`, with a share of all tokens executing each step."""
-    model, train = config.model, config.train
-    shape, heads = (train.batch_size, train.seq_len), (model.num_heads, model.head_size)
-    rng, runs = np.random.default_rng(0), []
-    for share in shares:
-        kv_heads = model.num_kv_heads
-        cache = UnifiedCache.empty("all", model.max_depth, *shape, kv_heads, model.head_size, jnp.float32)
-        for step in range(model.max_depth):
-            executes_BS = jnp.asarray(rng.random(shape) < share)
-            packing = Packing.of(executes_BS)
-            k, v = (jnp.asarray(rng.normal(size=(*shape, kv_heads, model.head_size)), jnp.float32) for _ in "kv")
-            cache = cache.append(k, v, jnp.zeros(shape, jnp.int32), packing, jnp.int32(step))
-        visibility = cache.visibility(jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.int32), packing)
-        q, d_mixed = (jnp.asarray(rng.normal(size=(*shape, *heads)), jnp.float32) for _ in "qd")
+    model, rng = config.model, np.random.default_rng(0)
+    shape, kv_heads = (config.train.batch_size, config.train.seq_len), model.num_kv_heads
+    cache = UnifiedCache.empty("all", model.max_depth, *shape, kv_heads, model.head_size, jnp.float32)
 
-        @jax.jit
-        def run(q, d_mixed, cache, visibility):
-            kv = cache.k_BCGK, cache.v_BCGK
-            mixed, lse = attend_forward(q, *kv, visibility)
-            return attend_backward(q, *kv, visibility, mixed, lse, d_mixed, *(jnp.zeros_like(x) for x in kv))
+    def normal(heads: int) -> jax.Array:
+        return jnp.asarray(rng.normal(size=(*shape, heads, model.head_size)), jnp.float32)
 
-        runs.append(partial(run, q, d_mixed, cache, visibility))
-    return runs
-
-
-def _router(config: Config, step: RadialStep, batch: dict) -> Callable[[], object]:
-    """The router alone, at all depth steps, with its gradient."""
-    from flax import nnx
-
-    from radialnet.router import Router, schedule
-
-    graph, params = nnx.split(Router(config.model, config.router, nnx.Rngs(0)))
-    shape = batch["token"].shape
-    h_BSD = jax.random.normal(jax.random.key(0), (*shape, config.model.d_model))
-    at = schedule(config.router, config.model.max_depth, jnp.int32(0))
-    controllers = step.state.controllers
+    layer_BS = jnp.zeros(shape, jnp.int32)
+    for step in range(model.max_depth):
+        packing = Packing.of(jnp.asarray(rng.random(shape) < share))
+        cache = cache.append(normal(kv_heads), normal(kv_heads), layer_BS, packing, jnp.int32(step))
+    visibility = cache.visibility(jnp.zeros(shape, jnp.int32), layer_BS, packing)
 
     @jax.jit
-    def run(params, h_BSD, token_BS):
-        def outputs(params, h_BSD, depth_step, decided=None):
-            active_BS = jnp.ones(shape, bool)
-            route = nnx.merge(graph, params)(h_BSD, token_BS, active_BS, depth_step, controllers, at, jax.random.key(0))
-            return (route.log_p_layer_BS, route.log_survive_BS, route.p_layer_BSL.sum((0, 1))), route.layer_BS
+    def run(q_BSHK, d_mixed_BSHK, k_BCGK, v_BCGK, visibility):
+        mixed_BSHK, lse_BSH = attend_forward(q_BSHK, k_BCGK, v_BCGK, visibility)
+        zeros = jnp.zeros_like(k_BCGK), jnp.zeros_like(v_BCGK)
+        return attend_backward(q_BSHK, k_BCGK, v_BCGK, visibility, mixed_BSHK, lse_BSH, d_mixed_BSHK, *zeros)
 
+    arrays = normal(model.num_heads), normal(model.num_heads), cache.k_BCGK, cache.v_BCGK
+    return lambda: run(*arrays, visibility)
+
+
+def _router(config: Config) -> Callable[[], object]:
+    """The router alone, at all depth steps, with its gradient."""
+    graph, params = nnx.split(Router(config.model, config.router, nnx.Rngs(0)))
+    controllers = Controllers.init(config.router, config.model.pool_size)
+    at = schedule(config.router, config.model.max_depth, jnp.int32(0))
+    shape = config.train.batch_size, config.train.seq_len
+    h_BSD = jax.random.normal(jax.random.key(0), (*shape, config.model.d_model))
+    token_BS, active_BS = jnp.zeros(shape, jnp.int32), jnp.ones(shape, bool)
+
+    @jax.jit
+    def run(params, h_BSD):
         def one(total, depth_step):
-            values, transpose, layer_BS = jax.vjp(
-                lambda params, h: outputs(params, h, depth_step), params, h_BSD, has_aux=True
-            )
-            grads = transpose(jax.tree.map(jnp.ones_like, values))
-            return jax.tree.map(jnp.add, total, grads), layer_BS
+            def outputs(params, h_BSD):
+                router, rng = nnx.merge(graph, params), jax.random.key(0)
+                route = router(h_BSD, token_BS, active_BS, depth_step, controllers, at, rng)
+                return (route.log_p_layer_BS, route.log_survive_BS, route.p_layer_BSL), route.layer_BS
 
-        return jax.lax.scan(one, jax.tree.map(jnp.zeros_like, (params, h_BSD)), jnp.arange(config.model.max_depth))
+            values, transpose, layer_BS = jax.vjp(outputs, params, h_BSD, has_aux=True)
+            return jax.tree.map(jnp.add, total, transpose(jax.tree.map(jnp.ones_like, values))), layer_BS
 
-    return lambda: run(params, h_BSD, batch["token"])
+        zeros = jax.tree.map(jnp.zeros_like, (params, h_BSD))
+        return jax.lax.scan(one, zeros, jnp.arange(config.model.max_depth))
+
+    return lambda: run(params, h_BSD)
+
+
+def benchmark_router(report: Report, sizes: dict) -> None:
+    batch = make_batch(make_config(sizes))
+    step = RadialStep(make_config(sizes), batch)
+    for num_layers, part in itertools.product((8, 64), (8, 4, 2, 1)):
+        config = make_config(sizes, model__pool_size=num_layers, router__hidden=max(1, sizes["d_model"] // part))
+        report.add(
+            f"router, L={num_layers}, hidden {config.router.hidden}", "step, L=8", _router(config), step, name=None
+        )
+
+
+def benchmark_input(report: Report, sizes: dict) -> None:
+    """The step of `configs/radial_nano.py`, on batches that are read while it runs."""
+    config = Config.from_dict(radial_nano.get_config())
+    with tempfile.TemporaryDirectory() as folder:
+        rows = prepare(config, RunFolder(Path(folder))).train
+    batches = prefetch(train_batches(rows, config.train.batch_size, config.train.seed), 0)
+    first = next(batches)
+    step = RadialStep(config, first, vocab_size=config.data.vocab_size)
+
+    def on_real_data():
+        step.batch = next(batches)
+        return step()
+
+    def on_one_batch():
+        step.batch = first
+        return step()
+
+    report.add("step, real data", "step, one batch", on_real_data, on_one_batch, name="step real data/one batch")
+
+
+def main() -> None:
+    commands = {"train": benchmark_train, "router": benchmark_router, "input": benchmark_input}
+    sizes = {name: flag.value for name, flag in _SIZES.items()}
+    for name, value in {**sizes, "repeats": _REPEATS.value}.items():
+        if value < 1:
+            raise ConfigError(f"--{name}={value}: at least 1 is needed")
+    report = Report(_REPEATS.value)
+    commands[_COMMAND](report, sizes)
+    device = jax.devices()[0]
+    machine = {
+        "device": device.device_kind,
+        "num_devices": jax.device_count(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "processor": platform.processor() or platform.machine(),
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+    }
+    report.show(f"benchmark {_COMMAND}: {sizes if _COMMAND != 'input' else 'configs/radial_nano.py'} on {machine}")
+    result = {"figures": report.figures, "rows": report.rows, "machine": machine, "sizes": sizes}
+    if _JSON.value:
+        write_whole(Path(_JSON.value), json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result["figures"]))
+
+
+if __name__ == "__main__":
+    _COMMAND = cli.command("train", "router", "input")
+    _JSON = flags.DEFINE_string("json", None, "File that the figures are written to.")
+    _REPEATS = flags.DEFINE_integer("repeats", 9, "Times that each pair is timed.")
+    _SIZES = {
+        name: flags.DEFINE_integer(name, value, meaning)
+        for name, value, meaning in (
+            ("d_model", 256, "D"),
+            ("d_ff", 1024, "F"),
+            ("seq_len", 256, "S"),
+            ("batch_size", 16, "B, rows"),
+            ("max_depth", 6, "T"),
+        )
+    }
+    cli.run(main)

@@ -21,6 +21,17 @@ def run(main: Callable[[], None]) -> None:
     app.run(lambda _: _guarded(main), flags_parser=_parse)
 
 
+def command(*allowed: str) -> str:
+    """The first argument, a word, taken off the command line; ends with exit code 2 where it is none of the allowed."""
+    given = sys.argv[1] if len(sys.argv) > 1 else ""
+    if given in ("--help", "--helpfull", "-h"):
+        return allowed[0]
+    if given not in allowed:
+        _fail(ConfigError(f"{given!r}: the first argument must be one of {', '.join(allowed)}"), EXIT_BAD_INPUT)
+    del sys.argv[1]
+    return given
+
+
 def read_config(flag: flags.FlagHolder) -> Config:
     """The validated config behind a `--config` flag. Raises ConfigError, also when the file can't be loaded."""
     try:

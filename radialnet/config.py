@@ -107,6 +107,7 @@ class TrainConfig:
     seq_len: int
     seed: int
     max_skipped_steps: int
+    accumulate_steps: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -329,7 +330,12 @@ def _validate_run(config: Config) -> None:
     _at_least("optimizer", optimizer, 0, "learning_rate", "warmup_steps", "final_fraction", "weight_decay")
     _require(0 < optimizer.b2 < 1, f"config.optimizer.b2={optimizer.b2}: between 0 and 1 is needed")
     _require(optimizer.clip_norm > 0, f"config.optimizer.clip_norm={optimizer.clip_norm}: more than 0 is needed")
-    _at_least("train", train, 1, "num_steps", "batch_size", "seq_len", "max_skipped_steps")
+    _at_least("train", train, 1, "num_steps", "batch_size", "seq_len", "max_skipped_steps", "accumulate_steps")
+    _require(
+        train.batch_size % train.accumulate_steps == 0,
+        f"config.train.accumulate_steps={train.accumulate_steps} does not divide "
+        f"config.train.batch_size={train.batch_size}",
+    )
     _require(0 <= train.seed < 2**32, f"config.train.seed={train.seed}: at least 0 and less than 2**32 is needed")
     _at_least("eval", config.eval, 0, "every_steps", "num_batches")
     _at_least("checkpoint", config.checkpoint, 0, "every_steps")

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from radialnet.metrics import StepSums
-from radialnet.pool import LayerPool, Positions
+from radialnet.pool import Kept, LayerPool, Positions, Products
 from radialnet.router import Controllers, Decision, Router, Schedule, choice_gate
 
 
@@ -115,23 +115,24 @@ class _StepState:
     active_BS: jax.Array
     decided: Decision
     cache: object  # `UnifiedCache.varying` after the step.
-    kept: object  # `Kept`, or None.
+    kept: Kept | None
 
 
 def _forward(loop: DepthLoop, params, h_BSD, is_real_BS, inputs):
     router, pool = loop.modules(params)
     active_BS, log_survival_BS = is_real_BS, jnp.zeros(is_real_BS.shape)
     cache = pool.empty_cache(loop.view, loop.max_depth, *is_real_BS.shape)
+    products = pool.empty_products(loop.max_depth, is_real_BS.size) if loop.keeps_products else Products({}, {})
 
     def step(carry, depth_step):
-        h_BSD, before_BS, active_BS, cache = carry
+        h_BSD, before_BS, active_BS, cache, products = carry
         with jax.named_scope("router"):
             gate_BS, log_survival_BS, sums, route = _decide(
                 loop, router, h_BSD, before_BS, active_BS, depth_step, inputs
             )
         with jax.named_scope("layer"):
-            update_BSD, cache, kept, num_computed = pool.forward(
-                h_BSD, route.layer_BS, cache, inputs.positions, depth_step
+            update_BSD, cache, kept, products, num_computed = pool.forward(
+                h_BSD, route.layer_BS, cache, inputs.positions, depth_step, products, depth_step
             )
         trace = Trace(sums, num_computed, route.layer_BS, h_BSD)
         state = _StepState(
@@ -143,11 +144,11 @@ def _forward(loop: DepthLoop, params, h_BSD, is_real_BS, inputs):
         )
         # The update of a token that executes nothing is exactly 0: its state stays as it is.
         h_BSD = h_BSD + gate_BS[..., None] * update_BSD
-        return (h_BSD, log_survival_BS, active_BS & ~route.exits_BS, cache), (trace, state)
+        return (h_BSD, log_survival_BS, active_BS & ~route.exits_BS, cache, products), (trace, state)
 
-    carry = (h_BSD, log_survival_BS, active_BS, cache)
-    (h_BSD, _, _, cache), (trace, states) = jax.lax.scan(step, carry, jnp.arange(loop.max_depth))
-    return h_BSD, trace, (params, inputs, trace.h_BSD, states, cache)
+    carry = (h_BSD, log_survival_BS, active_BS, cache, products)
+    (h_BSD, _, _, cache, products), (trace, states) = jax.lax.scan(step, carry, jnp.arange(loop.max_depth))
+    return h_BSD, trace, (params, inputs, trace.h_BSD, states, cache, products)
 
 
 def _scanned_forward(loop, params, h_BSD, is_real_BS, inputs):
@@ -156,7 +157,7 @@ def _scanned_forward(loop, params, h_BSD, is_real_BS, inputs):
 
 
 def _scanned_backward(loop: DepthLoop, residuals, d_outputs):
-    params, inputs, h_TBSD, states, last_cache = residuals
+    params, inputs, h_TBSD, states, last_cache, products_T = residuals
     d_h_BSD, d_trace = d_outputs
     router, pool = loop.modules(params)
     router_graph, router_params = nnx.split(router)
@@ -178,9 +179,12 @@ def _scanned_backward(loop: DepthLoop, residuals, d_outputs):
                 decide, router_params, h_BSD, state.log_survival_BS, has_aux=True
             )
         with jax.named_scope("layer"):
-            kept = state.kept
+            kept, products, slot = state.kept, products_T, depth_step
             if kept is None:
-                _, _, kept, _ = pool.forward(h_BSD, layer_BS, cache, inputs.positions, depth_step, is_again=True)
+                products, slot = pool.empty_products(1, layer_BS.size), 0
+                _, _, kept, products, _ = pool.forward(
+                    h_BSD, layer_BS, cache, inputs.positions, depth_step, products, slot, is_again=True
+                )
             d_layer_BSD, d_entries, d_block = pool.backward(
                 h_BSD,
                 layer_BS,
@@ -188,6 +192,8 @@ def _scanned_backward(loop: DepthLoop, residuals, d_outputs):
                 inputs.positions,
                 depth_step,
                 kept,
+                products,
+                slot,
                 gate_BS[..., None] * d_h_BSD,
                 d_entries,
                 d_block,

@@ -9,7 +9,7 @@ from radialnet import grouped
 from radialnet.attention import attend, attend_backward, attend_forward, attend_with_own
 from radialnet.cache import Packing, UnifiedCache, document_starts
 from radialnet.config import ModelConfig
-from radialnet.grouped import Groups, gather, permute, scatter
+from radialnet.grouping import Groups, gather, permute, plan, scatter
 from radialnet.layers import Block, rotation
 from radialnet.router import Route, group_of_layer
 
@@ -29,14 +29,20 @@ class Positions:
 
 @flax.struct.dataclass
 class Kept:
-    """What a depth step leaves behind so that its backward pass need not compute it again. Sorted rows or packed."""
+    """What a depth step leaves behind, beside its products, so that its backward pass need not compute it again."""
 
-    before: dict[str, jax.Array]  # Products, by name.
-    after: dict[str, jax.Array]
     q_BSHK: jax.Array
     mixed_BSHK: jax.Array
     lse_BSH: jax.Array
     update_ND: jax.Array
+
+
+@flax.struct.dataclass
+class Products:
+    """What the matrix products of both halves of a layer gave, by name, of sorted rows, at T steps: [T, N, Y]."""
+
+    before: dict[str, jax.Array]
+    after: dict[str, jax.Array]
 
 
 class LayerPool(nnx.Module):
@@ -54,6 +60,17 @@ class LayerPool(nnx.Module):
     def empty_cache(self, view: str, max_depth: int, batch: int, seq: int) -> UnifiedCache:
         cfg = self.cfg
         return UnifiedCache.empty(view, max_depth, batch, seq, cfg.num_kv_heads, cfg.head_size, jnp.dtype(cfg.dtype))
+
+    def empty_products(self, num_steps: int, num_tokens: int) -> Products:
+        """Room for the products of some depth steps."""
+        cfg, block, shape = self.cfg, self.block, jax.ShapeDtypeStruct
+        h_ND, rotation_NK = (shape((num_tokens, width), jnp.float32) for width in (cfg.d_model, cfg.head_size))
+        mixed_NX = shape((num_tokens, cfg.num_heads * cfg.head_size), jnp.dtype(cfg.dtype))
+        before, after = block.weights(block.BEFORE), block.weights(block.AFTER)
+        return Products(
+            grouped.empty_kept(block.before_attention, before, (h_ND,), (rotation_NK,), num_steps),
+            grouped.empty_kept(block.after_attention, after, (h_ND, mixed_NX), (), num_steps),
+        )
 
     def __call__(
         self, h_BSD: jax.Array, layer_BS: jax.Array, cache: UnifiedCache, positions: Positions, depth_step: jax.Array
@@ -89,18 +106,23 @@ class LayerPool(nnx.Module):
         cache: UnifiedCache,
         positions: Positions,
         depth_step: jax.Array,
+        products: Products,
+        slot: jax.Array | int,
         is_again: bool = False,
-    ) -> tuple[jax.Array, UnifiedCache, Kept, jax.Array]:
+    ) -> tuple[jax.Array, UnifiedCache, Kept, Products, jax.Array]:
         """`__call__`, with what `backward` needs, and the number of rows that were computed.
 
         Args:
+            products: where they are written to, at `slot`. Without any room, none are kept.
             is_again: the step was run before and `cache` has its entries.
         """
         groups, packing = self._plans(layer_BS)
         block = self.block
         h_ND = scatter(h_BSD.reshape(-1, h_BSD.shape[-1]), groups)
         fixed = (scatter(positions.rotation_NK, groups),)
-        qkv, before = grouped.map_forward(block.before_attention, block.weights(block.BEFORE), (h_ND,), groups, fixed)
+        qkv, before = grouped.map_forward(
+            block.before_attention, block.weights(block.BEFORE), (h_ND,), groups, fixed, products.before, slot
+        )
         to_places, from_places = self._between(groups, packing)
         to_entries = to_places if cache.is_packed else groups.slot_N
         q_BSHK = self._heads(_take(qkv[0], to_places), layer_BS.shape)
@@ -111,11 +133,11 @@ class LayerPool(nnx.Module):
         mixed_BSHK, lse_BSH = attend_forward(q_BSHK, cache.k_BCGK, cache.v_BCGK, visibility)
         mixed_NX = _take(mixed_BSHK.reshape(len(h_ND), -1), from_places)
         update_ND, after = grouped.map_forward(
-            block.after_attention, block.weights(block.AFTER), (h_ND, mixed_NX), groups
+            block.after_attention, block.weights(block.AFTER), (h_ND, mixed_NX), groups, (), products.after, slot
         )
         update_ND = gather(update_ND, groups)
-        kept = Kept(before, after, q_BSHK, mixed_BSHK, lse_BSH, update_ND)
-        return update_ND.reshape(h_BSD.shape), cache, kept, groups.num_computed()
+        kept = Kept(q_BSHK, mixed_BSHK, lse_BSH, update_ND)
+        return update_ND.reshape(h_BSD.shape), cache, kept, Products(before, after), groups.num_computed()
 
     def backward(
         self,
@@ -125,6 +147,8 @@ class LayerPool(nnx.Module):
         positions: Positions,
         depth_step: jax.Array,
         kept: Kept,
+        products: Products,
+        slot: jax.Array | int,
         d_update_BSD: jax.Array,
         d_entries: tuple[jax.Array, jax.Array],
         d_block: dict[str, jax.Array],
@@ -152,7 +176,8 @@ class LayerPool(nnx.Module):
             (h_ND, mixed_NX),
             groups,
             (),
-            kept.after,
+            products.after,
+            slot,
             d_update_ND,
             {name: d_block[name] for name in weights},
         )
@@ -183,7 +208,8 @@ class LayerPool(nnx.Module):
             (h_ND,),
             groups,
             (scatter(positions.rotation_NK, groups),),
-            kept.before,
+            products.before,
+            slot,
             d_qkv,
             {name: d_block[name] for name in weights},
         )
@@ -241,7 +267,7 @@ class LayerPool(nnx.Module):
 
     def _groups(self, layer_N: jax.Array) -> Groups:
         backend = self.cfg.grouped_backend
-        return grouped.plan(layer_N, self.num_layers, grouped.default_backend() if backend == "auto" else backend)
+        return plan(layer_N, self.num_layers, grouped.default_backend() if backend == "auto" else backend)
 
     def _plans(self, layer_BS: jax.Array) -> tuple[Groups, Packing]:
         return self._groups(layer_BS.ravel()), Packing.of(layer_BS < self.num_layers)

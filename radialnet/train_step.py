@@ -52,16 +52,58 @@ def forward(
 
 
 def _sums(
-    config: Config, batch: Batch, output: Output, head_DV: jax.Array, at: Schedule, bytes_V: jax.Array
+    config: Config,
+    batch: Batch,
+    output: Output,
+    head_DV: jax.Array,
+    at: Schedule,
+    bytes_V: jax.Array,
+    num_targets: jax.Array,
 ) -> tuple[jax.Array, BatchSums]:
-    """The loss of a batch and its sums."""
-    num_targets = batch["is_target"].sum().astype(jnp.float32)
+    """The loss of a batch, with the cross-entropy as a mean over `num_targets`, and its sums."""
     final_ND = output.final_BSD.reshape(-1, output.final_BSD.shape[-1])
     nats = cross_entropy(final_ND, head_DV, batch["target"].ravel(), batch["is_target"].ravel())
     losses = total_loss(config.router, nats / jnp.maximum(num_targets, 1), output.routing, at)
     num_bytes = jnp.where(batch["is_target"], bytes_V[batch["target"]], 0).sum().astype(jnp.float32)
     weighted = {name: loss * num_targets for name, loss in losses.items()}
     return losses["loss"], BatchSums(weighted, num_targets, num_bytes, output.routing)
+
+
+def _grads(
+    config: Config,
+    graph: nnx.GraphDef,
+    state: TrainState,
+    batch: Batch,
+    at: Schedule,
+    bytes_V: jax.Array,
+    rng: jax.Array,
+) -> tuple[dict, BatchSums]:
+    """The gradient of a batch and its sums, in `train.accumulate_steps` parts one after the other.
+
+    Each part is every so-manieth row. The cross-entropy is the mean over all targets of the batch; the router's terms
+    are means of those of the parts, for a part knows no other's routes.
+    """
+    num_parts = config.train.accumulate_steps
+    num_targets = batch["is_target"].sum().astype(jnp.float32) / num_parts
+
+    def of_part(part, rng):
+        def loss_of(params):
+            output = forward(graph, params, part, state.controllers, at, rng)
+            return _sums(config, part, output, params["head"], at, bytes_V, num_targets)
+
+        return jax.grad(loss_of, has_aux=True)(state.params)
+
+    if num_parts == 1:
+        return of_part(batch, rng)
+    parts = jax.tree.map(lambda x: x.reshape(-1, num_parts, *x.shape[1:]).swapaxes(0, 1), batch)
+    zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(of_part, jax.tree.map(lambda x: x[0], parts), rng))
+
+    def add(totals, numbered):
+        index, part = numbered
+        return jax.tree.map(jnp.add, totals, of_part(part, jax.random.fold_in(rng, index))), None
+
+    (grads, sums), _ = jax.lax.scan(add, zeros, (jnp.arange(num_parts), parts))
+    return jax.tree.map(lambda grad: grad / num_parts, grads), sums
 
 
 def train_step(
@@ -86,14 +128,9 @@ def train_step(
     """
     rng = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
     at = schedule(config.router, config.model.max_depth, state.step)
-
-    def loss_of(params):
-        output = forward(graph, params, batch, state.controllers, at, rng)
-        return _sums(config, batch, output, params["head"], at, bytes_V)
-
-    (loss, sums), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
+    grads, sums = _grads(config, graph, state, batch, at, bytes_V, rng)
     grad_norm = optax.tree.norm(grads)
-    is_finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    is_finite = jnp.isfinite(sums.losses["loss"]) & jnp.isfinite(grad_norm)
 
     def update(params, opt_state, controllers):
         updates, opt_state = optimizer.update(clip(config, grads, grad_norm), opt_state, params)
@@ -149,4 +186,5 @@ def eval_step(
     """
     at = schedule(config.router, config.model.max_depth, step).replace(noise=jnp.float32(0))
     output = forward(graph, params, batch, controllers, at, jax.random.key(0), max_depth)
-    return _sums(config, batch, output, params["head"], at, bytes_V)[1]
+    num_targets = batch["is_target"].sum().astype(jnp.float32)
+    return _sums(config, batch, output, params["head"], at, bytes_V, num_targets)[1]

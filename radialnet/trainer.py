@@ -192,6 +192,9 @@ def _loop(run: Run, writer: MetricsWriter) -> None:
     config, num_steps = run.config, run.config.train.num_steps
     batches = prefetch(train_batches(run.dataset.train, config.train.batch_size, config.train.seed), run.step)
     batch = next(batches)
+    if not jax.config.jax_compilation_cache_dir:
+        cache = Path(config.data.cache_dir).expanduser() / "programs"
+        jax.config.update("jax_compilation_cache_dir", str(cache))
     step_fn = jax.jit(
         partial(train_step, config=config, graph=run.graph, optimizer=make_optimizer(config)), donate_argnums=0
     )

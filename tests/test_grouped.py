@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from radialnet import grouped
+from radialnet import grouped, grouping
 from radialnet.config import GROUPED_BACKENDS
 
 N, D, F, L, SIZES = 21, 6, 10, 5, (4, 2)
@@ -28,9 +28,9 @@ def layer(w, rows, product):
 
 
 def run(weights, x_ND, other_NF, layer_N, backend, sizes=SIZES):
-    groups = grouped.plan(layer_N, L, backend, sizes)
-    rows = grouped.scatter(x_ND, groups), grouped.scatter(other_NF, groups)
-    return grouped.gather(grouped.map_rows(layer, weights, rows, groups), groups)
+    groups = grouping.plan(layer_N, L, backend, sizes)
+    rows = grouping.scatter(x_ND, groups), grouping.scatter(other_NF, groups)
+    return grouping.gather(grouped.map_rows(layer, weights, rows, groups), groups)
 
 
 def value_and_grads(function, weights=WEIGHTS):
@@ -110,7 +110,7 @@ def test_result_does_not_depend_on_the_sizes_of_segments(sizes):
 @settings(deadline=None, max_examples=100)
 def test_segments_cover_every_executing_row_once_and_no_other(layers, sizes):
     layer_N = np.asarray(layers, np.int32)
-    groups = grouped.plan(layer_N, L, sizes=sizes)
+    groups = grouping.plan(layer_N, L, sizes=sizes)
     executes = layer_N < L
     slots, rows = np.asarray(groups.slot_N), np.asarray(groups.row_N)
     assert sorted(slots[executes]) == list(range(executes.sum()))
@@ -135,8 +135,8 @@ def test_loop_runs_only_over_rows_that_execute():
     """Rows past them are not read as anybody's: what is wrong in them does not show."""
     layer_N = np.where(np.arange(N) < 5, 0, L).astype(np.int32)
     for backend in ("block_loop", "ragged_dot"):
-        groups = grouped.plan(layer_N, L, backend, SIZES)
-        rows = [grouped.scatter(x, groups).at[5:].set(jnp.nan) for x in (X_ND, OTHER_NF)]
+        groups = grouping.plan(layer_N, L, backend, SIZES)
+        rows = [grouping.scatter(x, groups).at[5:].set(jnp.nan) for x in (X_ND, OTHER_NF)]
         y_NF, transpose = jax.vjp(
             lambda w, x, other, g=groups: grouped.map_rows(layer, w, (x, other), g), WEIGHTS, *rows
         )
@@ -147,33 +147,39 @@ def test_loop_runs_only_over_rows_that_execute():
 
 
 def test_only_the_products_that_are_asked_for_are_kept():
-    groups = grouped.plan(ROUTINGS["one layer"].astype(np.int32), L, "block_loop", SIZES)
-    rows = grouped.scatter(X_ND, groups), grouped.scatter(OTHER_NF, groups)
-    _, kept = grouped.map_forward(layer, WEIGHTS, rows, groups)
-    assert {name: array.shape for name, array in kept.items()} == {"up": (N, F)}
+    groups = grouping.plan(ROUTINGS["one layer"].astype(np.int32), L, "block_loop", SIZES)
+    rows = grouping.scatter(X_ND, groups), grouping.scatter(OTHER_NF, groups)
+    kept = grouped.empty_kept(layer, WEIGHTS, rows, (), num_steps=3)
+    assert {name: array.shape for name, array in kept.items()} == {"up": (3, N, F)}
+    for backend in GROUPED_BACKENDS:
+        groups = grouping.plan(ROUTINGS["one layer"].astype(np.int32), L, backend, SIZES)
+        _, after = grouped.map_forward(layer, WEIGHTS, rows, groups, (), kept, 1)
+        assert after.keys() == {"up"}
+        np.testing.assert_array_equal((np.asarray(after["up"]) != 0).any((1, 2)), [False, True, False])
 
 
 def test_backward_adds_to_what_is_there():
     layer_N = ROUTINGS["random with idle rows"].astype(np.int32)
     expected = by_row(layer_N)[1][0]
     for backend in GROUPED_BACKENDS:
-        groups = grouped.plan(layer_N, L, backend, SIZES)
-        rows = grouped.scatter(X_ND, groups), grouped.scatter(OTHER_NF, groups)
-        _, kept = grouped.map_forward(layer, WEIGHTS, rows, groups)
+        groups = grouping.plan(layer_N, L, backend, SIZES)
+        rows = grouping.scatter(X_ND, groups), grouping.scatter(OTHER_NF, groups)
+        kept = grouped.empty_kept(layer, WEIGHTS, rows, (), num_steps=3)
+        _, kept = grouped.map_forward(layer, WEIGHTS, rows, groups, (), kept, 2)
         before = jax.tree.map(lambda w: jnp.full_like(w, 3.0), WEIGHTS)
-        dy_NF = grouped.scatter(DY_NF, groups)
-        d_weights, _ = grouped.map_backward(layer, WEIGHTS, rows, groups, (), kept, dy_NF, before)
+        dy_NF = grouping.scatter(DY_NF, groups)
+        d_weights, _ = grouped.map_backward(layer, WEIGHTS, rows, groups, (), kept, 2, dy_NF, before)
         assert_equal(jax.tree.map(lambda x: x - 3, d_weights), expected, backend)
 
 
 def test_permutations_have_the_gradient_of_plain_indexing():
-    groups = grouped.plan(ROUTINGS["random with idle rows"].astype(np.int32), L)
+    groups = grouping.plan(ROUTINGS["random with idle rows"].astype(np.int32), L)
     dy = jnp.asarray(RNG.normal(size=(N, D)), jnp.float32)
 
     def plain(indices):
         return lambda x_ND: jnp.concatenate([x_ND, jnp.zeros((1, D))])[indices]
 
-    for ours, indices in ((grouped.scatter, groups.row_N), (grouped.gather, groups.slot_N)):
+    for ours, indices in ((grouping.scatter, groups.row_N), (grouping.gather, groups.slot_N)):
         found, expected = (jax.vjp(f, X_ND) for f in (lambda x, f=ours: f(x, groups), plain(indices)))
         np.testing.assert_allclose(found[0], expected[0])
         np.testing.assert_allclose(found[1](dy)[0], expected[1](dy)[0], atol=1e-6)
@@ -183,8 +189,8 @@ def test_weight_gradient_is_summed_in_the_precision_of_the_weights():
     """With bf16 rows a sum of many segments in bf16 would stand still: 256 + 1 = 256."""
     rows = 512
     for backend in ("block_loop", "ragged_dot"):
-        groups = grouped.plan(np.zeros(rows, np.int32), L, backend, (1,))
-        x_ND = grouped.scatter(jnp.ones((rows, D), jnp.bfloat16), groups)
+        groups = grouping.plan(np.zeros(rows, np.int32), L, backend, (1,))
+        x_ND = grouping.scatter(jnp.ones((rows, D), jnp.bfloat16), groups)
 
         def total(w, x_ND=x_ND, groups=groups):
             y_NF = grouped.map_rows(lambda w, rows, product: product("up", rows[0]), {"up": w}, (x_ND,), groups)
@@ -197,12 +203,12 @@ def test_weight_gradient_is_summed_in_the_precision_of_the_weights():
 
 
 def test_sizes_follow_rows_per_layer():
-    assert grouped.segment_sizes(4096, 8) == (512, 256, 128, 64, 32)
-    assert grouped.segment_sizes(4096, 64) == (64, 32, 16, 8)
-    assert grouped.segment_sizes(10**6, 8) == (512, 256, 128, 64, 32)
-    assert grouped.segment_sizes(3, 50) == (3,)
+    assert grouping.segment_sizes(4096, 8) == (512, 256, 128, 64, 32)
+    assert grouping.segment_sizes(4096, 64) == (64, 32, 16, 8)
+    assert grouping.segment_sizes(10**6, 8) == (512, 256, 128, 64, 32)
+    assert grouping.segment_sizes(3, 50) == (3,)
 
 
 def test_unknown_backend():
     with pytest.raises(ValueError, match="'magic'"):
-        grouped.plan(np.zeros(N, np.int32), L, "magic")
+        grouping.plan(np.zeros(N, np.int32), L, "magic")

@@ -190,3 +190,25 @@ def test_learning_rate_and_decay_mask():
         "router.norm",
         "router.out_bias",
     }
+
+
+def test_accumulated_parts_give_the_gradient_of_the_whole_batch():
+    """With rows of unlike numbers of targets. The router's terms, which are means of the parts' own, are off."""
+    off = {"router__load_coef": 0.0, "router__z_coef": 0.0, "router__depth_coef": 0.0, "optimizer__warmup_steps": 0}
+    states, sums = [], []
+    for parts in (1, 3):
+        config = make_config(train__batch_size=6, train__accumulate_steps=parts, **off)
+        batch = make_batch(config, packed=True)
+        batch["is_target"] &= (
+            np.random.default_rng(0).random(batch["is_target"].shape) < np.linspace(0.2, 1, 6)[:, None]
+        )
+        run = Training(config)
+        found, _ = run.step(batch)
+        states.append(run.state)
+        sums.append(found)
+    np.testing.assert_allclose(sums[0].num_targets, sums[1].num_targets)
+    np.testing.assert_allclose(sums[0].losses["ce"], sums[1].losses["ce"], rtol=1e-5)
+    np.testing.assert_array_equal(sums[0].routing.executions_TKL, sums[1].routing.executions_TKL)
+    # Adam's first step is the sign of the gradient; its moment is the gradient itself.
+    moments = [state.optimizer[0].mu for state in states]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-7), *moments)
