@@ -309,7 +309,7 @@ def benchmark_train(report: Report, sizes: dict) -> None:
     half, whole = _attention(config, 0.5), _attention(config, 1.0)
     report.add("attention, view all, half executes", "all of it", half, whole, name="attention all half/full")
     report.add("router, all steps", "step, L=8", _router(config), full, name="router share")
-    flops = 3 * batch["token"].size * flops_per_token(config, VOCAB, max_depth, max_depth)
+    flops = 3 * batch["token"].size * flops_per_token(config, VOCAB, [0] * max_depth + [1])
     report.add("step, L=8", "product of its FLOPs", full, _product(flops), name="step/matmul limit")
     report.add("dense step", "product of its FLOPs", dense, _product(flops), name=None)
     report.add_bytes("memory, L=8", "dense step", full.bytes(), dense.bytes(), name="memory/dense")

@@ -3,6 +3,8 @@
 Counts are sums over tokens, so that batches, steps and devices add up; figures are made from them at the end.
 """
 
+from collections.abc import Sequence
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -178,27 +180,39 @@ def figures(sums: BatchSums) -> dict:
     }
 
 
-def flops_per_token(config: Config, vocab_size: int, depth: float, max_depth: int) -> float:
-    """FLOPs of a forward pass per token at a mean executed depth, out of `max_depth`: 2 per multiply-add.
+def flops_per_token(config: Config, vocab_size: int, depth_hist: Sequence[float]) -> float:
+    """FLOPs of a forward pass per token, 2 per multiply-add of matrix products, attention included.
 
-    Attention is counted over the entries that a causal query sees on average: half of the row, and in the views
-    `all` and `same_layer`, which look at the entries of all earlier steps, half of the steps too.
+    Attention is counted over the entries that a causal query sees on average: half of those of its row that are filled.
+    In the views `all` and `same_layer` they are those of all steps so far.
+
+    Args:
+        depth_hist: share of tokens by executed depth, 0…T.
     """
-    model, seq_len = config.model, config.train.seq_len
+    model, max_depth = config.model, len(depth_hist) - 1
     d_model, q_width = model.d_model, model.num_heads * model.head_size
     kv_width = model.num_kv_heads * model.head_size
     layer = 2 * d_model * (q_width + 2 * kv_width) + 2 * q_width * d_model + 6 * d_model * model.d_ff
-    slot = 4 * q_width
-    per_step = (depth + 1) / 2 if config.cache.view in ("all", "same_layer") else 1
-    routed = depth * (layer + slot * per_step * (seq_len + 1) / 2)
-    unrouted = (model.prelude_layers + model.coda_layers) * (layer + slot * (seq_len + 1) / 2)
+    # Of one query, over a step whose entries are all there.
+    attention = 4 * q_width * (config.train.seq_len + 1) / 2
+    # The share of tokens that execute each step.
+    executes_T = np.cumsum(np.asarray(depth_hist)[::-1])[::-1][1:]
+    if config.cache.view == "same_step":
+        seen_T = executes_T
+    elif config.cache.view in ("first", "latest"):
+        # One entry of each token that executed any step.
+        seen_T = np.full(max_depth, executes_T[0])
+    else:
+        seen_T = np.cumsum(executes_T)
+    routed = (executes_T * (layer + attention * seen_T)).sum()
+    unrouted = (model.prelude_layers + model.coda_layers) * (layer + attention)
     router = 0.0
     if config.router.is_trained:
         hidden = config.router.hidden or d_model
         # A token that leaves before the last step was routed once more than it executed.
-        decisions = min(depth + 1, max_depth)
-        router = decisions * 2 * hidden * (d_model + model.pool_size + 1)
-    return routed + unrouted + router + 2 * d_model * vocab_size
+        num_decisions = 1 + executes_T[:-1].sum()
+        router = num_decisions * 2 * hidden * (d_model + model.pool_size + 1)
+    return float(routed + unrouted + router + 2 * d_model * vocab_size)
 
 
 # Peak dense bf16 FLOP/s of one device, as its maker states it; the start of `device_kind` as JAX reports it.

@@ -284,8 +284,7 @@ def _eval_line(run: Run, eval_fn: EvalStep, scalars: dict) -> dict:
 
 
 def _flops(run: Run, found: dict) -> float:
-    config = run.config
-    return flops_per_token(config, run.dataset.tokenizer.vocab_size, found["depth"], config.model.max_depth)
+    return flops_per_token(run.config, run.dataset.tokenizer.vocab_size, found["depth_hist"])
 
 
 def _line(

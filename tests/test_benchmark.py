@@ -1,0 +1,65 @@
+"""The benchmark's figures are figures of what they say; how large they are is no test's business."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from radialnet.benchmark import RadialStep, dense_logits, dense_params, make_batch, make_config
+from tests.test_cli import run
+from tests.test_model import plain_network
+
+SIZES = {"d_model": 16, "d_ff": 24, "seq_len": 8, "batch_size": 2, "max_depth": 3}
+NAMES = {
+    "step/dense@L=8", "step/dense@L=16", "step/dense@L=32", "step/dense@L=64", "step L=64/L=8",
+    "step depth=T÷2/depth=T", "attention all half/full", "router share", "memory/dense", "step/matmul limit",
+}  # fmt: skip
+
+
+def test_dense_baseline_is_a_plain_transformer():
+    config = make_config(SIZES, router__form="sequential", model__pool_size=3)
+    params, batch = dense_params(config), make_batch(config)
+    logits = dense_logits(params, batch["token"], config)
+    stacked = jax.tree.map(lambda *layers: jnp.stack(layers), *params["layers"])
+    # The radial network multiplies embeddings by sqrt(D).
+    named = {**params, "embedding": params["embedding"] / 4.0, "pool": {"block": stacked}}
+    expected, _ = plain_network(config, named, *(batch[name][0] for name in ("token", "document", "position")))
+    np.testing.assert_allclose(logits[0], expected, atol=1e-4)
+
+
+def test_step_holds_the_depth_that_is_asked_for_and_does_not_learn():
+    config = make_config({**SIZES, "seq_len": 32}, model__min_depth=0)
+    step = RadialStep(config, make_batch(config), depth=1.5)
+    assert step.figures["depth"] == pytest.approx(1.5, abs=0.1)
+    params = jax.tree.map(np.asarray, step.state.params)
+    step()
+    jax.tree.map(np.testing.assert_array_equal, params, step.state.params)
+
+
+def test_routes_of_the_timed_step_differ_by_token():
+    config = make_config(SIZES)
+    step = RadialStep(config, make_batch(config))
+    assert step.figures["depth"] == 3
+    assert step.figures["load_entropy"] > 0.3
+
+
+@pytest.mark.slow
+def test_command_writes_the_figures(tmp_path):
+    path = tmp_path / "figures.json"
+    sizes = [f"--{name}={value}" for name, value in SIZES.items()]
+    stdout, _ = run("-m", "radialnet.benchmark", "train", f"--json={path}", "--repeats=1", *sizes)
+    written = json.loads(path.read_text())
+    assert set(written) == {"figures", "rows", "machine", "sizes"}
+    assert set(written["figures"]) == NAMES
+    assert all(value > 0 for value in written["figures"].values())
+    assert json.loads(stdout.splitlines()[-1]) == written["figures"]
+    assert all(row["ratio"] > 0 for row in written["rows"])
+
+
+def test_bad_arguments():
+    _, stderr = run("-m", "radialnet.benchmark", "trian", code=2)
+    assert stderr.count("\n") == 1 and "'trian'" in stderr and "train" in stderr
+    _, stderr = run("-m", "radialnet.benchmark", "train", "--repeats=0", code=2)
+    assert stderr.count("\n") == 1 and "--repeats=0" in stderr
