@@ -2,6 +2,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
+# Large pages for what a step allocates: on Linux a tenth of a step's time goes into small ones (docs/PERFORMANCE.md).
+export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
+
 .PHONY: train test lint
 .DELETE_ON_ERROR:
 

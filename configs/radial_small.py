@@ -26,6 +26,7 @@ def get_config() -> ConfigDict:
     config.model.num_kv_heads = 12
     config.model.d_ff = 2048
     config.model.dtype = "bfloat16"
+    config.model.remat = "step"
 
     # As in radial_nano, stretched over a longer run.
     config.router.depth_target = 12.0

@@ -7,8 +7,9 @@
 `function` is written for rows of one layer and multiplies by weight matrices through the `product` that it is given, so
 that each backend can bring rows and matrices together in its own way:
   block_loop    loops over segments of a layer's rows. Runs anywhere; what CPUs and GPUs use.
-  ragged_dot    `jax.lax.ragged_dot` on all rows at once; native on TPUs. On CPUs and GPUs it is a masked dense product,
-                L times the work, and good for tests alone.
+  ragged_dot    `jax.lax.ragged_dot` on all rows at once, and megablox for the gradient of the weights: for TPUs, where
+                both are native. On CPUs and GPUs it is a masked dense product, L times the work, and good for tests
+                alone. Compiled ahead of time for a TPU v5e, not yet run on one (docs/PERFORMANCE.md).
   masked_dense  every row through every layer, masked: L times the work. The reference.
 All give the same results and gradients; but for the reference, rows that execute nothing cost nothing.
 """
@@ -328,16 +329,32 @@ def _grouped_product(x_NX, w_LXY, groups):
     return jnp.einsum("LNY,NL->NY", jnp.einsum("NX,LXY->LNY", x_NX, w_LXY), one_hot_NL)
 
 
+# Rows, X and Y of a tile.
+_MEGABLOX_TILING = (128, 512, 512)
 _BY_LAYER = jax.lax.RaggedDotDimensionNumbers(
     dot_dimension_numbers=(((0,), (0,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[]
 )
 
 
+def _ragged_outer(x_NX, dy_NY, count_L):
+    return jax.lax.ragged_dot_general(x_NX, dy_NY, count_L, _BY_LAYER, preferred_element_type=jnp.float32)
+
+
+def _megablox_outer(x_NX, dy_NY, count_L, interpret: bool = False):
+    # Here, for it brings Pallas with it.
+    from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
+
+    # It takes whole tiles of rows; those of no layer are not read.
+    padding = (0, -x_NX.shape[0] % _MEGABLOX_TILING[0]), (0, 0)
+    x_NX, dy_NY = jnp.pad(x_NX, padding), jnp.pad(dy_NY, padding)
+    return tgmm(x_NX.T, dy_NY, count_L, jnp.float32, _MEGABLOX_TILING, interpret=interpret)
+
+
 def _grouped_outer(x_NX, dy_NY, groups):
     """The gradient of each layer's matrix, [L, X, Y]: the sum of x · dy over its rows, in fp32."""
     if groups.backend == "ragged_dot":
-        fp32 = jnp.float32
-        return jax.lax.ragged_dot_general(x_NX, dy_NY, groups.count_L, _BY_LAYER, preferred_element_type=fp32)
+        # TPUs have ragged_dot by itself, but of this one, where the sums are ragged, XLA makes a masked dense product.
+        return jax.lax.platform_dependent(x_NX, dy_NY, groups.count_L, tpu=_megablox_outer, default=_ragged_outer)
     one_hot_NL = jax.nn.one_hot(_layer_of_row(groups), groups.count_L.shape[0], dtype=x_NX.dtype)
     x_LNX = jnp.einsum("NX,NL->LNX", x_NX, one_hot_NL)
     return jnp.einsum("LNX,NY->LXY", x_LNX, dy_NY, preferred_element_type=jnp.float32)

@@ -212,3 +212,13 @@ def test_sizes_follow_rows_per_layer():
 def test_unknown_backend():
     with pytest.raises(ValueError, match="'magic'"):
         grouping.plan(np.zeros(N, np.int32), L, "magic")
+
+
+@pytest.mark.parametrize("name", ROUTINGS)
+def test_gradient_of_the_weights_by_megablox(name):
+    """The kernel that TPUs run, interpreted."""
+    groups = grouping.plan(ROUTINGS[name].astype(np.int32), L, "masked_dense")
+    x_ND, dy_NF = grouping.scatter(X_ND, groups), grouping.scatter(DY_NF, groups)
+    expected = grouped._grouped_outer(x_ND, dy_NF, groups)
+    found = grouped._megablox_outer(x_ND, dy_NF, groups.count_L, interpret=True)
+    np.testing.assert_allclose(found, expected, atol=1e-4)
