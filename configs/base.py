@@ -71,7 +71,7 @@ def get_config() -> ConfigDict:
     train.num_steps = 1000  # Optimizer steps.
     train.batch_size = 16  # B: rows a step.
     train.seq_len = 128  # S: tokens a row.
-    train.accumulate_steps = 1  # Parts of a batch whose gradients are added up one after the other, to save memory.
+    train.accumulate_steps = 1  # Parts of a batch, one after the other to save memory; router losses: means over parts.
     train.seed = 0  # Of initialisation, data order and selection noise.
     train.max_skipped_steps = 10  # Non-finite updates in a row that end the run with exit code 3 at the next log line.
 

@@ -1,11 +1,11 @@
-"""About the active size of GPT-2 small (12 layers of width 768 per token), for one accelerator or a small slice.
+"""About the active size of GPT-2 small (12 layers of width 768 per token), for one accelerator.
 
 What: 48 layers in the pool, at most 16 per token and 12 on average; bf16 products. 340M parameters in the pool, 85M
 of them used by a token. The default text is small for a model of this size: give it your own by
 --config.data.source=jsonl --config.data.path=FILE.
-Cost: 5 GB for parameters and optimizer, and the activations of all depth steps beside them: about 6 GB a row before
-the compiler's own savings, most of it attention scores. Lower train.batch_size until it fits. 50,000 steps of 32 rows
-are 1.6 billion tokens. Not yet run on an accelerator.
+Cost: 5 GB for parameters and optimizer; about 0.1 GB a row for the state and the cache of all depth steps, and the
+activations of one of them beside it (rematerialised). 50,000 steps of 32 rows are 1.6 billion tokens. Not yet run on an
+accelerator.
 Expected: not measured.
 Command: python train.py --config=configs/radial_small.py --workdir=runs/radial_small
 """

@@ -1,9 +1,9 @@
 """Softmax attention over the entries of the unified cache, in tiles.
 
 Queries are tokens that execute a layer at this depth step, entries are what tokens wrote at this step and earlier ones.
-The cost follows the tiles of queries × entries in which anybody sees anything; a tile of empty slots, of later tokens
-or of another document is skipped. No matrix of all scores is ever in memory (online softmax, arXiv 1805.02867; tiles
-and recomputation in the backward pass, arXiv 2205.14135).
+The cost follows the tiles of queries × entries in which anybody may see anything; a tile of empty slots, of later
+tokens or of another document is skipped. No matrix of all scores is ever in memory (online softmax, arXiv 1805.02867;
+tiles and recomputation in the backward pass, arXiv 2205.14135).
 """
 
 import flax.struct
@@ -70,7 +70,10 @@ attend.defvjp(_attend_forward, _attend_backward)
 
 @flax.struct.dataclass
 class _Tiles:
-    """The tiles in which somebody sees something, as a list of which the first `count` are real."""
+    """The tiles in which somebody may see something, as a list of which the first `count` are real.
+
+    By the ranges of tokens in a tile: one of several documents or steps may turn out to hold no visible pair.
+    """
 
     row: jax.Array
     query: jax.Array

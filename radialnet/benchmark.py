@@ -1,6 +1,6 @@
 """What a training step costs, as ratios of things timed alternately in one process.
 
-    python -m radialnet.benchmark train|router|input [--json=FILE] [--repeats=7]
+    python -m radialnet.benchmark train|router|input [--json=FILE] [--repeats=9]
 
 `train`   the step against a plain dense transformer, over pool sizes, depths and views; attention; memory.
 `router`  the router's share of the step, over its width.
@@ -36,15 +36,19 @@ from radialnet.attention import attend_backward, attend_forward
 from radialnet.cache import Packing, UnifiedCache
 from radialnet.config import Config, ConfigError
 from radialnet.data import prefetch, prepare, train_batches
+from radialnet.depth import DepthLoop, Inputs, decide
 from radialnet.files import write_whole
 from radialnet.metrics import figures, flops_per_token
 from radialnet.model import init_params
 from radialnet.optimizer import clip, make_optimizer
-from radialnet.router import Controllers, Router, schedule
+from radialnet.pool import Positions
+from radialnet.router import Controllers, Decision, Router, schedule
 from radialnet.run_folder import RunFolder
 from radialnet.train_step import TrainState, init_state, train_step
 
 VOCAB = 512
+# Steps that are timed together for `input`: several times as many as batches are read ahead.
+INPUT_STEPS = 32
 
 
 def ratio(first: Callable[[], object], second: Callable[[], object], repeats: int) -> tuple[float, float, float]:
@@ -205,7 +209,7 @@ class RadialStep:
     def __init__(self, config: Config, batch: dict, depth: float | None = None, vocab_size: int = VOCAB):
         """
         Args:
-            depth: mean executed depth to hold by the exit bias; the full depth by default.
+            depth: mean executed depth to hold by the exit bias; None leaves the bias as it is.
         """
         self.batch = batch
         graph, params = init_params(config, vocab_size)
@@ -352,27 +356,45 @@ def _attention(config: Config, share: float) -> Callable[[], object]:
 
 
 def _router(config: Config) -> Callable[[], object]:
-    """The router alone, at all depth steps, with its gradient."""
+    """The router alone, as a training step runs it: forward at all depth steps, then again with the gradient."""
     graph, params = nnx.split(Router(config.model, config.router, nnx.Rngs(0)))
-    controllers = Controllers.init(config.router, config.model.pool_size)
-    at = schedule(config.router, config.model.max_depth, jnp.int32(0))
     shape = config.train.batch_size, config.train.seq_len
+    loop = DepthLoop(graph, config.cache.view, config.model.max_depth, config.router.estimator, VOCAB, True)
+    token_BS = jnp.zeros(shape, jnp.int32)
+    inputs = Inputs(
+        token_BS=token_BS,
+        positions=Positions.of(token_BS, token_BS, config.model),
+        controllers=Controllers.init(config.router, config.model.pool_size),
+        at=schedule(config.router, config.model.max_depth, jnp.int32(0)),
+        rng=jax.random.key(0),
+    )
     h_BSD = jax.random.normal(jax.random.key(0), (*shape, config.model.d_model))
-    token_BS, active_BS = jnp.zeros(shape, jnp.int32), jnp.ones(shape, bool)
+    active_BS = jnp.ones(shape, bool)
 
     @jax.jit
     def run(params, h_BSD):
-        def one(total, depth_step):
-            def outputs(params, h_BSD):
-                router, rng = nnx.merge(graph, params), jax.random.key(0)
-                route = router(h_BSD, token_BS, active_BS, depth_step, controllers, at, rng)
-                return (route.log_p_layer_BS, route.log_survive_BS, route.p_layer_BSL), route.layer_BS
+        def outputs(params, h_BSD, before_BS, depth_step, decided=None):
+            router = nnx.merge(graph, params)
+            gate_BS, survival_BS, sums, route = decide(
+                loop, router, h_BSD, before_BS, active_BS, depth_step, inputs, decided
+            )
+            return (gate_BS, survival_BS, (sums.p_layer_L, sums.expected_depth, sums.z)), (route, sums)
 
-            values, transpose, layer_BS = jax.vjp(outputs, params, h_BSD, has_aux=True)
-            return jax.tree.map(jnp.add, total, transpose(jax.tree.map(jnp.ones_like, values))), layer_BS
+        def forward(before_BS, depth_step):
+            (_, survival_BS, _), (route, sums) = outputs(params, h_BSD, before_BS, depth_step)
+            return survival_BS, (before_BS, Decision(route.layer_BS, route.exits_BS), sums)
 
-        zeros = jax.tree.map(jnp.zeros_like, (params, h_BSD))
-        return jax.lax.scan(one, zeros, jnp.arange(config.model.max_depth))
+        def backward(total, of_step):
+            depth_step, (before_BS, decided, sums) = of_step
+            again = partial(outputs, depth_step=depth_step, decided=decided)
+            values, transpose, _ = jax.vjp(again, params, h_BSD, before_BS, has_aux=True)
+            return jax.tree.map(jnp.add, total, transpose(jax.tree.map(jnp.ones_like, values))), sums
+
+        depth_steps = jnp.arange(config.model.max_depth)
+        zeros_BS = jnp.zeros(shape)
+        _, steps = jax.lax.scan(forward, zeros_BS, depth_steps)
+        zeros = jax.tree.map(jnp.zeros_like, (params, h_BSD, zeros_BS))
+        return jax.lax.scan(backward, zeros, (depth_steps, steps), reverse=True)
 
     return lambda: run(params, h_BSD)
 
@@ -388,23 +410,32 @@ def benchmark_router(report: Report, sizes: dict) -> None:
 
 
 def benchmark_input(report: Report, sizes: dict) -> None:
-    """The step of `configs/radial_nano.py`, on batches that are read while it runs."""
+    """Steps of `configs/radial_nano.py`, on batches that are read while they run."""
     config = Config.from_dict(radial_nano.get_config())
     with tempfile.TemporaryDirectory() as folder:
         rows = prepare(config, RunFolder(Path(folder))).train
-    batches = prefetch(train_batches(rows, config.train.batch_size, config.train.seed), 0)
-    first = next(batches)
-    step = RadialStep(config, first, vocab_size=config.data.vocab_size)
+    batches = train_batches(rows, config.train.batch_size, config.train.seed)
+    one_batch = next(prefetch(batches, 0))
+    step = RadialStep(config, one_batch, vocab_size=config.data.vocab_size)
+    start = 0
 
     def on_real_data():
-        step.batch = next(batches)
-        return step()
+        # Read ahead from the first step on: what was read in another side's time would hide a slow reader.
+        nonlocal start
+        ahead = prefetch(batches, start)
+        start += INPUT_STEPS
+        for _ in range(INPUT_STEPS):
+            step.batch = next(ahead)
+            step()
+        return step.state
 
     def on_one_batch():
-        step.batch = first
-        return step()
+        step.batch = one_batch
+        for _ in range(INPUT_STEPS):
+            step()
+        return step.state
 
-    report.add("step, real data", "step, one batch", on_real_data, on_one_batch, name="step real data/one batch")
+    report.add("steps, real data", "steps, one batch", on_real_data, on_one_batch, name="step real data/one batch")
 
 
 def main() -> None:

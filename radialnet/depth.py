@@ -2,8 +2,9 @@
 
 `scanned` is the one that trains: a scan, so that compile time doesn't grow with T, with a gradient written by hand.
 Autodiff of a scan that carries the cache would keep T caches; but an entry never changes once written, so that the
-cache of every step is a part of the last one (`UnifiedCache.at_step`). And it would add a gradient of the whole pool to
-another at every step; by hand each step adds in place what its layers got.
+cache of every step is a part of the last one (`UnifiedCache.at_step`; the views that look at S slots alone keep those
+of every step, which is no more). And it would add a gradient of the whole pool to another at every step; by hand each
+step adds in place what its layers got.
 
 `unrolled` is the reference, by autodiff. It has the `dense` estimator too, which runs all layers at every step.
 """
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from radialnet.metrics import StepSums
-from radialnet.pool import Kept, LayerPool, Positions, Products
+from radialnet.pool import Attended, LayerPool, Positions, Products
 from radialnet.router import Controllers, Decision, Router, Schedule, choice_gate
 
 
@@ -63,7 +64,7 @@ class Trace:
     h_BSD: jax.Array  # The residual stream before the step. Carries no gradient.
 
 
-def _decide(loop: DepthLoop, router: Router, h_BSD, log_survival_BS, active_BS, depth_step, inputs, decided=None):
+def decide(loop: DepthLoop, router: Router, h_BSD, log_survival_BS, active_BS, depth_step, inputs, decided=None):
     """The router's part of a step.
 
     Returns:
@@ -87,7 +88,7 @@ def unrolled(loop: DepthLoop, params, h_BSD: jax.Array, is_real_BS: jax.Array, i
     steps = []
     for t in range(loop.max_depth):
         depth_step = jnp.int32(t)
-        gate_BS, log_survival_BS, sums, route = _decide(
+        gate_BS, log_survival_BS, sums, route = decide(
             loop, router, h_BSD, log_survival_BS, active_BS, depth_step, inputs
         )
         steps.append(Trace(sums, route.executes_BS.sum(), route.layer_BS, jax.lax.stop_gradient(h_BSD)))
@@ -115,7 +116,7 @@ class _StepState:
     active_BS: jax.Array
     decided: Decision
     cache: object  # `UnifiedCache.varying` after the step.
-    kept: Kept | None
+    kept: Attended | None
 
 
 def _forward(loop: DepthLoop, params, h_BSD, is_real_BS, inputs):
@@ -127,7 +128,7 @@ def _forward(loop: DepthLoop, params, h_BSD, is_real_BS, inputs):
     def step(carry, depth_step):
         h_BSD, before_BS, active_BS, cache, products = carry
         with jax.named_scope("router"):
-            gate_BS, log_survival_BS, sums, route = _decide(
+            gate_BS, log_survival_BS, sums, route = decide(
                 loop, router, h_BSD, before_BS, active_BS, depth_step, inputs
             )
         with jax.named_scope("layer"):
@@ -138,6 +139,7 @@ def _forward(loop: DepthLoop, params, h_BSD, is_real_BS, inputs):
         state = _StepState(
             log_survival_BS=before_BS,
             active_BS=active_BS,
+            # Of tokens that execute nothing any layer will do: nothing depends on their gates.
             decided=Decision(jnp.minimum(route.layer_BS, pool.num_layers - 1), route.exits_BS),
             cache=cache.varying(),
             kept=kept if loop.keeps_products else None,
@@ -167,23 +169,23 @@ def _scanned_backward(loop: DepthLoop, residuals, d_outputs):
         depth_step, h_BSD, state, d_sums = of_step
         cache = last_cache.at_step(state.cache)
 
-        def decide(router_params, h_BSD, log_survival_BS):
+        def redecide(router_params, h_BSD, log_survival_BS):
             router = nnx.merge(router_graph, router_params)
-            gate_BS, log_survival_BS, sums, route = _decide(
+            gate_BS, log_survival_BS, sums, route = decide(
                 loop, router, h_BSD, log_survival_BS, state.active_BS, depth_step, inputs, state.decided
             )
             return (gate_BS, log_survival_BS, (sums.p_layer_L, sums.expected_depth, sums.z)), route.layer_BS
 
         with jax.named_scope("router"):
             (gate_BS, _, _), transpose, layer_BS = jax.vjp(
-                decide, router_params, h_BSD, state.log_survival_BS, has_aux=True
+                redecide, router_params, h_BSD, state.log_survival_BS, has_aux=True
             )
         with jax.named_scope("layer"):
-            kept, products, slot = state.kept, products_T, depth_step
+            kept, products, t = state.kept, products_T, depth_step
             if kept is None:
-                products, slot = pool.empty_products(1, layer_BS.size), 0
+                products, t = pool.empty_products(1, layer_BS.size), 0
                 _, _, kept, products, _ = pool.forward(
-                    h_BSD, layer_BS, cache, inputs.positions, depth_step, products, slot, is_again=True
+                    h_BSD, layer_BS, cache, inputs.positions, depth_step, products, t, is_again=True
                 )
             d_layer_BSD, d_entries, d_block = pool.backward(
                 h_BSD,
@@ -193,7 +195,7 @@ def _scanned_backward(loop: DepthLoop, residuals, d_outputs):
                 depth_step,
                 kept,
                 products,
-                slot,
+                t,
                 gate_BS[..., None] * d_h_BSD,
                 d_entries,
                 d_block,

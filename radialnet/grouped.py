@@ -11,7 +11,8 @@ that each backend can bring rows and matrices together in its own way:
                 both are native. On CPUs and GPUs it is a masked dense product, L times the work, and good for tests
                 alone. Compiled ahead of time for a TPU v5e, not yet run on one (docs/PERFORMANCE.md).
   masked_dense  every row through every layer, masked: L times the work. The reference.
-All give the same results and gradients; but for the reference, rows that execute nothing cost nothing.
+All give the same results and gradients. In the first two no product is computed for rows that execute nothing; the
+block loop leaves out their norms and activations as well.
 """
 
 from collections.abc import Callable
@@ -31,6 +32,7 @@ def default_backend() -> str:
 
 # product(name, x_PX, keep=True): rows times the matrix `name` of their layer, [P, Y]. With keep=False the result is not
 # kept for the gradient; right where nothing that follows needs its value for one, as after the last product of a layer.
+# A function uses each matrix once.
 Product = Callable[..., jax.Array]
 # function(vectors, rows, product): `vectors` holds the weights that are no matrices, [P or 1, X] each; the rows are
 # arrays [P, X]; returns arrays [P, Y] in any tree.
@@ -57,7 +59,7 @@ def _map_rows(function, weights, rows, groups, fixed):
 
 
 def _map_rows_forward(function, weights, rows, groups, fixed):
-    kept = empty_kept(function, weights, rows, fixed, num_steps=1)
+    kept = empty_kept(function, weights, rows, fixed, num_depth_steps=1)
     outputs, kept = map_forward(function, weights, rows, groups, fixed, kept)
     return outputs, (weights, rows, groups, fixed, kept)
 
@@ -72,10 +74,12 @@ def _map_rows_backward(function, residuals, d_outputs):
 _map_rows.defvjp(_map_rows_forward, _map_rows_backward)
 
 
-def empty_kept(function: RowFunction, weights: dict, rows: tuple, fixed: tuple, num_steps: int) -> dict[str, jax.Array]:
-    """Room for what the products of a function give, at several steps: [T, N, Y] by name."""
+def empty_kept(
+    function: RowFunction, weights: dict, rows: tuple, fixed: tuple, num_depth_steps: int
+) -> dict[str, jax.Array]:
+    """Room for what the products of a function give, at T depth steps: [T, N, Y] by name."""
     shapes = jax.eval_shape(partial(_compute, function), _layer(weights, 0), (*rows, *fixed))[1]
-    return {name: jnp.zeros((num_steps, *shape.shape), shape.dtype) for name, shape in shapes.items()}
+    return {name: jnp.zeros((num_depth_steps, *shape.shape), shape.dtype) for name, shape in shapes.items()}
 
 
 def map_forward(
@@ -85,24 +89,25 @@ def map_forward(
     groups: Groups,
     fixed: tuple = (),
     kept: dict | None = None,
-    step: jax.Array | int = 0,
+    t: jax.Array | int = 0,
 ):
-    """`map_rows`, with what its products gave written into `kept` (`empty_kept`) at a step, for `map_backward`.
+    """`map_rows`, with what its products gave written into `kept` (`empty_kept`) at depth step t, for `map_backward`.
 
     Into one array for all steps, and by the rows that execute: whole arrays of a step, put together afterwards, would
     cost as much for the rows that execute nothing.
     """
     kept = kept or {}
     if groups.backend == "block_loop":
-        return _loop_forward(function, weights, rows, groups, fixed, kept, step)
+        return _loop_forward(function, weights, rows, groups, fixed, kept, t)
     rows, given = _zero_idle(rows, groups), {}
 
     def product(name, x_NX, keep=True):
+        assert name not in given, f"the matrix {name} is used twice"
         given[name] = _grouped_product(x_NX, weights[name].astype(x_NX.dtype), groups)
         return given[name]
 
     outputs = function(_vectors_by_row(_split(weights)[0], groups), (*rows, *fixed), product)
-    return _zero_idle(outputs, groups), {name: all_steps.at[step].set(given[name]) for name, all_steps in kept.items()}
+    return _zero_idle(outputs, groups), {name: all_steps.at[t].set(given[name]) for name, all_steps in kept.items()}
 
 
 def map_backward(
@@ -112,7 +117,7 @@ def map_backward(
     groups: Groups,
     fixed: tuple,
     kept: dict,
-    step: jax.Array | int,
+    t: jax.Array | int,
     d_outputs,
     d_weights: dict,
 ):
@@ -121,8 +126,8 @@ def map_backward(
     Only norms and activations are computed again; the products come from `kept`.
     """
     if groups.backend == "block_loop":
-        return _loop_backward(function, weights, rows, groups, fixed, kept, step, d_outputs, d_weights)
-    rows, kept = _zero_idle(rows, groups), {name: all_steps[step] for name, all_steps in kept.items()}
+        return _loop_backward(function, weights, rows, groups, fixed, kept, t, d_outputs, d_weights)
+    rows, kept = _zero_idle(rows, groups), {name: all_steps[t] for name, all_steps in kept.items()}
     vectors, matrices = _split(weights)
     transpose = _replayed(
         function, rows, fixed, kept, matrices, lambda dy, w: _grouped_product(dy, w.swapaxes(1, 2), groups)
@@ -178,6 +183,7 @@ def _replayed(function, rows, fixed, kept, matrices, times_transposed):
             inputs = {}
 
             def product(name, x_PX, keep=True):
+                assert name not in inputs, f"the matrix {name} is used twice"
                 inputs[name] = x_PX
                 value = kept[name] if keep else zeros[name]
                 return _known_product(times_transposed, x_PX, matrices[name].astype(x_PX.dtype), value, taps[name])
@@ -229,17 +235,17 @@ def _read(tree, at: _Place):
     return jax.tree.map(lambda x_NX: jax.lax.dynamic_slice_in_dim(x_NX, at.start, at.size), tree)
 
 
-def _read_step(x_TNX, at: _Place, step):
-    return jax.lax.dynamic_slice(x_TNX, (step, at.start, 0), (1, at.size, x_TNX.shape[-1]))[0]
+def _read_step(x_TNX, at: _Place, t):
+    return jax.lax.dynamic_slice(x_TNX, (t, at.start, 0), (1, at.size, x_TNX.shape[-1]))[0]
 
 
-def _write(x_NX, part_PX, at: _Place, step=None):
+def _write(x_NX, part_PX, at: _Place, t=None):
     """A part into its place, of a step if the array is of several; what lies beyond the segment stays."""
-    if step is None:
+    if t is None:
         old_PX = jax.lax.dynamic_slice_in_dim(x_NX, at.start, at.size)
         return jax.lax.dynamic_update_slice_in_dim(x_NX, jnp.where(at.is_own_P1, part_PX, old_PX), at.start, 0)
-    new_PX = jnp.where(at.is_own_P1, part_PX, _read_step(x_NX, at, step))
-    return jax.lax.dynamic_update_slice(x_NX, new_PX[None], (step, at.start, 0))
+    new_PX = jnp.where(at.is_own_P1, part_PX, _read_step(x_NX, at, t))
+    return jax.lax.dynamic_update_slice(x_NX, new_PX[None], (t, at.start, 0))
 
 
 def _layer(weights, layer):
@@ -252,7 +258,7 @@ def _at(tree, index):
     return jax.tree.map(lambda array: array[index], tree)
 
 
-def _loop_forward(function, weights, rows, groups, fixed, kept, step):
+def _loop_forward(function, weights, rows, groups, fixed, kept, t):
     segments, num_rows = groups.segments, rows[0].shape[0]
     shapes = jax.eval_shape(partial(_compute, function), _layer(weights, 0), (*rows, *fixed))[0]
     outputs = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
@@ -263,14 +269,14 @@ def _loop_forward(function, weights, rows, groups, fixed, kept, step):
             at = _rows_of(segments, index, size, num_rows)
             parts, given = _compute(function, _layer(weights, segments.layer_M[index]), _read((*rows, *fixed), at))
             outputs = jax.tree.map(lambda x_NX, part_PX: _write(x_NX, part_PX, at), outputs, parts)
-            return outputs, {name: _write(all_steps, given[name], at, step) for name, all_steps in kept.items()}
+            return outputs, {name: _write(all_steps, given[name], at, t) for name, all_steps in kept.items()}
 
         begin, end = segments.first_of_size[which], segments.first_of_size[which + 1]
         outputs, kept = jax.lax.fori_loop(begin, end, body, (outputs, kept))
     return outputs, kept
 
 
-def _loop_backward(function, weights, rows, groups, fixed, kept, step, d_outputs, d_weights):
+def _loop_backward(function, weights, rows, groups, fixed, kept, t, d_outputs, d_weights):
     # By hand: autodiff of a loop that indexes the weights would add a whole dW of all layers for every segment, and
     # can't go backwards through a dynamic number of them at all. Here dW of a segment's layer is updated in place.
     segments, num_rows = groups.segments, rows[0].shape[0]
@@ -286,7 +292,7 @@ def _loop_backward(function, weights, rows, groups, fixed, kept, step, d_outputs
             rows_P, d_outputs_P = jax.tree.map(
                 lambda x_PX: jnp.where(at.is_own_P1, x_PX, 0), _read((rows, d_outputs), at)
             )
-            kept_P = {name: _read_step(all_steps, at, step) for name, all_steps in kept.items()}
+            kept_P = {name: _read_step(all_steps, at, t) for name, all_steps in kept.items()}
             transpose = _replayed(function, rows_P, _read(fixed, at), kept_P, matrices, lambda dy, w: dy @ w.T)
             d_vectors, d_rows_P, pairs = transpose(vectors, d_outputs_P)
             parts = {name: grad[0] for name, grad in d_vectors.items()}

@@ -43,9 +43,12 @@ class Groups:
     backend: str = flax.struct.field(pytree_node=False)
 
     def num_computed(self) -> jax.Array:
-        """Rows that are computed, padding of the segments included."""
-        count = jnp.diff(self.segments.first_of_size)
-        return (count * jnp.asarray(self.segments.sizes)).sum()
+        """Rows that the backend puts through products, for nothing or not."""
+        if self.backend == "block_loop":
+            return (jnp.diff(self.segments.first_of_size) * jnp.asarray(self.segments.sizes)).sum()
+        if self.backend == "ragged_dot":
+            return self.count_L.sum()
+        return jnp.int32(self.row_N.shape[0] * self.count_L.shape[0])
 
 
 def segment_sizes(num_rows: int, num_layers: int) -> tuple[int, ...]:

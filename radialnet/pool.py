@@ -28,7 +28,7 @@ class Positions:
 
 
 @flax.struct.dataclass
-class Kept:
+class Attended:
     """What a depth step leaves behind, beside its products, so that its backward pass need not compute it again."""
 
     q_BSHK: jax.Array
@@ -107,13 +107,13 @@ class LayerPool(nnx.Module):
         positions: Positions,
         depth_step: jax.Array,
         products: Products,
-        slot: jax.Array | int,
+        t: jax.Array | int,
         is_again: bool = False,
-    ) -> tuple[jax.Array, UnifiedCache, Kept, Products, jax.Array]:
+    ) -> tuple[jax.Array, UnifiedCache, Attended, Products, jax.Array]:
         """`__call__`, with what `backward` needs, and the number of rows that were computed.
 
         Args:
-            products: where they are written to, at `slot`. Without any room, none are kept.
+            products: where they are written to, at step t. Without any room, none are kept.
             is_again: the step was run before and `cache` has its entries.
         """
         groups, packing = self._plans(layer_BS)
@@ -121,7 +121,7 @@ class LayerPool(nnx.Module):
         h_ND = scatter(h_BSD.reshape(-1, h_BSD.shape[-1]), groups)
         fixed = (scatter(positions.rotation_NK, groups),)
         qkv, before = grouped.map_forward(
-            block.before_attention, block.weights(block.BEFORE), (h_ND,), groups, fixed, products.before, slot
+            block.before_attention, block.weights(block.BEFORE), (h_ND,), groups, fixed, products.before, t
         )
         to_places, from_places = self._between(groups, packing)
         to_entries = to_places if cache.is_packed else groups.slot_N
@@ -133,10 +133,10 @@ class LayerPool(nnx.Module):
         mixed_BSHK, lse_BSH = attend_forward(q_BSHK, cache.k_BCGK, cache.v_BCGK, visibility)
         mixed_NX = _take(mixed_BSHK.reshape(len(h_ND), -1), from_places)
         update_ND, after = grouped.map_forward(
-            block.after_attention, block.weights(block.AFTER), (h_ND, mixed_NX), groups, (), products.after, slot
+            block.after_attention, block.weights(block.AFTER), (h_ND, mixed_NX), groups, (), products.after, t
         )
         update_ND = gather(update_ND, groups)
-        kept = Kept(q_BSHK, mixed_BSHK, lse_BSH, update_ND)
+        kept = Attended(q_BSHK, mixed_BSHK, lse_BSH, update_ND)
         return update_ND.reshape(h_BSD.shape), cache, kept, Products(before, after), groups.num_computed()
 
     def backward(
@@ -146,9 +146,9 @@ class LayerPool(nnx.Module):
         cache: UnifiedCache,
         positions: Positions,
         depth_step: jax.Array,
-        kept: Kept,
+        kept: Attended,
         products: Products,
-        slot: jax.Array | int,
+        t: jax.Array | int,
         d_update_BSD: jax.Array,
         d_entries: tuple[jax.Array, jax.Array],
         d_block: dict[str, jax.Array],
@@ -177,7 +177,7 @@ class LayerPool(nnx.Module):
             groups,
             (),
             products.after,
-            slot,
+            t,
             d_update_ND,
             {name: d_block[name] for name in weights},
         )
@@ -209,7 +209,7 @@ class LayerPool(nnx.Module):
             groups,
             (scatter(positions.rotation_NK, groups),),
             products.before,
-            slot,
+            t,
             d_qkv,
             {name: d_block[name] for name in weights},
         )

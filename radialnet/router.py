@@ -150,7 +150,8 @@ class Router(nnx.Module):
         # The logit of leaving: against 0 in the factored form, against all layers together in the flat one.
         odds_BS = leave_BS if self.cfg.form == "factored" else leave_BS - jax.nn.logsumexp(biased_BSL, axis=-1)
 
-        can_exit = at.may_exit & (depth_step >= self.min_depth)
+        # With min and max depth equal exits are off, at a larger max depth in evaluation too: none was ever trained.
+        can_exit = at.may_exit & (self.min_depth < self.max_depth) & (depth_step >= self.min_depth)
         if decided is None:
             decided = self._decide(biased_BSL + controllers.load_bias, leave_BS, active_BS & can_exit, at, rng)
         layer_BS, exits_BS = decided.layer_BS, decided.exits_BS

@@ -80,8 +80,8 @@ def _grads(
 ) -> tuple[dict, BatchSums]:
     """The gradient of a batch and its sums, in `train.accumulate_steps` parts one after the other.
 
-    Each part is every so-manieth row. The cross-entropy is the mean over all targets of the batch; the router's terms
-    are means of those of the parts, for a part knows no other's routes.
+    Each part takes every num_parts-th row. The cross-entropy is the mean over all targets of the batch; the router's
+    terms are means of those of the parts, for a part knows no other's routes.
     """
     num_parts = config.train.accumulate_steps
     num_targets = batch["is_target"].sum().astype(jnp.float32) / num_parts

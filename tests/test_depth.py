@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from radialnet import attention
 from radialnet import model as model_module
 from radialnet.config import VIEWS
 from radialnet.depth import scanned, unrolled
@@ -16,28 +17,42 @@ from tests.tiny import Model, make_batch, make_config
 
 def value_and_grads(run, monkeypatch, **overrides):
     """Of a loss that everything with a gradient is in."""
-    monkeypatch.setattr(model_module, "scanned", run)
+    calls = []
+
+    def spy(*arguments):
+        calls.append(run)
+        return run(*arguments)
+
+    # Without this the model would scan on both sides, and the comparison could not fail.
+    monkeypatch.setattr(model_module, "scanned", spy)
+    # Several tiles a row, the last one reaching back.
+    monkeypatch.setattr(attention, "TILE", 5)
     config = make_config(model__max_depth=4, **overrides)
     model, batch = Model(config), make_batch(config, packed=True)
     if config.router.is_trained:
         model.with_mixed_exits()
+    # Controllers as they are in the middle of a run.
+    load_bias = jnp.asarray(np.random.default_rng(0).normal(size=5), jnp.float32)
+    controllers = model.controllers.replace(load_bias=load_bias, exit_bias=jnp.float32(0.2))
 
     def loss(params):
-        output = forward(model.graph, params, batch, model.controllers, model.at, jax.random.key(0))
+        output = forward(model.graph, params, batch, controllers, model.at, jax.random.key(0))
         routing = output.routing
         auxiliary = routing.expected_depth + routing.z + (routing.p_layer_L**2).sum()
         return (output.logits_BSV**2).mean() + 0.01 * auxiliary, output
 
-    program = jax.jit(jax.value_and_grad(loss, has_aux=True)).trace(model.params)
-    (value, output), grads = program.lower().compile()(model.params)
-    return str(program.jaxpr), value, grads, output
+    (value, output), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(model.params)
+    assert calls == [run]
+    return value, grads, output
 
 
 CASES = {
     **{view: {"cache__view": view} for view in VIEWS},
     **{estimator: {"router__estimator": estimator} for estimator in ("score", "weighted")},
     "flat with noise": {"router__form": "flat", "router__noise": 0.5, "router__noise_steps": 9},
-    "load prior": {"router__prior": "group", "router__load_bias_rate": 0.1},
+    "group prior": {"router__prior": "group"},
+    "bf16": {"model__dtype": "bfloat16"},
+    "bf16 remat": {"model__dtype": "bfloat16", "model__remat": "step", "cache__view": "all"},
     "random": {"router__form": "random", "cache__view": "all"},
     "prelude and coda": {"model__prelude_layers": 1, "model__coda_layers": 2},
     "ragged_dot": {"model__grouped_backend": "ragged_dot"},
@@ -48,21 +63,20 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_scan_by_hand_equals_autodiff_of_the_unrolled_loop(monkeypatch, case):
     overrides = CASES[case]
-    text, value, grads, output = value_and_grads(scanned, monkeypatch, **overrides)
+    value, grads, output = value_and_grads(scanned, monkeypatch, **overrides)
     plain = {**overrides, "model__remat": "none", "model__grouped_backend": "masked_dense"}
-    plain_text, plain_value, plain_grads, plain_output = value_and_grads(unrolled, monkeypatch, **plain)
-    assert "scan[" in text and "masked" not in plain_text
-    assert text.count("while[") != plain_text.count("while["), "two programs"
-    np.testing.assert_allclose(value, plain_value, rtol=1e-5)
+    plain_value, plain_grads, plain_output = value_and_grads(unrolled, monkeypatch, **plain)
+    tolerance = 2e-2 if "bf16" in case else 2e-5
+    np.testing.assert_allclose(value, plain_value, rtol=tolerance)
     np.testing.assert_array_equal(output.layer_TBS, plain_output.layer_TBS)
-    np.testing.assert_allclose(output.h_TBSD, plain_output.h_TBSD, atol=1e-5)
+    np.testing.assert_allclose(output.h_TBSD, plain_output.h_TBSD, atol=tolerance)
     if "random" not in case:
         assert len(np.unique(output.depth_BS)) >= 3, "tokens leave at different depths"
     assert jax.tree.structure(grads) == jax.tree.structure(plain_grads)
 
     def close(path, left, right):
         scale = np.abs(right).max()
-        np.testing.assert_allclose(left, right, atol=2e-5 * scale + 1e-9, err_msg=str(path))
+        np.testing.assert_allclose(left, right, atol=tolerance * scale + 1e-9, err_msg=str(path))
         return scale
 
     scales = jax.tree.map_with_path(close, grads, plain_grads)
@@ -96,7 +110,7 @@ def memory(max_depth, **overrides):
     return jax.jit(jax.grad(loss)).lower(model.params).compile().memory_analysis().temp_size_in_bytes
 
 
-@pytest.mark.parametrize("view", ["all", "latest"])
+@pytest.mark.parametrize("view", ["all", "same_layer"])
 def test_one_cache_is_kept_and_not_one_for_each_step(view):
     """Twice as deep is twice the memory; T caches of T steps would be four times."""
     sizes = [memory(depth, cache__view=view) for depth in (8, 16)]

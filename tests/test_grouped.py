@@ -149,7 +149,7 @@ def test_loop_runs_only_over_rows_that_execute():
 def test_only_the_products_that_are_asked_for_are_kept():
     groups = grouping.plan(ROUTINGS["one layer"].astype(np.int32), L, "block_loop", SIZES)
     rows = grouping.scatter(X_ND, groups), grouping.scatter(OTHER_NF, groups)
-    kept = grouped.empty_kept(layer, WEIGHTS, rows, (), num_steps=3)
+    kept = grouped.empty_kept(layer, WEIGHTS, rows, (), num_depth_steps=3)
     assert {name: array.shape for name, array in kept.items()} == {"up": (3, N, F)}
     for backend in GROUPED_BACKENDS:
         groups = grouping.plan(ROUTINGS["one layer"].astype(np.int32), L, backend, SIZES)
@@ -164,7 +164,7 @@ def test_backward_adds_to_what_is_there():
     for backend in GROUPED_BACKENDS:
         groups = grouping.plan(layer_N, L, backend, SIZES)
         rows = grouping.scatter(X_ND, groups), grouping.scatter(OTHER_NF, groups)
-        kept = grouped.empty_kept(layer, WEIGHTS, rows, (), num_steps=3)
+        kept = grouped.empty_kept(layer, WEIGHTS, rows, (), num_depth_steps=3)
         _, kept = grouped.map_forward(layer, WEIGHTS, rows, groups, (), kept, 2)
         before = jax.tree.map(lambda w: jnp.full_like(w, 3.0), WEIGHTS)
         dy_NF = grouping.scatter(DY_NF, groups)

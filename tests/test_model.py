@@ -270,6 +270,13 @@ def test_max_depth_beyond_the_trained_one_goes_on_as_the_last_step():
     assert np.isin(output.layer_TBS[2:], last_group).all()
 
 
+def test_without_trained_exits_a_larger_max_depth_has_none():
+    """Min and max depth were equal, so that no exit logit was ever trained: 2 of 26 tokens used to leave by it."""
+    model = Model(make_config(model__min_depth=3)).with_mixed_exits()
+    output = model(make_batch(model.config), max_depth=6)
+    assert (output.depth_BS == 6).all()
+
+
 def test_routing_sums_count_what_was_executed():
     config = make_config()
     model, batch = Model(config).with_mixed_exits(), make_batch(config, packed=True)
