@@ -116,7 +116,7 @@ class _StepState:
     active_BS: jax.Array
     decided: Decision
     cache: object  # `UnifiedCache.varying` after the step.
-    kept: Attended | None
+    attended: Attended | None
 
 
 def _forward(loop: DepthLoop, params, h_BSD, is_real_BS, inputs):
@@ -132,7 +132,7 @@ def _forward(loop: DepthLoop, params, h_BSD, is_real_BS, inputs):
                 loop, router, h_BSD, before_BS, active_BS, depth_step, inputs
             )
         with jax.named_scope("layer"):
-            update_BSD, cache, kept, products, num_computed = pool.forward(
+            update_BSD, cache, attended, products, num_computed = pool.forward(
                 h_BSD, route.layer_BS, cache, inputs.positions, depth_step, products, depth_step
             )
         trace = Trace(sums, num_computed, route.layer_BS, h_BSD)
@@ -142,7 +142,7 @@ def _forward(loop: DepthLoop, params, h_BSD, is_real_BS, inputs):
             # Of tokens that execute nothing any layer will do: nothing depends on their gates.
             decided=Decision(jnp.minimum(route.layer_BS, pool.num_layers - 1), route.exits_BS),
             cache=cache.varying(),
-            kept=kept if loop.keeps_products else None,
+            attended=attended if loop.keeps_products else None,
         )
         # The update of a token that executes nothing is exactly 0: its state stays as it is.
         h_BSD = h_BSD + gate_BS[..., None] * update_BSD
@@ -181,10 +181,10 @@ def _scanned_backward(loop: DepthLoop, residuals, d_outputs):
                 redecide, router_params, h_BSD, state.log_survival_BS, has_aux=True
             )
         with jax.named_scope("layer"):
-            kept, products, t = state.kept, products_T, depth_step
-            if kept is None:
+            attended, products, t = state.attended, products_T, depth_step
+            if attended is None:
                 products, t = pool.empty_products(1, layer_BS.size), 0
-                _, _, kept, products, _ = pool.forward(
+                _, _, attended, products, _ = pool.forward(
                     h_BSD, layer_BS, cache, inputs.positions, depth_step, products, t, is_again=True
                 )
             d_layer_BSD, d_entries, d_block = pool.backward(
@@ -193,14 +193,14 @@ def _scanned_backward(loop: DepthLoop, residuals, d_outputs):
                 cache,
                 inputs.positions,
                 depth_step,
-                kept,
+                attended,
                 products,
                 t,
                 gate_BS[..., None] * d_h_BSD,
                 d_entries,
                 d_block,
             )
-        d_gate_BS = (d_h_BSD * kept.update_ND.reshape(h_BSD.shape)).sum(-1)
+        d_gate_BS = (d_h_BSD * attended.update_ND.reshape(h_BSD.shape)).sum(-1)
         with jax.named_scope("router"):
             d_of_router, d_routed_BSD, d_log_survival_BS = transpose((d_gate_BS, d_log_survival_BS, d_sums))
         d_router = jax.tree.map(jnp.add, d_router, d_of_router)

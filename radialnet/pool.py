@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from radialnet import grouped
-from radialnet.attention import attend, attend_backward, attend_forward, attend_with_own
+from radialnet.attention import Visibility, attend, attend_backward, attend_forward, attend_with_own
 from radialnet.cache import Packing, UnifiedCache, document_starts
 from radialnet.config import ModelConfig
 from radialnet.grouping import Groups, gather, permute, plan, scatter
@@ -43,6 +43,42 @@ class Products:
 
     before: dict[str, jax.Array]
     after: dict[str, jax.Array]
+
+
+@flax.struct.dataclass
+class _Orders:
+    """The orders in which the tokens of a depth step lie: sorted by layer; packed by row of the batch, as queries; and
+    as the cache takes entries, packed or all of them. What to take where, to get from one to another (`permute`).
+    """
+
+    groups: Groups
+    packing: Packing
+    sorted_to_packed: jax.Array
+    packed_to_sorted: jax.Array
+    sorted_to_entries: jax.Array
+    entries_to_sorted: jax.Array
+    query_layer_BS: jax.Array
+    entry_layer_BS: jax.Array
+
+    @classmethod
+    def of(cls, groups: Groups, layer_BS: jax.Array, packing: Packing, entries_are_packed: bool) -> "_Orders":
+        none = len(groups.row_N)
+        to_packed = jnp.take(groups.slot_N, packing.source_N, mode="fill", fill_value=none)
+        from_packed = jnp.take(packing.place_N, groups.row_N, mode="fill", fill_value=none)
+        to_entries, from_entries = (to_packed, from_packed) if entries_are_packed else (groups.slot_N, groups.row_N)
+        packed_layer_BS = jnp.take_along_axis(layer_BS, jnp.maximum(packing.token_BS, 0), axis=1)
+        entry_layer_BS = packed_layer_BS if entries_are_packed else layer_BS
+        orders = to_packed, from_packed, to_entries, from_entries
+        return cls(groups, packing, *orders, packed_layer_BS, entry_layer_BS)
+
+    def append(self, cache: UnifiedCache, k_NX, v_NX, depth_step: jax.Array) -> UnifiedCache:
+        """The cache with the entries of the step, from sorted keys and values."""
+        shape = *self.entry_layer_BS.shape, *cache.k_BCGK.shape[2:]
+        entries = (permute(x, self.sorted_to_entries, self.entries_to_sorted).reshape(shape) for x in (k_NX, v_NX))
+        return cache.append(*entries, self.entry_layer_BS, self.packing, depth_step)
+
+    def visibility(self, cache: UnifiedCache, positions: Positions) -> Visibility:
+        return cache.visibility(positions.document_start_BS, self.query_layer_BS, self.packing)
 
 
 class LayerPool(nnx.Module):
@@ -83,19 +119,15 @@ class LayerPool(nnx.Module):
         Returns:
             The update of the residual stream [B, S, D], 0 where nothing was executed, and the cache with the entries.
         """
-        groups, packing = self._plans(layer_BS)
-        block = self.block
+        orders, block = self._orders(layer_BS, cache), self.block
+        groups, to_packed, to_sorted = orders.groups, orders.sorted_to_packed, orders.packed_to_sorted
         h_ND = scatter(h_BSD.reshape(-1, h_BSD.shape[-1]), groups)
         fixed = (scatter(positions.rotation_NK, groups),)
-        qkv = grouped.map_rows(block.before_attention, block.weights(block.BEFORE), (h_ND,), groups, fixed)
-        to_places, from_places = self._between(groups, packing)
-        to_entries, from_entries = (to_places, from_places) if cache.is_packed else (groups.slot_N, groups.row_N)
-        q_BSHK = self._heads(permute(qkv[0], to_places, from_places), layer_BS.shape)
-        k_BSGK, v_BSGK = (self._heads(permute(x, to_entries, from_entries), layer_BS.shape) for x in qkv[1:])
-        cache = cache.append(k_BSGK, v_BSGK, self._entry_layers(layer_BS, cache, packing), packing, depth_step)
-        visibility = cache.visibility(positions.document_start_BS, self._packed(layer_BS, packing), packing)
-        mixed_BSHK = attend(q_BSHK, cache.k_BCGK, cache.v_BCGK, visibility)
-        mixed_NX = permute(mixed_BSHK.reshape(len(h_ND), -1), from_places, to_places)
+        q_NX, k_NX, v_NX = grouped.map_rows(block.before_attention, block.weights(block.BEFORE), (h_ND,), groups, fixed)
+        q_BSHK = self._heads(permute(q_NX, to_packed, to_sorted), layer_BS.shape)
+        cache = orders.append(cache, k_NX, v_NX, depth_step)
+        mixed_BSHK = attend(q_BSHK, cache.k_BCGK, cache.v_BCGK, orders.visibility(cache, positions))
+        mixed_NX = permute(mixed_BSHK.reshape(q_NX.shape), to_sorted, to_packed)
         update_ND = grouped.map_rows(block.after_attention, block.weights(block.AFTER), (h_ND, mixed_NX), groups)
         return gather(update_ND, groups).reshape(h_BSD.shape), cache
 
@@ -116,28 +148,25 @@ class LayerPool(nnx.Module):
             products: where they are written to, at step t. Without any room, none are kept.
             is_again: the step was run before and `cache` has its entries.
         """
-        groups, packing = self._plans(layer_BS)
-        block = self.block
+        orders, block = self._orders(layer_BS, cache), self.block
+        groups, to_packed, to_sorted = orders.groups, orders.sorted_to_packed, orders.packed_to_sorted
         h_ND = scatter(h_BSD.reshape(-1, h_BSD.shape[-1]), groups)
         fixed = (scatter(positions.rotation_NK, groups),)
-        qkv, before = grouped.map_forward(
+        (q_NX, k_NX, v_NX), before = grouped.map_forward(
             block.before_attention, block.weights(block.BEFORE), (h_ND,), groups, fixed, products.before, t
         )
-        to_places, from_places = self._between(groups, packing)
-        to_entries = to_places if cache.is_packed else groups.slot_N
-        q_BSHK = self._heads(_take(qkv[0], to_places), layer_BS.shape)
+        q_BSHK = self._heads(permute(q_NX, to_packed, to_sorted), layer_BS.shape)
         if not is_again:
-            k_BSGK, v_BSGK = (self._heads(_take(x, to_entries), layer_BS.shape) for x in qkv[1:])
-            cache = cache.append(k_BSGK, v_BSGK, self._entry_layers(layer_BS, cache, packing), packing, depth_step)
-        visibility = cache.visibility(positions.document_start_BS, self._packed(layer_BS, packing), packing)
+            cache = orders.append(cache, k_NX, v_NX, depth_step)
+        visibility = orders.visibility(cache, positions)
         mixed_BSHK, lse_BSH = attend_forward(q_BSHK, cache.k_BCGK, cache.v_BCGK, visibility)
-        mixed_NX = _take(mixed_BSHK.reshape(len(h_ND), -1), from_places)
+        mixed_NX = permute(mixed_BSHK.reshape(q_NX.shape), to_sorted, to_packed)
         update_ND, after = grouped.map_forward(
             block.after_attention, block.weights(block.AFTER), (h_ND, mixed_NX), groups, (), products.after, t
         )
         update_ND = gather(update_ND, groups)
-        kept = Attended(q_BSHK, mixed_BSHK, lse_BSH, update_ND)
-        return update_ND.reshape(h_BSD.shape), cache, kept, Products(before, after), groups.num_computed()
+        attended = Attended(q_BSHK, mixed_BSHK, lse_BSH, update_ND)
+        return update_ND.reshape(h_BSD.shape), cache, attended, Products(before, after), groups.num_computed()
 
     def backward(
         self,
@@ -146,7 +175,7 @@ class LayerPool(nnx.Module):
         cache: UnifiedCache,
         positions: Positions,
         depth_step: jax.Array,
-        kept: Attended,
+        attended: Attended,
         products: Products,
         t: jax.Array | int,
         d_update_BSD: jax.Array,
@@ -163,11 +192,10 @@ class LayerPool(nnx.Module):
         Returns:
             The gradients of h, of the entries of the cache before the step, and of the weights.
         """
-        groups, packing = self._plans(layer_BS)
-        block = self.block
+        orders, block = self._orders(layer_BS, cache), self.block
+        groups, to_packed, to_sorted = orders.groups, orders.sorted_to_packed, orders.packed_to_sorted
         h_ND = scatter(h_BSD.reshape(-1, h_BSD.shape[-1]), groups)
-        to_places, from_places = self._between(groups, packing)
-        mixed_NX = _take(kept.mixed_BSHK.reshape(len(h_ND), -1), from_places)
+        mixed_NX = permute(attended.mixed_BSHK.reshape(len(h_ND), -1), to_sorted, to_packed)
         d_update_ND = scatter(d_update_BSD.reshape(h_ND.shape), groups)
         weights = block.weights(block.AFTER)
         d_after, (d_h_ND, d_mixed_NX) = grouped.map_backward(
@@ -182,24 +210,25 @@ class LayerPool(nnx.Module):
             {name: d_block[name] for name in weights},
         )
 
-        d_mixed_BSHK = _take(d_mixed_NX, to_places).reshape(kept.mixed_BSHK.shape)
-        visibility = cache.visibility(positions.document_start_BS, self._packed(layer_BS, packing), packing)
+        d_mixed_BSHK = permute(d_mixed_NX, to_packed, to_sorted).reshape(attended.mixed_BSHK.shape)
         d_q_BSHK, *d_entries = attend_backward(
-            kept.q_BSHK,
+            attended.q_BSHK,
             cache.k_BCGK,
             cache.v_BCGK,
-            visibility,
-            kept.mixed_BSHK,
-            kept.lse_BSH,
+            orders.visibility(cache, positions),
+            attended.mixed_BSHK,
+            attended.lse_BSH,
             d_mixed_BSHK,
             *d_entries,
         )
-        d_new, d_entries = cache.appended_gradient(*d_entries, packing, depth_step)
+        d_new, d_entries = cache.appended_gradient(*d_entries, orders.packing, depth_step)
 
-        from_entries = from_places if cache.is_packed else groups.row_N
         d_qkv = (
-            _take(d_q_BSHK.reshape(len(h_ND), -1), from_places),
-            *(_take(grad.reshape(len(h_ND), -1).astype(d_q_BSHK.dtype), from_entries) for grad in d_new),
+            permute(d_q_BSHK.reshape(len(h_ND), -1), to_sorted, to_packed),
+            *(
+                permute(grad.reshape(len(h_ND), -1), orders.entries_to_sorted, orders.sorted_to_entries)
+                for grad in (grad.astype(d_q_BSHK.dtype) for grad in d_new)
+            ),
         )
         weights = block.weights(block.BEFORE)
         d_before, (d_h_before_ND,) = grouped.map_backward(
@@ -269,28 +298,12 @@ class LayerPool(nnx.Module):
         backend = self.cfg.grouped_backend
         return plan(layer_N, self.num_layers, grouped.default_backend() if backend == "auto" else backend)
 
-    def _plans(self, layer_BS: jax.Array) -> tuple[Groups, Packing]:
-        return self._groups(layer_BS.ravel()), Packing.of(layer_BS < self.num_layers)
-
-    def _between(self, groups: Groups, packing: Packing) -> tuple[jax.Array, jax.Array]:
-        """From sorted rows to packed places, and back: what to take where."""
-        num_tokens = len(groups.row_N)
-        to_places = jnp.take(groups.slot_N, packing.source_N, mode="fill", fill_value=num_tokens)
-        from_places = jnp.take(packing.place_N, groups.row_N, mode="fill", fill_value=num_tokens)
-        return to_places, from_places
-
-    def _packed(self, layer_BS: jax.Array, packing: Packing) -> jax.Array:
-        return jnp.take_along_axis(layer_BS, jnp.maximum(packing.token_BS, 0), axis=1)
-
-    def _entry_layers(self, layer_BS: jax.Array, cache: UnifiedCache, packing: Packing) -> jax.Array:
-        return self._packed(layer_BS, packing) if cache.is_packed else layer_BS
+    def _orders(self, layer_BS: jax.Array, cache: UnifiedCache) -> _Orders:
+        packing = Packing.of(layer_BS < self.num_layers)
+        return _Orders.of(self._groups(layer_BS.ravel()), layer_BS, packing, cache.is_packed)
 
     def _heads(self, x_NX: jax.Array, shape: tuple[int, ...]) -> jax.Array:
         return x_NX.reshape(*shape, -1, self.cfg.head_size)
-
-
-def _take(x_IX: jax.Array, source_J: jax.Array) -> jax.Array:
-    return jnp.take(x_IX, source_J, axis=0, mode="fill", fill_value=0)
 
 
 def clone_groups(block: Block, num_layers: int, max_depth: int) -> None:
