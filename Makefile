@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-# Large pages for what a step allocates: on Linux a tenth of a step's time goes into small ones (docs/PERFORMANCE.md).
+# Large pages for what a step allocates: on Linux a twentieth of a step's time goes into small ones (docs/PERFORMANCE.md).
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
 .PHONY: train test lint

@@ -59,7 +59,7 @@ class Trace:
     """What happened, by depth step."""
 
     sums: StepSums
-    num_computed: jax.Array  # Rows that were computed, padding of segments included.
+    num_computed: jax.Array  # Rows that were computed, for nothing or not; in `unrolled` those that execute.
     layer_BS: jax.Array  # The layer that each token executed; L for none.
     h_BSD: jax.Array  # The residual stream before the step. Carries no gradient.
 

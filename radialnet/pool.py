@@ -97,15 +97,15 @@ class LayerPool(nnx.Module):
         cfg = self.cfg
         return UnifiedCache.empty(view, max_depth, batch, seq, cfg.num_kv_heads, cfg.head_size, jnp.dtype(cfg.dtype))
 
-    def empty_products(self, num_steps: int, num_tokens: int) -> Products:
+    def empty_products(self, num_depth_steps: int, num_tokens: int) -> Products:
         """Room for the products of some depth steps."""
         cfg, block, shape = self.cfg, self.block, jax.ShapeDtypeStruct
         h_ND, rotation_NK = (shape((num_tokens, width), jnp.float32) for width in (cfg.d_model, cfg.head_size))
         mixed_NX = shape((num_tokens, cfg.num_heads * cfg.head_size), jnp.dtype(cfg.dtype))
         before, after = block.weights(block.BEFORE), block.weights(block.AFTER)
         return Products(
-            grouped.empty_kept(block.before_attention, before, (h_ND,), (rotation_NK,), num_steps),
-            grouped.empty_kept(block.after_attention, after, (h_ND, mixed_NX), (), num_steps),
+            grouped.empty_kept(block.before_attention, before, (h_ND,), (rotation_NK,), num_depth_steps),
+            grouped.empty_kept(block.after_attention, after, (h_ND, mixed_NX), (), num_depth_steps),
         )
 
     def __call__(
