@@ -24,7 +24,6 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from absl import flags
 from flax import nnx
 from rich.console import Console
@@ -33,6 +32,7 @@ from rich.table import Table
 from configs import base, radial_nano
 from radialnet import cli
 from radialnet.attention import attend_backward, attend_forward
+from radialnet.baseline import VOCAB, DenseStep, program_bytes
 from radialnet.cache import Packing, UnifiedCache
 from radialnet.config import Config, ConfigError
 from radialnet.data import prefetch, prepare, train_batches
@@ -40,13 +40,12 @@ from radialnet.depth import DepthLoop, Inputs, decide
 from radialnet.files import write_whole
 from radialnet.metrics import figures, flops_per_token
 from radialnet.model import init_params
-from radialnet.optimizer import clip, make_optimizer
+from radialnet.optimizer import make_optimizer
 from radialnet.pool import Positions
 from radialnet.router import Controllers, Decision, Router, schedule
 from radialnet.run_folder import RunFolder
 from radialnet.train_step import TrainState, init_state, train_step
 
-VOCAB = 512
 # Steps that are timed together for `input`: several times as many as batches are read ahead.
 INPUT_STEPS = 32
 
@@ -62,103 +61,6 @@ def ratio(first: Callable[[], object], second: Callable[[], object], repeats: in
         seconds[repeat, column] = time.perf_counter() - start
     first_ms, second_ms = np.median(seconds, axis=0) * 1e3
     return float(np.median(seconds[:, 0] / seconds[:, 1])), float(first_ms), float(second_ms)
-
-
-# A plain dense transformer: what one would write without any of this package
-
-
-def dense_params(config: Config, seed: int = 0) -> dict:
-    model, rng = config.model, np.random.default_rng(seed)
-    q_width, kv_width = model.num_heads * model.head_size, model.num_kv_heads * model.head_size
-
-    def normal(*shape):
-        return jnp.asarray(rng.normal(size=shape) * shape[0] ** -0.5, jnp.float32)
-
-    def layer():
-        return {
-            "attention_norm": jnp.ones(model.d_model),
-            "qkv": normal(model.d_model, q_width + 2 * kv_width),
-            "query_norm": jnp.ones(model.head_size),
-            "key_norm": jnp.ones(model.head_size),
-            "attention_out": normal(q_width, model.d_model),
-            "mlp_norm": jnp.ones(model.d_model),
-            "mlp_in": normal(model.d_model, 2 * model.d_ff),
-            "mlp_out": normal(model.d_ff, model.d_model),
-        }
-
-    return {
-        "embedding": normal(VOCAB, model.d_model),
-        "layers": [layer() for _ in range(model.max_depth)],
-        "final_norm": jnp.ones(model.d_model),
-        "head": normal(model.d_model, VOCAB),
-    }
-
-
-def dense_logits(params: dict, token_BS: jax.Array, config: Config) -> jax.Array:
-    """Logits [B, S, V] of rows that hold one document each."""
-    model = config.model
-    heads, kv_heads, size = model.num_heads, model.num_kv_heads, model.head_size
-    batch, seq = token_BS.shape
-    angle_SK = jnp.arange(seq)[:, None] * model.rope_base ** (-jnp.arange(size // 2) / (size // 2))
-    cos_S1K, sin_S1K = jnp.cos(angle_SK)[:, None], jnp.sin(angle_SK)[:, None]
-    causal_SS = jnp.tril(jnp.ones((seq, seq), bool))
-
-    def norm(x, scale):
-        return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-6) * scale
-
-    def rope(x_BSHK):
-        left, right = jnp.split(x_BSHK, 2, axis=-1)
-        return jnp.concatenate([left * cos_S1K - right * sin_S1K, right * cos_S1K + left * sin_S1K], axis=-1)
-
-    def layer(h_BSD, w):
-        qkv_BSX = norm(h_BSD, w["attention_norm"]) @ w["qkv"]
-        q, k, v = jnp.split(qkv_BSX, [heads * size, (heads + kv_heads) * size], axis=-1)
-        q = rope(norm(q.reshape(batch, seq, heads, size), w["query_norm"]))
-        k = rope(norm(k.reshape(batch, seq, kv_heads, size), w["key_norm"]))
-        k, v = (jnp.repeat(x.reshape(batch, seq, kv_heads, size), heads // kv_heads, axis=2) for x in (k, v))
-        scores = jnp.einsum("BSHK,BCHK->BHSC", q, k) * size**-0.5
-        probs = jax.nn.softmax(jnp.where(causal_SS, scores, -1e30), axis=-1)
-        mixed = jnp.einsum("BHSC,BCHK->BSHK", probs, v).reshape(batch, seq, -1)
-        h_BSD += mixed @ w["attention_out"]
-        gate, up = jnp.split(norm(h_BSD, w["mlp_norm"]) @ w["mlp_in"], 2, axis=-1)
-        return h_BSD + (jax.nn.silu(gate) * up) @ w["mlp_out"]
-
-    if model.remat == "step":
-        layer = jax.checkpoint(layer)
-    h_BSD = params["embedding"][token_BS]
-    for w in params["layers"]:
-        h_BSD = layer(h_BSD, w)
-    return norm(h_BSD, params["final_norm"]) @ params["head"]
-
-
-class DenseStep:
-    """A compiled training step of the dense transformer. Call it to run it once."""
-
-    def __init__(self, config: Config, batch: dict):
-        optimizer = make_optimizer(config)
-        params = dense_params(config)
-        self.state, self.batch = (params, optimizer.init(params)), batch
-
-        def step(state, batch):
-            params, opt_state = state
-
-            def loss(params):
-                logits = dense_logits(params, batch["token"], config)
-                return optax.softmax_cross_entropy_with_integer_labels(logits, batch["target"]).mean()
-
-            grads = jax.grad(loss)(params)
-            grads = clip(config, grads, optax.tree.norm(grads))
-            updates, opt_state = optimizer.update(grads, opt_state, params)
-            return optax.apply_updates(params, updates), opt_state
-
-        self.program = jax.jit(step, donate_argnums=0).lower(self.state, batch).compile()
-
-    def __call__(self):
-        self.state = self.program(self.state, self.batch)
-        return self.state
-
-    def bytes(self) -> int:
-        return _bytes(self.program)
 
 
 # The radial step
@@ -233,7 +135,7 @@ class RadialStep:
         return self.state
 
     def bytes(self) -> int:
-        return _bytes(self.program)
+        return program_bytes(self.program)
 
     def described(self) -> dict:
         found = {name: round(self.figures[name], 3) for name in ("depth", "load_entropy", "padding")}
@@ -248,12 +150,6 @@ class RadialStep:
             self.state = self.state.replace(controllers=controllers)
             self()
             low, high = (bias, high) if figures(self.sums)["depth"] > depth else (low, bias)
-
-
-def _bytes(program: jax.stages.Compiled) -> int:
-    """What a compiled step needs: its state, its batch and its temporaries."""
-    memory = program.memory_analysis()
-    return memory.temp_size_in_bytes + memory.argument_size_in_bytes
 
 
 class Report:

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from radialnet.benchmark import RadialStep, dense_logits, dense_params, make_batch, make_config
+from radialnet.baseline import dense_logits, dense_params
+from radialnet.benchmark import RadialStep, make_batch, make_config
 from tests.test_cli import run
 from tests.test_model import plain_network
 

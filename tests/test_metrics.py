@@ -3,8 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from radialnet import benchmark
-from radialnet.benchmark import dense_logits, dense_params
+from radialnet.baseline import VOCAB as BASELINE_VOCAB
+from radialnet.baseline import dense_logits, dense_params
 from radialnet.metrics import BatchSums, add, figures, flops_per_token, route_mutual_information
 from tests.tiny import VOCAB, Model, make_batch, make_config, zero_sums
 
@@ -127,5 +127,5 @@ def test_flop_model_against_what_xla_counts():
     program = jax.jit(lambda params: dense_logits(params, token_BS, config)).lower(dense_params(config)).compile()
     counted = program.cost_analysis()["flops"] / token_BS.size
     beyond_causal = 3 * 4 * 256 * 63 / 2
-    model = flops_per_token(config, benchmark.VOCAB, [0, 0, 0, 1]) + beyond_causal
+    model = flops_per_token(config, BASELINE_VOCAB, [0, 0, 0, 1]) + beyond_causal
     assert model == pytest.approx(counted, rel=0.02)

@@ -6,7 +6,8 @@ from pathlib import Path
 ORDER = [
     "files", "config", "tokenizer", "corpus", "grouping", "grouped", "attention", "cache", "layers", "router",
     "metrics", "pool", "depth", "model", "losses", "optimizer", "train_step", "checkpoint", "run_folder", "data",
-    "trained", "writers", "progress", "cli", "evaluate", "generate", "benchmark", "plots", "trainer",
+    "trained", "writers", "progress", "cli", "evaluate", "generate", "baseline",
+    "benchmark", "plots", "trainer",
 ]  # fmt: skip
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "radialnet"
