@@ -24,7 +24,10 @@ def get_config() -> ConfigDict:
     model.upcycle_from = ""  # Run folder of the dense run that `init="upcycle"` starts from.
     model.rope_base = 10_000.0  # Base of the rotary position angles.
     model.dtype = "float32"  # float32 | bfloat16: of the matrix products. Parameters and the router stay float32.
-    model.grouped_backend = "auto"  # block_loop | ragged_dot | masked_dense (the reference) | auto: by platform.
+    model.grouped_backend = (
+        "auto"  # block_loop | ragged_dot | pallas | masked_dense (the reference) | auto: by platform.
+    )
+    model.attention_backend = "auto"  # tiles | pallas | auto: by platform.
     model.remat = "none"  # none: keep what the layers computed for the backward pass | step: compute it again.
 
     config.router = router = ConfigDict()

@@ -3,77 +3,99 @@
 Queries are tokens that execute a layer at this depth step, entries are what tokens wrote at this step and earlier ones.
 The cost follows the tiles of queries × entries in which anybody may see anything; a tile of empty slots, of later
 tokens or of another document is skipped. No matrix of all scores is ever in memory (online softmax, arXiv 1805.02867;
-tiles and recomputation in the backward pass, arXiv 2205.14135).
+tiles and recomputation in the backward pass, arXiv 2205.14135). Two backends, the same in values and gradients:
+  tiles   a loop over all tiles that matter, in XLA. Runs anywhere; what CPUs use.
+  pallas  kernels of our own for GPUs and TPUs (`attention_kernels`).
 """
+
+from functools import partial
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 
+from radialnet.visibility import NEG_INF, Visibility, sees
+
 # Queries and entries of a tile. Smaller ones skip more, larger ones spend less on starting their operations.
 TILE = 64
-# Finite, so that a query which sees nothing gives zeros and not NaN.
-NEG_INF = -1e30
 
 
-@flax.struct.dataclass
-class Visibility:
-    """Which of C entry slots each of Q queries sees: those of the tokens first…last of its row of the batch.
-
-    A token is named by its index in the row. One interval says it all: a token sees itself and those before it, back to
-    the beginning of its document. A query that is none has last < first; an empty slot has token -1.
-    """
-
-    first_BQ: jax.Array
-    last_BQ: jax.Array
-    token_BC: jax.Array
-    # In the view `same_layer`: the layers that queries and entries must have in common.
-    layer_BQ: jax.Array | None = None
-    layer_BC: jax.Array | None = None
-
-    def mask(self) -> jax.Array:
-        """[B, Q, C], whole in memory: for references and tests."""
-        arrays = (self.first_BQ, self.last_BQ, self.token_BC, self.layer_BQ, self.layer_BC)
-        return _sees(*arrays)
+def default_backend(platform: str) -> str:
+    """The fastest backend of a platform."""
+    return "pallas" if platform in ("gpu", "tpu") else "tiles"
 
 
-def _sees(first, last, token, layer_q, layer_c):
-    seen = (first[..., :, None] <= token[..., None, :]) & (token[..., None, :] <= last[..., :, None])
-    if layer_q is None:
-        return seen
-    return seen & (layer_q[..., :, None] == layer_c[..., None, :])
-
-
-@jax.custom_vjp
-def attend(q_BQHK: jax.Array, k_BCGK: jax.Array, v_BCGK: jax.Array, visibility: Visibility) -> jax.Array:
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def attend(
+    q_BQHK: jax.Array, k_BCGK: jax.Array, v_BCGK: jax.Array, visibility: Visibility, backend: str = "tiles"
+) -> jax.Array:
     """Softmax attention of each query over the entries that it sees, [B, Q, H, K]; statistics in fp32.
 
     H/G query heads share a key and value head. A query that sees no entry gets zeros.
+
+    Args:
+        backend: one of ATTENTION_BACKENDS.
     """
-    return attend_forward(q_BQHK, k_BCGK, v_BCGK, visibility)[0]
+    return attend_forward(q_BQHK, k_BCGK, v_BCGK, visibility, backend)[0]
 
 
-def _attend_forward(q_BQHK, k_BCGK, v_BCGK, visibility):
-    mixed_BQHK, lse_BQH = attend_forward(q_BQHK, k_BCGK, v_BCGK, visibility)
+def _attend_forward(q_BQHK, k_BCGK, v_BCGK, visibility, backend):
+    mixed_BQHK, lse_BQH = attend_forward(q_BQHK, k_BCGK, v_BCGK, visibility, backend)
     return mixed_BQHK, (q_BQHK, k_BCGK, v_BCGK, visibility, mixed_BQHK, lse_BQH)
 
 
-def _attend_backward(residuals, d_mixed_BQHK):
+def _attend_backward(backend, residuals, d_mixed_BQHK):
     q_BQHK, k_BCGK, v_BCGK, visibility, mixed_BQHK, lse_BQH = residuals
     zeros = tuple(jnp.zeros(x.shape, jnp.float32) for x in (k_BCGK, v_BCGK))
-    dq, dk, dv = attend_backward(q_BQHK, k_BCGK, v_BCGK, visibility, mixed_BQHK, lse_BQH, d_mixed_BQHK, *zeros)
+    dq, dk, dv = attend_backward(q_BQHK, k_BCGK, v_BCGK, visibility, mixed_BQHK, lse_BQH, d_mixed_BQHK, *zeros, backend)
     return dq, dk.astype(k_BCGK.dtype), dv.astype(v_BCGK.dtype), None
 
 
 attend.defvjp(_attend_forward, _attend_backward)
 
 
+def attend_forward(
+    q_BQHK, k_BCGK, v_BCGK, visibility: Visibility, backend: str = "tiles"
+) -> tuple[jax.Array, jax.Array]:
+    """`attend`, and logsumexp of each query's scores [B, Q, H]."""
+    return _functions(backend)[0](q_BQHK, k_BCGK, v_BCGK, visibility)
+
+
+def attend_backward(
+    q_BQHK,
+    k_BCGK,
+    v_BCGK,
+    visibility: Visibility,
+    mixed_BQHK,
+    lse_BQH,
+    d_mixed_BQHK,
+    dk_BCGK,
+    dv_BCGK,
+    backend: str = "tiles",
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The gradient of the queries, and those of keys and values added to `dk` and `dv` (fp32)."""
+    # Row sums of weights times their gradients: what the normalisation takes off each of them.
+    norm_BQH = (mixed_BQHK.astype(jnp.float32) * d_mixed_BQHK.astype(jnp.float32)).sum(-1)
+    args = q_BQHK, k_BCGK, v_BCGK, visibility, lse_BQH, norm_BQH, d_mixed_BQHK
+    return _functions(backend)[1](*args, dk_BCGK, dv_BCGK)
+
+
+def _functions(backend: str):
+    """Forward and backward of a backend."""
+    if backend == "tiles":
+        return _tiles_forward, _tiles_backward
+    # Here, for it brings Pallas with it.
+    from radialnet import attention_kernels
+
+    return attention_kernels.forward, attention_kernels.backward
+
+
+# The loop over tiles
+
+
 @flax.struct.dataclass
 class _Tiles:
-    """The tiles in which somebody may see something, as a list of which the first `count` are real.
-
-    By the ranges of tokens in a tile: one of several documents or steps may turn out to hold no visible pair.
-    """
+    """The tiles in which somebody may see something, as a list of which the first `count` are real."""
 
     row: jax.Array
     query: jax.Array
@@ -92,35 +114,23 @@ class _Tiles:
         query = jnp.minimum(self.query[index] * self.num_queries, all_queries - self.num_queries)
         entry = jnp.minimum(self.entry[index] * self.num_entries, all_entries - self.num_entries)
 
-        def part(x_BX, start, size):
-            return None if x_BX is None else jax.lax.dynamic_slice(x_BX, (row, start), (1, size))[0]
+        def part(x, begin, sizes):
+            return None if x is None else jax.lax.dynamic_slice(x, (row, *begin), (1, *sizes))[0]
 
-        queries = [part(x, query, self.num_queries) for x in (visibility.first_BQ, visibility.last_BQ)]
-        layers = part(visibility.layer_BQ, query, self.num_queries), part(visibility.layer_BC, entry, self.num_entries)
-        sees_QC = _sees(*queries, part(visibility.token_BC, entry, self.num_entries), *layers)
+        column, line = ((query, 0), (self.num_queries, 1)), ((0, entry), (1, self.num_entries))
+        arrays = zip(visibility.columns_and_rows(), (column, column, line, column, line), strict=True)
+        sees_QC = sees(*(part(x, *where) for x, where in arrays))
         is_new_Q = query + jnp.arange(self.num_queries) >= self.query[index] * self.num_queries
         is_new_C = entry + jnp.arange(self.num_entries) >= self.entry[index] * self.num_entries
         return row, query, entry, sees_QC & is_new_Q[:, None] & is_new_C[None, :]
 
 
 def _tiles(visibility: Visibility, num_queries: int, num_entries: int) -> _Tiles:
-    (batch, all_queries), all_entries = visibility.first_BQ.shape, visibility.token_BC.shape[1]
-    num_queries, num_entries = min(num_queries, all_queries), min(num_entries, all_entries)
-
-    def tiled(x_BX, size, empty):
-        padding = -x_BX.shape[1] % size
-        return jnp.pad(x_BX, ((0, 0), (0, padding)), constant_values=empty).reshape(batch, -1, size)
-
-    big = jnp.iinfo(jnp.int32).max
-    is_query_BQ = visibility.first_BQ <= visibility.last_BQ
-    first_BI = tiled(jnp.where(is_query_BQ, visibility.first_BQ, big), num_queries, big).min(-1)
-    last_BI = tiled(jnp.where(is_query_BQ, visibility.last_BQ, -1), num_queries, -1).max(-1)
-    token_BC = visibility.token_BC
-    lowest_BJ = tiled(jnp.where(token_BC >= 0, token_BC, big), num_entries, big).min(-1)
-    highest_BJ = tiled(token_BC, num_entries, -1).max(-1)
-    needed_BIJ = (lowest_BJ[:, None] <= last_BI[..., None]) & (highest_BJ[:, None] >= first_BI[..., None])
-    row, query, entry = jnp.nonzero(needed_BIJ, size=needed_BIJ.size, fill_value=0)
-    return _Tiles(row, query, entry, needed_BIJ.sum(), num_queries, num_entries)
+    num_queries = min(num_queries, visibility.first_BQ.shape[1])
+    num_entries = min(num_entries, visibility.token_BC.shape[1])
+    meet_BIJ = visibility.tiles_that_meet(num_queries, num_entries)
+    row, query, entry = jnp.nonzero(meet_BIJ, size=meet_BIJ.size, fill_value=0)
+    return _Tiles(row, query, entry, meet_BIJ.sum(), num_queries, num_entries)
 
 
 def _read(x_BXHK, row, start, size, heads):
@@ -143,8 +153,7 @@ def _dot(left, right, contract):
     return jax.lax.dot_general(left, right, dims, preferred_element_type=jnp.float32)
 
 
-def attend_forward(q_BQHK, k_BCGK, v_BCGK, visibility: Visibility) -> tuple[jax.Array, jax.Array]:
-    """`attend`, and logsumexp of each query's scores [B, Q, H]."""
+def _tiles_forward(q_BQHK, k_BCGK, v_BCGK, visibility):
     batch, all_queries, heads, size = q_BQHK.shape
     groups = k_BCGK.shape[2]
     tiles = _tiles(visibility, TILE, TILE)
@@ -159,13 +168,13 @@ def attend_forward(q_BQHK, k_BCGK, v_BCGK, visibility: Visibility) -> tuple[jax.
         q_GRK = _read(q_BQHK, row, query, num_q, groups)
         k_GCK, v_GCK = (_read(x, row, entry, num_c, groups) for x in (k_BCGK, v_BCGK))
         scores_GQJC = (_dot(q_GRK, k_GCK, (2, 2)) * size**-0.5).reshape(groups, num_q, shared, num_c)
-        sees = sees_QC[None, :, None]
-        scores_GQJC = jnp.where(sees, scores_GQJC, NEG_INF)
+        sees_QJC = sees_QC[:, None]
+        scores_GQJC = jnp.where(sees_QJC, scores_GQJC, NEG_INF)
         at, shape = (row, 0, query, 0), (1, groups, num_q, shared)
         old_best, old_total = (jax.lax.dynamic_slice(x, at, shape)[0] for x in (best_BGQJ, total_BGQJ))
         old_mixed = jax.lax.dynamic_slice(mixed_BGQJK, (*at, 0), (*shape, size))[0]
         best = jnp.maximum(old_best, scores_GQJC.max(-1))
-        weights = jnp.where(sees, jnp.exp(scores_GQJC - best[..., None]), 0)
+        weights = jnp.where(sees_QJC, jnp.exp(scores_GQJC - best[..., None]), 0)
         fade = jnp.exp(old_best - best)
         total = old_total * fade + weights.sum(-1)
         part = _dot(weights.reshape(groups, -1, num_c).astype(v_GCK.dtype), v_GCK, (2, 1))
@@ -184,15 +193,10 @@ def attend_forward(q_BQHK, k_BCGK, v_BCGK, visibility: Visibility) -> tuple[jax.
     return mixed_BQHK, (best + jnp.log(total)).swapaxes(1, 2).reshape(q_BQHK.shape[:3])
 
 
-def attend_backward(
-    q_BQHK, k_BCGK, v_BCGK, visibility: Visibility, mixed_BQHK, lse_BQH, d_mixed_BQHK, dk_BCGK, dv_BCGK
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The gradient of the queries, and those of keys and values added to `dk` and `dv` (fp32)."""
+def _tiles_backward(q_BQHK, k_BCGK, v_BCGK, visibility, lse_BQH, norm_BQH, d_mixed_BQHK, dk_BCGK, dv_BCGK):
     groups, size = k_BCGK.shape[2], q_BQHK.shape[-1]
     tiles = _tiles(visibility, TILE, TILE)
     num_q, num_c = tiles.num_queries, tiles.num_entries
-    # Row sums of weights times their gradients: what the normalisation takes off each of them.
-    norm_BQH = (mixed_BQHK.astype(jnp.float32) * d_mixed_BQHK.astype(jnp.float32)).sum(-1)
     statistics_BQH2 = jnp.stack([lse_BQH, norm_BQH], axis=-1)
 
     def body(index, grads):

@@ -16,7 +16,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from radialnet.attention import Visibility
+from radialnet.visibility import Visibility
 
 APPENDING = ("all", "same_layer")
 

@@ -17,7 +17,8 @@ from radialnet.files import write_whole
 VIEWS = ("all", "latest", "same_step", "first", "same_layer")
 TRAINED_FORMS = ("factored", "flat")
 FIXED_FORMS = ("sequential", "cyclic", "random", "hash")
-GROUPED_BACKENDS = ("block_loop", "ragged_dot", "masked_dense")
+GROUPED_BACKENDS = ("block_loop", "ragged_dot", "pallas", "masked_dense")
+ATTENTION_BACKENDS = ("tiles", "pallas")
 ESTIMATORS = ("straight_through", "score", "weighted", "dense")
 
 
@@ -41,6 +42,7 @@ class ModelConfig:
     rope_base: float
     dtype: str
     grouped_backend: str
+    attention_backend: str
     remat: str
 
     @property
@@ -232,6 +234,7 @@ def _validate_model(config: Config) -> None:
     _one_of("config.model.init", model.init, ("distinct", "clones", "upcycle"))
     _one_of("config.model.dtype", model.dtype, ("float32", "bfloat16"))
     _one_of("config.model.grouped_backend", model.grouped_backend, ("auto", *GROUPED_BACKENDS))
+    _one_of("config.model.attention_backend", model.attention_backend, ("auto", *ATTENTION_BACKENDS))
     _one_of("config.model.remat", model.remat, ("none", "step"))
     _one_of("config.cache.view", view, VIEWS)
     _require(model.rope_base > 1, f"config.model.rope_base={model.rope_base}: more than 1 is needed")

@@ -44,7 +44,7 @@ class Groups:
 
     def num_computed(self) -> jax.Array:
         """Rows that the backend puts through products, for nothing or not."""
-        if self.backend == "block_loop":
+        if self.backend in ("block_loop", "pallas"):
             return (jnp.diff(self.segments.first_of_size) * jnp.asarray(self.segments.sizes)).sum()
         if self.backend == "ragged_dot":
             return self.count_L.sum()
@@ -63,6 +63,16 @@ def segment_sizes(num_rows: int, num_layers: int) -> tuple[int, ...]:
     return tuple(sorted({min(size, num_rows) for size in sizes}, reverse=True))
 
 
+def kernel_segment_size(num_rows: int, num_layers: int) -> int:
+    """The one size of segments that GPU kernels take: a power of two, about an average group."""
+    size = 16
+    while size < 128 and 2 * size * num_layers <= num_rows:
+        size *= 2
+    while size > num_rows:
+        size //= 2
+    return size
+
+
 def plan(
     layer_N: jax.Array, num_layers: int, backend: str = "block_loop", sizes: tuple[int, ...] | None = None
 ) -> Groups:
@@ -72,11 +82,14 @@ def plan(
         layer_N: the layer of each row, 0…L-1; L for a row that executes nothing.
         num_layers: L.
         backend: one of GROUPED_BACKENDS.
-        sizes: of the segments, falling; `segment_sizes` by default.
+        sizes: of the segments, falling; `segment_sizes` by default. Kernels take one, `kernel_segment_size`.
     """
     if backend not in GROUPED_BACKENDS:
         raise ValueError(f"backend={backend!r}: one of {GROUPED_BACKENDS} is needed")
     num_rows = layer_N.shape[0]
+    sizes = sizes or segment_sizes(num_rows, num_layers)
+    if backend == "pallas":
+        sizes = (kernel_segment_size(num_rows, num_layers),)
     order_N = jnp.argsort(layer_N, stable=True).astype(jnp.int32)
     count_L = jnp.bincount(layer_N, length=num_layers + 1)[:num_layers].astype(jnp.int32)
     place_N = jnp.arange(num_rows, dtype=jnp.int32)
@@ -86,7 +99,7 @@ def plan(
         slot_N=slot_N,
         row_N=jnp.where(executes_N, order_N, num_rows),
         count_L=count_L,
-        segments=_cut(count_L, num_rows, sizes or segment_sizes(num_rows, num_layers)),
+        segments=_cut(count_L, num_rows, sizes),
         backend=backend,
     )
 

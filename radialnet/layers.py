@@ -36,7 +36,7 @@ def rope(x_NHK: jax.Array, rotation_NK: jax.Array) -> jax.Array:
 class Block(nnx.Module):
     """L pre-norm transformer layers, each parameter stacked over them on the first axis.
 
-    The two halves of a layer, before and after attention, are functions of rows of one layer (`grouped.RowFunction`).
+    The two halves of a layer, before and after attention, are functions of rows of one layer (`row_function`).
     RMSNorm, QK-norm (arXiv 2302.05442), rotary positions, grouped-query attention, SwiGLU MLP (arXiv 2002.05202).
     """
 

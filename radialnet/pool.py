@@ -5,13 +5,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from radialnet import grouped
-from radialnet.attention import Visibility, attend, attend_backward, attend_forward, attend_with_own
+from radialnet import attention, grouped
+from radialnet.attention import attend, attend_backward, attend_forward, attend_with_own
 from radialnet.cache import Packing, UnifiedCache, document_starts
 from radialnet.config import ModelConfig
 from radialnet.grouping import Groups, gather, permute, plan, scatter
 from radialnet.layers import Block, rotation
 from radialnet.router import Route, group_of_layer
+from radialnet.visibility import Visibility
 
 
 @flax.struct.dataclass
@@ -126,7 +127,9 @@ class LayerPool(nnx.Module):
         q_NX, k_NX, v_NX = grouped.map_rows(block.before_attention, block.weights(block.BEFORE), (h_ND,), groups, fixed)
         q_BSHK = self._heads(permute(q_NX, to_packed, to_sorted), layer_BS.shape)
         cache = orders.append(cache, k_NX, v_NX, depth_step)
-        mixed_BSHK = attend(q_BSHK, cache.k_BCGK, cache.v_BCGK, orders.visibility(cache, positions))
+        mixed_BSHK = attend(
+            q_BSHK, cache.k_BCGK, cache.v_BCGK, orders.visibility(cache, positions), self._attention_backend
+        )
         mixed_NX = permute(mixed_BSHK.reshape(q_NX.shape), to_sorted, to_packed)
         update_ND = grouped.map_rows(block.after_attention, block.weights(block.AFTER), (h_ND, mixed_NX), groups)
         return gather(update_ND, groups).reshape(h_BSD.shape), cache
@@ -159,7 +162,7 @@ class LayerPool(nnx.Module):
         if not is_again:
             cache = orders.append(cache, k_NX, v_NX, depth_step)
         visibility = orders.visibility(cache, positions)
-        mixed_BSHK, lse_BSH = attend_forward(q_BSHK, cache.k_BCGK, cache.v_BCGK, visibility)
+        mixed_BSHK, lse_BSH = attend_forward(q_BSHK, cache.k_BCGK, cache.v_BCGK, visibility, self._attention_backend)
         mixed_NX = permute(mixed_BSHK.reshape(q_NX.shape), to_sorted, to_packed)
         update_ND, after = grouped.map_forward(
             block.after_attention, block.weights(block.AFTER), (h_ND, mixed_NX), groups, (), products.after, t
@@ -220,6 +223,7 @@ class LayerPool(nnx.Module):
             attended.lse_BSH,
             d_mixed_BSHK,
             *d_entries,
+            self._attention_backend,
         )
         d_new, d_entries = cache.appended_gradient(*d_entries, orders.packing, depth_step)
 
@@ -294,9 +298,16 @@ class LayerPool(nnx.Module):
         gate_BSL = jax.nn.one_hot(route.layer_BS, self.num_layers) + p_BSL - jax.lax.stop_gradient(p_BSL)
         return jnp.einsum("BSL,LBSD->BSD", gate_BSL, update_LBSD), cache
 
+    @property
+    def _attention_backend(self) -> str:
+        backend = self.cfg.attention_backend
+        return attention.default_backend(jax.default_backend()) if backend == "auto" else backend
+
     def _groups(self, layer_N: jax.Array) -> Groups:
         backend = self.cfg.grouped_backend
-        return plan(layer_N, self.num_layers, grouped.default_backend() if backend == "auto" else backend)
+        return plan(
+            layer_N, self.num_layers, grouped.default_backend(jax.default_backend()) if backend == "auto" else backend
+        )
 
     def _orders(self, layer_BS: jax.Array, cache: UnifiedCache) -> _Orders:
         packing = Packing.of(layer_BS < self.num_layers)

@@ -1,3 +1,5 @@
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -6,7 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from radialnet import attention
-from radialnet.attention import Visibility, attend, attend_backward, attend_forward, attend_with_own
+from radialnet.attention import attend, attend_backward, attend_forward, attend_with_own
+from radialnet.config import ATTENTION_BACKENDS
+from radialnet.visibility import Visibility
 
 B, Q, C, H, G, K = 2, 13, 29, 6, 2, 4
 RNG = np.random.default_rng(0)
@@ -82,12 +86,37 @@ def test_tiles_equal_the_whole_in_values_and_gradients(seed, by_layer, tile, sha
         np.testing.assert_allclose(left, right, atol=1e-5)
 
 
-def test_backward_adds_to_the_gradients_of_the_entries():
+@settings(deadline=None, max_examples=15)
+@given(st.integers(0, 2**31), st.floats(0, 1), st.floats(0, 1))
+@pytest.mark.parametrize("by_layer", [False, True])
+def test_kernels_equal_the_tiles_in_values_and_gradients(by_layer, seed, share_of_queries, share_of_entries):
+    """The kernels of accelerators, interpreted, with tiles of 8."""
+    visibility = random_visibility(seed, by_layer, share_of_queries, share_of_entries)
+    for left, right in zip(*(_run_backend(visibility, backend) for backend in ATTENTION_BACKENDS), strict=True):
+        np.testing.assert_allclose(left, right, atol=1e-5)
+
+
+@partial(jax.jit, static_argnums=1)
+def _run_backend(visibility, backend):
+    mixed, transpose = jax.vjp(lambda *x: attend(*x, visibility, backend), QUERY, KEY, VALUE)
+    return mixed, *transpose(GRAD)
+
+
+def test_kernels_are_a_program_of_their_own():
+    visibility = random_visibility(0)
+    for backend, num_kernels in (("tiles", 0), ("pallas", 3)):
+        program = jax.make_jaxpr(lambda backend=backend: _run_backend(visibility, backend))()
+        # Each kernel is there for GPUs, for TPUs and to be interpreted.
+        assert str(program).count("pallas_call[") == 3 * num_kernels
+
+
+@pytest.mark.parametrize("backend", ATTENTION_BACKENDS)
+def test_backward_adds_to_the_gradients_of_the_entries(backend):
     visibility = random_visibility(1)
-    mixed, lse = attend_forward(QUERY, KEY, VALUE, visibility)
+    mixed, lse = attend_forward(QUERY, KEY, VALUE, visibility, backend)
     zeros, threes = (tuple(jnp.full(x.shape, value) for x in (KEY, VALUE)) for value in (0.0, 3.0))
-    found = attend_backward(QUERY, KEY, VALUE, visibility, mixed, lse, GRAD, *threes)
-    alone = attend_backward(QUERY, KEY, VALUE, visibility, mixed, lse, GRAD, *zeros)
+    found = attend_backward(QUERY, KEY, VALUE, visibility, mixed, lse, GRAD, *threes, backend)
+    alone = attend_backward(QUERY, KEY, VALUE, visibility, mixed, lse, GRAD, *zeros, backend)
     np.testing.assert_allclose(found[0], alone[0])
     for left, right in zip(found[1:], alone[1:], strict=True):
         np.testing.assert_allclose(left - 3, right, atol=1e-5)

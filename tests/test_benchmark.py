@@ -7,8 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs import smoke
+from radialnet import benchmark
 from radialnet.baseline import dense_logits, dense_params
-from radialnet.benchmark import RadialStep, make_batch, make_config
+from radialnet.benchmark import RadialStep, benchmark_input, benchmark_router, make_batch, make_config
+from radialnet.report import Report
 from tests.test_cli import run
 from tests.test_model import plain_network
 
@@ -44,6 +47,35 @@ def test_routes_of_the_timed_step_differ_by_token():
     step = RadialStep(config, make_batch(config))
     assert step.figures["depth"] == 3
     assert step.figures["load_entropy"] > 0.3
+
+
+def test_router_is_measured_over_its_width_and_the_size_of_the_pool():
+    report = Report(repeats=1)
+    benchmark_router(report, SIZES)
+    hidden = ["hidden 2", "hidden 4", "hidden 8", "hidden 16"]
+    assert [row["what"] for row in report.rows] == [f"router, L={num}, {size}" for num in (8, 64) for size in hidden]
+    assert all(row["ratio"] > 0 for row in report.rows)
+
+
+@pytest.mark.slow
+def test_input_is_measured_on_batches_that_are_read_meanwhile(monkeypatch):
+    monkeypatch.setattr(benchmark, "INPUT_STEPS", 2)
+    monkeypatch.setattr(benchmark.radial_nano, "get_config", smoke.get_config)
+    seen, call = [], RadialStep.__call__
+
+    def recorded(step):
+        seen.append(step.batch["token"].tobytes())
+        return call(step)
+
+    monkeypatch.setattr(RadialStep, "__call__", recorded)
+    report = Report(repeats=1)
+    benchmark_input(report, SIZES)
+    assert report.figures.keys() == {"step real data/one batch"}
+    first, *timed = seen
+    assert len(timed) == 8, "both sides once to warm up and once to be timed"
+    real = timed[0:2] + timed[4:6]
+    assert len(set(real)) == 4
+    assert timed[2:4] + timed[6:8] == [first] * 4
 
 
 @pytest.mark.slow

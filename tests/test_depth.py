@@ -56,6 +56,7 @@ CASES = {
     "random": {"router__form": "random", "cache__view": "all"},
     "prelude and coda": {"model__prelude_layers": 1, "model__coda_layers": 2},
     "ragged_dot": {"model__grouped_backend": "ragged_dot"},
+    "kernels": {"model__grouped_backend": "pallas", "model__attention_backend": "pallas", "cache__view": "all"},
     **{f"remat {view}": {"model__remat": "step", "cache__view": view} for view in VIEWS},
 }
 
@@ -65,6 +66,7 @@ def test_scan_by_hand_equals_autodiff_of_the_unrolled_loop(monkeypatch, case):
     overrides = CASES[case]
     value, grads, output = value_and_grads(scanned, monkeypatch, **overrides)
     plain = {**overrides, "model__remat": "none", "model__grouped_backend": "masked_dense"}
+    plain["model__attention_backend"] = "tiles"
     plain_value, plain_grads, plain_output = value_and_grads(unrolled, monkeypatch, **plain)
     tolerance = 2e-2 if "bf16" in case else 2e-5
     np.testing.assert_allclose(value, plain_value, rtol=tolerance)

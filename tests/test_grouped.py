@@ -95,8 +95,10 @@ def test_backends_are_different_programs():
         backend: str(jax.make_jaxpr(lambda b=backend: run(WEIGHTS, X_ND, OTHER_NF, jnp.zeros(N, jnp.int32), b))())
         for backend in GROUPED_BACKENDS
     }
-    found = {backend: ("while" in text, "ragged_dot" in text) for backend, text in programs.items()}
-    assert found == {"block_loop": (True, False), "ragged_dot": (False, True), "masked_dense": (False, False)}
+    marks = "while[", "ragged_dot_general[", "pallas_call["
+    found = {backend: [mark for mark in marks if mark in text] for backend, text in programs.items()}
+    expected = {"block_loop": marks[:1], "ragged_dot": marks[1:2], "pallas": marks[2:], "masked_dense": ()}
+    assert found == {backend: list(marks) for backend, marks in expected.items()}
 
 
 @pytest.mark.parametrize("sizes", [(1,), (3,), (8, 4, 2), (16, 1), (21,)])
@@ -134,7 +136,7 @@ def test_segments_cover_every_executing_row_once_and_no_other(layers, sizes):
 def test_loop_runs_only_over_rows_that_execute():
     """Rows past them are not read as anybody's: what is wrong in them does not show."""
     layer_N = np.where(np.arange(N) < 5, 0, L).astype(np.int32)
-    for backend in ("block_loop", "ragged_dot"):
+    for backend in ("block_loop", "ragged_dot", "pallas"):
         groups = grouping.plan(layer_N, L, backend, SIZES)
         rows = [grouping.scatter(x, groups).at[5:].set(jnp.nan) for x in (X_ND, OTHER_NF)]
         y_NF, transpose = jax.vjp(
@@ -188,7 +190,7 @@ def test_permutations_have_the_gradient_of_plain_indexing():
 def test_weight_gradient_is_summed_in_the_precision_of_the_weights():
     """With bf16 rows a sum of many segments in bf16 would stand still: 256 + 1 = 256."""
     rows = 512
-    for backend in ("block_loop", "ragged_dot"):
+    for backend in ("block_loop", "ragged_dot", "pallas"):
         groups = grouping.plan(np.zeros(rows, np.int32), L, backend, (1,))
         x_ND = grouping.scatter(jnp.ones((rows, D), jnp.bfloat16), groups)
 
@@ -207,6 +209,12 @@ def test_sizes_follow_rows_per_layer():
     assert grouping.segment_sizes(4096, 64) == (64, 32, 16, 8)
     assert grouping.segment_sizes(10**6, 8) == (512, 256, 128, 64, 32)
     assert grouping.segment_sizes(3, 50) == (3,)
+    assert [grouping.kernel_segment_size(*args) for args in ((4096, 8), (4096, 64), (64, 64), (3, 50))] == [
+        128,
+        64,
+        16,
+        2,
+    ]
 
 
 def test_unknown_backend():
@@ -219,6 +227,6 @@ def test_gradient_of_the_weights_by_megablox(name):
     """The kernel that TPUs run, interpreted."""
     groups = grouping.plan(ROUTINGS[name].astype(np.int32), L, "masked_dense")
     x_ND, dy_NF = grouping.scatter(X_ND, groups), grouping.scatter(DY_NF, groups)
-    expected = grouped._grouped_outer(x_ND, dy_NF, groups)
+    expected = grouped._add_grouped_outer(jnp.zeros((L, D, F)), x_ND, dy_NF, groups)
     found = grouped._megablox_outer(x_ND, dy_NF, groups.count_L, interpret=True)
     np.testing.assert_allclose(found, expected, atol=1e-4)

@@ -90,7 +90,7 @@ def perturbed(params, seed=0):
     return jax.tree.unflatten(tree, [x + 0.1 * rng.normal(size=x.shape).astype(np.float32) for x in leaves])
 
 
-@pytest.mark.parametrize("backend", ["block_loop", "ragged_dot", "masked_dense"])
+@pytest.mark.parametrize("backend", ["block_loop", "ragged_dot", "pallas", "masked_dense"])
 @pytest.mark.parametrize("view", ["latest", "same_step", "same_layer"])
 def test_sequential_routes_equal_a_plain_transformer(view, backend):
     """In these three views a token in layer t sees what the others wrote in layer t, as in a plain transformer."""
