@@ -52,15 +52,12 @@ class Groups:
 
 
 def segment_sizes(num_rows: int, num_layers: int) -> tuple[int, ...]:
-    """Sizes that segments may have: from about an average group down, halving, five at most."""
+    """Sizes that segments may have: from four average groups down, for loads are uneven, halving, six at most."""
     size = SMALLEST
-    while size < LARGEST and 2 * size * num_layers <= num_rows:
+    while size < LARGEST and size * num_layers <= 2 * num_rows:
         size *= 2
-    sizes = [size]
-    while len(sizes) < 5 and sizes[-1] > SMALLEST:
-        sizes.append(sizes[-1] // 2)
     # A segment is read as a slice, which must fit among the rows.
-    return tuple(sorted({min(size, num_rows) for size in sizes}, reverse=True))
+    return tuple(sorted({min(max(size >> n, SMALLEST), num_rows) for n in range(6)}, reverse=True))
 
 
 def kernel_segment_size(num_rows: int, num_layers: int) -> int:

@@ -205,9 +205,9 @@ def test_weight_gradient_is_summed_in_the_precision_of_the_weights():
 
 
 def test_sizes_follow_rows_per_layer():
-    assert grouping.segment_sizes(4096, 8) == (512, 256, 128, 64, 32)
-    assert grouping.segment_sizes(4096, 64) == (64, 32, 16, 8)
-    assert grouping.segment_sizes(10**6, 8) == (512, 256, 128, 64, 32)
+    assert grouping.segment_sizes(4096, 8) == (512, 256, 128, 64, 32, 16)
+    assert grouping.segment_sizes(4096, 64) == (256, 128, 64, 32, 16, 8)
+    assert grouping.segment_sizes(10**6, 8) == (512, 256, 128, 64, 32, 16)
     assert grouping.segment_sizes(3, 50) == (3,)
     assert [grouping.kernel_segment_size(*args) for args in ((4096, 8), (4096, 64), (64, 64), (3, 50))] == [
         128,
