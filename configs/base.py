@@ -31,7 +31,9 @@ def get_config() -> ConfigDict:
     model.remat = "none"  # none: keep what the layers computed for the backward pass | step: compute it again.
 
     config.router = router = ConfigDict()
-    router.form = "factored"  # factored | flat (trained); sequential | cyclic | random | hash (fixed).
+    router.form = (
+        "factored"  # factored | flat | early_exit | mod | recursion; fixed: sequential | cyclic | random | hash.
+    )
     router.estimator = "straight_through"  # straight_through | score | weighted | dense (costs L layers).
     router.hidden = 0  # Width of the router's hidden layer; 0 = d_model.
     router.prior = "group"  # none | sequential (layer t mod L) | group (the L/T layers of step t's own group).
@@ -48,6 +50,8 @@ def get_config() -> ConfigDict:
     router.depth_ramp_steps = 0  # Training steps after the warm-up over which the target falls from T to d*.
     router.exit_bias_init = 0.0  # The exit bias before the controller's first update.
     router.exit_bias_rate = 0.1  # u of the controller: b += u * std(e) * clip(depth - d*, -1, 1). 0 = off.
+    router.capacity = 0.5  # Of `mod`: share of a row's tokens that execute a step at which tokens compete.
+    router.capacity_every = 2  # Of `mod`: tokens compete at every this many-th step, the last of each such round.
     router.load_bias_rate = 0.0  # Of the auxiliary-loss-free balancing: bias += rate * sign(1/L - load). 0 = off.
 
     config.cache = cache = ConfigDict()

@@ -33,14 +33,14 @@ from radialnet.baseline import VOCAB, DenseStep, program_bytes
 from radialnet.cache import Packing, UnifiedCache
 from radialnet.config import Config, ConfigError
 from radialnet.data import prefetch, prepare, train_batches
-from radialnet.depth import DepthLoop, Inputs, decide
+from radialnet.depth import DepthLoop, Inputs, decide, differentiable
 from radialnet.files import write_whole
 from radialnet.metrics import figures, flops_per_token
 from radialnet.model import init_params
 from radialnet.optimizer import make_optimizer
 from radialnet.pool import Positions
 from radialnet.report import Report
-from radialnet.router import Controllers, Decision, Router, schedule
+from radialnet.router import Controllers, Router, schedule
 from radialnet.run_folder import RunFolder
 from radialnet.train_step import TrainState, init_state, train_step
 
@@ -160,7 +160,7 @@ def benchmark_train(report: Report, sizes: dict) -> None:
     half, whole = _attention(config, 0.5), _attention(config, 1.0)
     report.add("attention, view all, half executes", "all of it", half, whole, name="attention all half/full")
     report.add("router, all steps", "step, L=8", _router(config), full, name="router share")
-    flops = 3 * batch["token"].size * flops_per_token(config, VOCAB, [0] * max_depth + [1])
+    flops = 3 * batch["token"].size * flops_per_token(config, VOCAB, [1] * max_depth)
     report.add("step, L=8", "product of its FLOPs", full, _product(flops), name="step/matmul limit")
     report.add("dense step", "product of its FLOPs", dense, _product(flops), name=None)
     report.add_bytes("memory, L=8", "dense step", full.bytes(), dense.bytes(), name="memory/dense")
@@ -223,13 +223,13 @@ def _router(config: Config) -> Callable[[], object]:
         def outputs(params, h_BSD, before_BS, depth_step, decided=None):
             router = nnx.merge(graph, params)
             gate_BS, survival_BS, sums, route = decide(
-                loop, router, h_BSD, before_BS, active_BS, depth_step, inputs, decided
+                loop, router, h_BSD, before_BS, active_BS, depth_step, inputs, decided=decided
             )
-            return (gate_BS, survival_BS, (sums.p_layer_L, sums.expected_depth, sums.z)), (route, sums)
+            return (gate_BS, survival_BS, differentiable(sums)), (route, sums)
 
         def forward(before_BS, depth_step):
             (_, survival_BS, _), (route, sums) = outputs(params, h_BSD, before_BS, depth_step)
-            return survival_BS, (before_BS, Decision(route.layer_BS, route.exits_BS), sums)
+            return survival_BS, (before_BS, route.decided, sums)
 
         def backward(total, of_step):
             depth_step, (before_BS, decided, sums) = of_step

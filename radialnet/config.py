@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from radialnet.files import write_whole
 
 VIEWS = ("all", "latest", "same_step", "first", "same_layer")
-TRAINED_FORMS = ("factored", "flat")
+TRAINED_FORMS = ("factored", "flat", "early_exit", "mod", "recursion")
 FIXED_FORMS = ("sequential", "cyclic", "random", "hash")
 GROUPED_BACKENDS = ("block_loop", "ragged_dot", "pallas", "masked_dense")
 ATTENTION_BACKENDS = ("tiles", "pallas")
@@ -70,6 +70,8 @@ class RouterConfig:
     exit_bias_init: float
     exit_bias_rate: float
     load_bias_rate: float
+    capacity: float
+    capacity_every: int
 
     @property
     def is_trained(self) -> bool:
@@ -290,6 +292,33 @@ def _validate_router(config: Config) -> None:
     )
     _at_least("router", router, 0, *non_negative)
     _at_least("router", router, 0, "exit_warmup_steps", "depth_ramp_steps", "exit_bias_rate", "load_bias_rate")
+    if router.form == "recursion":
+        _require(
+            model.max_depth % model.pool_size == 0,
+            f"config.router.form='recursion' goes through the pool in whole rounds: config.model.max_depth="
+            f"{model.max_depth} must be a multiple of config.model.pool_size={model.pool_size}",
+        )
+        _require(
+            router.depth_coef == 0,
+            f"config.router.depth_coef={router.depth_coef}: config.router.form='recursion' holds its depth by "
+            "config.router.exit_bias_rate alone, 0 is needed",
+        )
+    if router.form == "mod":
+        _at_least("router", router, 1, "capacity_every")
+        _require(
+            0 < router.capacity <= 1,
+            f"config.router.capacity={router.capacity}: more than 0 and at most 1 is needed",
+        )
+        _require(
+            model.min_depth == model.max_depth,
+            f"config.router.form='mod' has no exits: config.model.min_depth={model.min_depth} must equal "
+            f"config.model.max_depth={model.max_depth}",
+        )
+    if router.form in ("early_exit", "mod", "recursion"):
+        _require(
+            router.estimator != "dense",
+            f"config.router.estimator='dense' is for forms that choose a layer, config.router.form={router.form!r}",
+        )
     if router.form == "sequential":
         _require(
             model.pool_size == model.max_depth,
@@ -299,7 +328,7 @@ def _validate_router(config: Config) -> None:
     if not router.is_trained:
         return
     _require(
-        router.prior != "group" or model.pool_size >= model.max_depth,
+        router.form not in ("factored", "flat") or router.prior != "group" or model.pool_size >= model.max_depth,
         f"config.router.prior='group' needs a layer for each step, but config.model.pool_size={model.pool_size} "
         f"is less than config.model.max_depth={model.max_depth}",
     )

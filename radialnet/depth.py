@@ -64,13 +64,18 @@ class Trace:
     h_BSD: jax.Array  # The residual stream before the step. Carries no gradient.
 
 
-def decide(loop: DepthLoop, router: Router, h_BSD, log_survival_BS, active_BS, depth_step, inputs, decided=None):
+def decide(
+    loop: DepthLoop, router: Router, h_BSD, log_survival_BS, active_BS, depth_step, inputs, before=None, decided=None
+):
     """The router's part of a step.
+
+    Args:
+        before: `Decision.leaves_at_BS` of the step before.
 
     Returns:
         The gate of the update, the log of the product of (1 - p_exit) so far, the sums, and the route.
     """
-    args = (active_BS, depth_step, inputs.controllers, inputs.at, inputs.rng, decided)
+    args = (active_BS, depth_step, inputs.controllers, inputs.at, inputs.rng, before, decided)
     route = router(h_BSD, inputs.token_BS, *args)
     log_survival_BS += route.log_survive_BS
     gate_BS = choice_gate(log_survival_BS, loop.estimator)
@@ -85,11 +90,11 @@ def unrolled(loop: DepthLoop, params, h_BSD: jax.Array, is_real_BS: jax.Array, i
     router, pool = loop.modules(params)
     active_BS, log_survival_BS = is_real_BS, jnp.zeros(is_real_BS.shape)
     cache = pool.empty_cache(loop.view, loop.max_depth, *is_real_BS.shape)
-    steps = []
+    leaves_at_BS, steps = router.no_plan(is_real_BS.shape), []
     for t in range(loop.max_depth):
         depth_step = jnp.int32(t)
         gate_BS, log_survival_BS, sums, route = decide(
-            loop, router, h_BSD, log_survival_BS, active_BS, depth_step, inputs
+            loop, router, h_BSD, log_survival_BS, active_BS, depth_step, inputs, leaves_at_BS
         )
         steps.append(Trace(sums, route.executes_BS.sum(), route.layer_BS, jax.lax.stop_gradient(h_BSD)))
         if loop.estimator == "dense":
@@ -98,8 +103,13 @@ def unrolled(loop: DepthLoop, params, h_BSD: jax.Array, is_real_BS: jax.Array, i
             update_BSD, cache = pool(h_BSD, route.layer_BS, cache, inputs.positions, depth_step)
         # The update of a token that executes nothing is exactly 0: its state stays as it is.
         h_BSD += gate_BS[..., None] * update_BSD
-        active_BS &= ~route.exits_BS
+        active_BS, leaves_at_BS = active_BS & ~route.exits_BS, route.decided.leaves_at_BS
     return h_BSD, jax.tree.map(lambda *xs: jnp.stack(xs), *steps)
+
+
+def differentiable(sums: StepSums):
+    """What of the sums is in the loss."""
+    return sums.p_layer_L, sums.expected_depth, sums.z, sums.predictor_nats
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -126,10 +136,10 @@ def _forward(loop: DepthLoop, params, h_BSD, is_real_BS, inputs):
     products = pool.empty_products(loop.max_depth, is_real_BS.size) if loop.keeps_products else Products({}, {})
 
     def step(carry, depth_step):
-        h_BSD, before_BS, active_BS, cache, products = carry
+        h_BSD, before_BS, active_BS, leaves_at_BS, cache, products = carry
         with jax.named_scope("router"):
             gate_BS, log_survival_BS, sums, route = decide(
-                loop, router, h_BSD, before_BS, active_BS, depth_step, inputs
+                loop, router, h_BSD, before_BS, active_BS, depth_step, inputs, leaves_at_BS
             )
         with jax.named_scope("layer"):
             update_BSD, cache, attended, products, num_computed = pool.forward(
@@ -139,17 +149,17 @@ def _forward(loop: DepthLoop, params, h_BSD, is_real_BS, inputs):
         state = _StepState(
             log_survival_BS=before_BS,
             active_BS=active_BS,
-            # Of tokens that execute nothing any layer will do: nothing depends on their gates.
-            decided=Decision(jnp.minimum(route.layer_BS, pool.num_layers - 1), route.exits_BS),
+            decided=route.decided,
             cache=cache.varying(),
             attended=attended if loop.keeps_products else None,
         )
         # The update of a token that executes nothing is exactly 0: its state stays as it is.
         h_BSD = h_BSD + gate_BS[..., None] * update_BSD
-        return (h_BSD, log_survival_BS, active_BS & ~route.exits_BS, cache, products), (trace, state)
+        active_BS = active_BS & ~route.exits_BS
+        return (h_BSD, log_survival_BS, active_BS, route.decided.leaves_at_BS, cache, products), (trace, state)
 
-    carry = (h_BSD, log_survival_BS, active_BS, cache, products)
-    (h_BSD, _, _, cache, products), (trace, states) = jax.lax.scan(step, carry, jnp.arange(loop.max_depth))
+    carry = (h_BSD, log_survival_BS, active_BS, router.no_plan(is_real_BS.shape), cache, products)
+    (h_BSD, *_, cache, products), (trace, states) = jax.lax.scan(step, carry, jnp.arange(loop.max_depth))
     return h_BSD, trace, (params, inputs, trace.h_BSD, states, cache, products)
 
 
@@ -172,9 +182,9 @@ def _scanned_backward(loop: DepthLoop, residuals, d_outputs):
         def redecide(router_params, h_BSD, log_survival_BS):
             router = nnx.merge(router_graph, router_params)
             gate_BS, log_survival_BS, sums, route = decide(
-                loop, router, h_BSD, log_survival_BS, state.active_BS, depth_step, inputs, state.decided
+                loop, router, h_BSD, log_survival_BS, state.active_BS, depth_step, inputs, decided=state.decided
             )
-            return (gate_BS, log_survival_BS, (sums.p_layer_L, sums.expected_depth, sums.z)), route.layer_BS
+            return (gate_BS, log_survival_BS, differentiable(sums)), route.layer_BS
 
         with jax.named_scope("router"):
             (gate_BS, _, _), transpose, layer_BS = jax.vjp(
@@ -211,7 +221,7 @@ def _scanned_backward(loop: DepthLoop, residuals, d_outputs):
     d_block = {name: jnp.zeros_like(weight) for name, weight in block.weights(block.BEFORE + block.AFTER).items()}
     d_router = jax.tree.map(jnp.zeros_like, router_params)
     carry = d_h_BSD, jnp.zeros(h_TBSD.shape[1:3]), d_entries, d_block, d_router
-    d_sums = d_trace.sums.p_layer_L, d_trace.sums.expected_depth, d_trace.sums.z
+    d_sums = differentiable(d_trace.sums)
     steps = jnp.arange(loop.max_depth), h_TBSD, states, d_sums
     (d_h_BSD, _, _, d_block, d_router), _ = jax.lax.scan(step, carry, steps, reverse=True)
 

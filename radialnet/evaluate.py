@@ -73,7 +73,7 @@ def evaluate_trained(trained: TrainedModel, rows: PackedRows, max_depth: int, ex
         **found,
         "tokens": int(sums.routing.num_tokens),
         "tokens_per_s": float(sums.routing.num_tokens) / seconds,
-        "flops_per_token": flops_per_token(config, trained.tokenizer.vocab_size, found["depth_hist"]),
+        "flops_per_token": flops_per_token(config, trained.tokenizer.vocab_size, found["executed_by_step"]),
     }
 
 

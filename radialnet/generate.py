@@ -32,7 +32,7 @@ def _next_logits(params, controllers: Controllers, step, token_S, length, *, con
         "document": jnp.where(index_S < length, 0, PADDING)[None],
         "position": index_S[None],
     }
-    at = schedule(config.router, config.model.max_depth, step).replace(noise=jnp.float32(0))
+    at = schedule(config.router, config.model.max_depth, step).for_evaluation()
     output = forward(graph, params, batch, controllers, at, jax.random.key(0))
     return output.logits_BSV[0, length - 1]
 

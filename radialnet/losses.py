@@ -92,7 +92,11 @@ def total_loss(cfg: RouterConfig, mean_nats: jax.Array, sums: RoutingSums, at: S
     """`loss`, which is minimised, and its raw terms by the names they are logged under."""
     load, z = load_loss(sums), router_z_loss(sums)
     depth = depth_loss(sums, cfg.depth_loss, at.depth_target)
-    loss = mean_nats
+    loss, terms = mean_nats, {"loss_load": load, "loss_depth": depth, "loss_router_z": z}
+    if cfg.form == "mod":
+        # Learned beside the model: what it predicts from carries no gradient of it, so that no coefficient is needed.
+        terms["loss_predictor"] = sums.predictor_nats / jnp.maximum(sums.num_decisions, 1)
+        loss += terms["loss_predictor"]
     if cfg.is_trained:
         loss += cfg.load_coef * load + cfg.depth_coef * depth + cfg.z_coef * z
-    return {"loss": loss, "ce": mean_nats, "loss_load": load, "loss_depth": depth, "loss_router_z": z}
+    return {"loss": loss, "ce": mean_nats, **terms}

@@ -20,11 +20,12 @@ MAX_TOKEN_BUCKETS = 1024
 
 @flax.struct.dataclass
 class StepSums:
-    """Sums over the decisions of one depth step. The first three are in the loss and carry gradients."""
+    """Sums over the decisions of one depth step. The first four are in the loss and carry gradients."""
 
     p_layer_L: jax.Array  # Probability of each layer, over executions.
     expected_depth: jax.Array  # Survival probability, over the tokens that came to this step.
     z: jax.Array  # logsumexp^2 of the layer logits + e^2.
+    predictor_nats: jax.Array  # `Route.predictor_nats_BS`.
     executions_KL: jax.Array  # Executions by bucket of the token id and by layer.
     num_decisions: jax.Array
     leave_logit: jax.Array  # e + b over the decisions that could be an exit: sum, sum of squares, number.
@@ -50,6 +51,7 @@ class StepSums:
             p_layer_L=(route.p_layer_BSL * route.executes_BS[..., None]).sum((0, 1)),
             expected_depth=(active_BS * jnp.exp(log_survival_BS)).sum(),
             z=(active_BS * (route.layer_lse_BS**2 + route.exit_logit_BS**2)).sum(),
+            predictor_nats=(active_BS * route.predictor_nats_BS).sum(),
             executions_KL=counts.reshape(num_buckets, num_layers + 1)[:, :-1].astype(jnp.float32),
             num_decisions=active_BS.sum(),
             leave_logit=(could_exit_BS * leave_BS).sum(),
@@ -70,6 +72,7 @@ class RoutingSums:
     p_layer_L: jax.Array  # The rest: `StepSums` of all steps together.
     expected_depth: jax.Array
     z: jax.Array
+    predictor_nats: jax.Array
     num_decisions: jax.Array
     leave_logit: jax.Array
     leave_logit_squared: jax.Array
@@ -97,6 +100,7 @@ class RoutingSums:
             p_layer_L=steps.p_layer_L.sum(0),
             expected_depth=steps.expected_depth.sum(),
             z=steps.z.sum(),
+            predictor_nats=steps.predictor_nats.sum(),
             num_decisions=steps.num_decisions.sum(),
             leave_logit=steps.leave_logit.sum(),
             leave_logit_squared=steps.leave_logit_squared.sum(),
@@ -174,29 +178,29 @@ def figures(sums: BatchSums) -> dict:
         "depth_hist": (routing.tokens_by_depth / num_tokens).tolist(),
         "load": load_L.tolist(),
         "load_entropy": float(entropy / np.log(len(load_L))) if len(load_L) > 1 else 1.0,
+        "executed_by_step": (routing.executions_TL.sum(1) / num_tokens).tolist(),
         "load_by_step": (routing.executions_TL / num_tokens).tolist(),
         "padding": float(1 - routing.executions_TL.sum() / max(routing.num_computed, 1)),
         "route_mi": route_mutual_information(routing.executions_TKL),
     }
 
 
-def flops_per_token(config: Config, vocab_size: int, depth_hist: Sequence[float]) -> float:
+def flops_per_token(config: Config, vocab_size: int, executes_T: Sequence[float]) -> float:
     """FLOPs of a forward pass per token, 2 per multiply-add of matrix products, attention included.
 
     Attention is counted over the entries that a causal query sees on average: half of those of its row that are filled.
     In the views `all` and `same_layer` they are those of all steps so far.
 
     Args:
-        depth_hist: share of tokens by executed depth, 0…T.
+        executes_T: share of tokens that execute each depth step.
     """
-    model, max_depth = config.model, len(depth_hist) - 1
+    model, max_depth = config.model, len(executes_T)
     d_model, q_width = model.d_model, model.num_heads * model.head_size
     kv_width = model.num_kv_heads * model.head_size
     layer = 2 * d_model * (q_width + 2 * kv_width) + 2 * q_width * d_model + 6 * d_model * model.d_ff
     # Of one query, over a step whose entries are all there.
     attention = 4 * q_width * (config.train.seq_len + 1) / 2
-    # The share of tokens that execute each step.
-    executes_T = np.cumsum(np.asarray(depth_hist)[::-1])[::-1][1:]
+    executes_T = np.asarray(executes_T)
     if config.cache.view == "same_step":
         seen_T = executes_T
     elif config.cache.view in ("first", "latest"):
@@ -206,13 +210,22 @@ def flops_per_token(config: Config, vocab_size: int, depth_hist: Sequence[float]
         seen_T = np.cumsum(executes_T)
     routed = (executes_T * (layer + attention * seen_T)).sum()
     unrouted = (model.prelude_layers + model.coda_layers) * (layer + attention)
-    router = 0.0
-    if config.router.is_trained:
-        hidden = config.router.hidden or d_model
-        # A token that leaves before the last step was routed once more than it executed.
-        num_decisions = 1 + executes_T[:-1].sum()
-        router = num_decisions * 2 * hidden * (d_model + model.pool_size + 1)
-    return float(routed + unrouted + router + 2 * d_model * vocab_size)
+    return float(routed + unrouted + _router_flops(config, executes_T) + 2 * d_model * vocab_size)
+
+
+def _router_flops(config: Config, executes_T: np.ndarray) -> float:
+    model, form = config.model, config.router.form
+    if not config.router.is_trained:
+        return 0.0
+    hidden = config.router.hidden or model.d_model
+    if form == "mod":
+        # At the steps at which tokens compete: a score and its prediction for every token.
+        return len(executes_T) // config.router.capacity_every * 2 * 2 * hidden * (model.d_model + 1)
+    if form == "recursion":
+        return 2 * hidden * (model.d_model + model.max_depth // model.pool_size)
+    # A token that leaves before the last step was routed once more than it executed.
+    num_decisions = 1 + executes_T[:-1].sum()
+    return num_decisions * 2 * hidden * (model.d_model + model.pool_size + 1)
 
 
 # Peak dense bf16 FLOP/s of one device, as its maker states it; the start of `device_kind` as JAX reports it.

@@ -9,8 +9,9 @@ from radialnet.config import Config
 from radialnet.depth import DepthLoop, Inputs, scanned, unrolled
 from radialnet.layers import rms_norm
 from radialnet.metrics import RoutingSums
+from radialnet.peer_routers import make_router
 from radialnet.pool import LayerPool, Positions, clone_groups
-from radialnet.router import Controllers, Router, Schedule, group_of_layer
+from radialnet.router import Controllers, Schedule, group_of_layer
 
 
 @flax.struct.dataclass
@@ -44,7 +45,7 @@ class RadialTransformer(nnx.Module):
         scale = (2 * num_executed) ** -0.5
         self.embedding = nnx.Param(jax.random.normal(rngs.params(), (vocab_size, model.d_model)) * model.d_model**-0.5)
         self.prelude = LayerPool(model, model.prelude_layers, scale, rngs) if model.prelude_layers else None
-        self.router = Router(model, config.router, rngs)
+        self.router = make_router(model, config.router, rngs)
         self.pool = LayerPool(model, model.pool_size, scale, rngs)
         self.coda = LayerPool(model, model.coda_layers, scale, rngs) if model.coda_layers else None
         self.final_norm = nnx.Param(jnp.ones(model.d_model))

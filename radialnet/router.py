@@ -48,10 +48,16 @@ class Schedule:
     prior_weight: jax.Array
     may_exit: jax.Array
     depth_target: jax.Array
+    # Whether a token's route may depend on tokens before it only; training of Mixture-of-Depths looks at whole rows.
+    is_causal: jax.Array
+
+    def for_evaluation(self) -> "Schedule":
+        """The same without noise, and causal."""
+        return self.replace(noise=jnp.float32(0), is_causal=jnp.bool_(True))
 
 
 def schedule(cfg: RouterConfig, max_depth: int, step: jax.Array) -> Schedule:
-    """The schedule at training step `step`; evaluation uses it with `noise` 0."""
+    """The schedule at training step `step`."""
     step = jnp.asarray(step, jnp.float32)
     since_warmup = step - cfg.exit_warmup_steps
     ramp = jnp.clip(since_warmup / max(cfg.depth_ramp_steps, 1), 0, 1) if cfg.depth_ramp_steps else since_warmup >= 0
@@ -60,6 +66,7 @@ def schedule(cfg: RouterConfig, max_depth: int, step: jax.Array) -> Schedule:
         prior_weight=cfg.prior_weight * (jnp.maximum(0, 1 - step / cfg.prior_steps) if cfg.prior_steps else 1.0),
         may_exit=since_warmup >= 0,
         depth_target=max_depth + (cfg.depth_target - max_depth) * ramp,
+        is_causal=jnp.bool_(False),
     )
 
 
@@ -69,6 +76,10 @@ class Decision:
 
     layer_BS: jax.Array  # 0…L-1, also for tokens that don't execute it.
     exits_BS: jax.Array
+    # Forms in which tokens may sit a step out (Mixture-of-Depths): those that do.
+    idles_BS: jax.Array | None = None
+    # Forms in which the depth is chosen once: the depth step at which each token leaves.
+    leaves_at_BS: jax.Array | None = None
 
 
 @flax.struct.dataclass
@@ -78,6 +89,7 @@ class Route:
     layer_BS: jax.Array  # 0…L-1; L for a token that executes nothing.
     executes_BS: jax.Array
     exits_BS: jax.Array
+    decided: Decision
     log_p_layer_BS: jax.Array  # Of the chosen layer, given that the token stays.
     log_survive_BS: jax.Array  # log(1 - p_exit); 0 where no exit is allowed.
     p_layer_BSL: jax.Array
@@ -85,6 +97,26 @@ class Route:
     exit_logit_BS: jax.Array  # e, without the exit bias.
     leave_logit_BS: jax.Array  # e + b.
     can_exit: jax.Array  # Whether an exit is allowed at this step at all.
+    predictor_nats_BS: jax.Array  # Loss of a predictor of the choice that looks at earlier tokens only; else 0.
+
+    @classmethod
+    def of(cls, decided: Decision, active_BS: jax.Array, num_layers: int, **more: jax.Array) -> "Route":
+        """The route of a decision; what is not given is as if nothing was learned: log p = 0, logits 0, no exit."""
+        zeros_BS, shape = jnp.zeros(active_BS.shape), active_BS.shape
+        executes_BS = active_BS & ~decided.exits_BS
+        if decided.idles_BS is not None:
+            executes_BS &= ~decided.idles_BS
+        of_layer = dict.fromkeys(("log_p_layer_BS", "log_survive_BS", "layer_lse_BS", "predictor_nats_BS"), zeros_BS)
+        of_exit = dict.fromkeys(("exit_logit_BS", "leave_logit_BS"), zeros_BS)
+        one_hot = {} if "p_layer_BSL" in more else {"p_layer_BSL": jax.nn.one_hot(decided.layer_BS, num_layers)}
+        assert decided.layer_BS.shape == shape
+        return cls(
+            layer_BS=jnp.where(executes_BS, decided.layer_BS, num_layers),
+            executes_BS=executes_BS,
+            exits_BS=decided.exits_BS,
+            decided=decided,
+            **{**of_layer, **of_exit, **one_hot, "can_exit": jnp.bool_(False), **more},
+        )
 
 
 def group_of_layer(num_layers: int, max_depth: int) -> jax.Array:
@@ -104,8 +136,9 @@ def prior_logits(kind: str, num_layers: int, max_depth: int, depth_step: jax.Arr
 class Router(nnx.Module):
     """RMSNorm, plus a step embedding, then an MLP to the L+1 nodes."""
 
-    def __init__(self, model_cfg: ModelConfig, cfg: RouterConfig, rngs: nnx.Rngs):
+    def __init__(self, model_cfg: ModelConfig, cfg: RouterConfig, rngs: nnx.Rngs, num_outputs: int | None = None):
         d_model, hidden, num_layers = model_cfg.d_model, cfg.hidden or model_cfg.d_model, model_cfg.pool_size
+        num_outputs = num_outputs or num_layers + 1
         self.cfg, self.num_layers = cfg, num_layers
         self.min_depth, self.max_depth = model_cfg.min_depth, model_cfg.max_depth
         if not cfg.is_trained:
@@ -114,8 +147,8 @@ class Router(nnx.Module):
         self.step_embedding = nnx.Param(jax.random.normal(rngs.params(), (model_cfg.max_depth, d_model)))
         self.hidden = nnx.Param(jax.random.normal(rngs.params(), (d_model, hidden)) * d_model**-0.5)
         # Small: at first all layers are nearly as likely, and a token's exit depends on the exit bias alone.
-        self.out = nnx.Param(jax.random.normal(rngs.params(), (hidden, num_layers + 1)) * 0.1 * hidden**-0.5)
-        self.out_bias = nnx.Param(jnp.zeros(num_layers + 1))
+        self.out = nnx.Param(jax.random.normal(rngs.params(), (hidden, num_outputs)) * 0.1 * hidden**-0.5)
+        self.out_bias = nnx.Param(jnp.zeros(num_outputs))
 
     def __call__(
         self,
@@ -126,11 +159,13 @@ class Router(nnx.Module):
         controllers: Controllers,
         at: Schedule,
         rng: jax.Array,
-        decided: "Decision | None" = None,
+        leaves_at_BS: jax.Array | None = None,
+        decided: Decision | None = None,
     ) -> Route:
         """Route the active tokens. A depth step beyond the trained max depth is treated as the last trained one.
 
         Args:
+            leaves_at_BS: `Decision.leaves_at_BS` of the step before, in forms that have it.
             decided: choices to keep to, made before from the same inputs: a backward pass that computes the
                 probabilities again must not choose again, for the last bit of a logit could choose otherwise.
         """
@@ -138,30 +173,29 @@ class Router(nnx.Module):
         if not self.cfg.is_trained:
             return self._fixed_route(token_BS, active_BS, depth_step, rng)
         trained_step = jnp.minimum(depth_step, self.max_depth - 1)
-        x_BSD = rms_norm(h_BSD.astype(jnp.float32), self.norm[...]) + self.step_embedding[...][trained_step]
-        # In fp32 on accelerators too, where the default is less.
-        matmul = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
-        logits_BSN = matmul(jax.nn.gelu(matmul(x_BSD, self.hidden[...])), self.out[...]) + self.out_bias[...]
+        logits_BSN = self._logits(self._inputs(h_BSD, trained_step))
         layer_logits_BSL, exit_logit_BS = logits_BSN[..., :-1], logits_BSN[..., -1]
+        if self.cfg.form == "early_exit":
+            # The order of the layers is given, so that there is nothing to learn but when to leave.
+            in_turn_L = jnp.arange(self.num_layers) == depth_step % self.num_layers
+            layer_logits_BSL = jnp.broadcast_to(jnp.where(in_turn_L, 0, -1e9), layer_logits_BSL.shape)
 
         prior_L = at.prior_weight * prior_logits(self.cfg.prior, self.num_layers, self.max_depth, trained_step)
         biased_BSL = layer_logits_BSL + prior_L
         leave_BS = exit_logit_BS + controllers.exit_bias
         # The logit of leaving: against 0 in the factored form, against all layers together in the flat one.
-        odds_BS = leave_BS if self.cfg.form == "factored" else leave_BS - jax.nn.logsumexp(biased_BSL, axis=-1)
+        odds_BS = leave_BS if self.cfg.form != "flat" else leave_BS - jax.nn.logsumexp(biased_BSL, axis=-1)
 
         # With min and max depth equal exits are off, at a larger max depth in evaluation too: none was ever trained.
         can_exit = at.may_exit & (self.min_depth < self.max_depth) & (depth_step >= self.min_depth)
         if decided is None:
             decided = self._decide(biased_BSL + controllers.load_bias, leave_BS, active_BS & can_exit, at, rng)
-        layer_BS, exits_BS = decided.layer_BS, decided.exits_BS
-        executes_BS = active_BS & ~exits_BS
         log_p_BSL = jax.nn.log_softmax(biased_BSL, axis=-1)
-        return Route(
-            layer_BS=jnp.where(executes_BS, layer_BS, self.num_layers),
-            executes_BS=executes_BS,
-            exits_BS=exits_BS,
-            log_p_layer_BS=jnp.take_along_axis(log_p_BSL, layer_BS[..., None], axis=-1)[..., 0],
+        return Route.of(
+            decided,
+            active_BS,
+            self.num_layers,
+            log_p_layer_BS=jnp.take_along_axis(log_p_BSL, decided.layer_BS[..., None], axis=-1)[..., 0],
             log_survive_BS=jnp.where(can_exit, jax.nn.log_sigmoid(-odds_BS), 0),
             p_layer_BSL=jnp.exp(log_p_BSL),
             layer_lse_BS=jax.nn.logsumexp(layer_logits_BSL, axis=-1),
@@ -170,15 +204,25 @@ class Router(nnx.Module):
             can_exit=can_exit,
         )
 
+    def no_plan(self, shape: tuple[int, ...]) -> jax.Array | None:
+        """`leaves_at_BS` of the first step."""
+        return None
+
+    def _inputs(self, h_BSD: jax.Array, trained_step: jax.Array) -> jax.Array:
+        return rms_norm(h_BSD.astype(jnp.float32), self.norm[...]) + self.step_embedding[...][trained_step]
+
+    def _logits(self, x_BSD: jax.Array) -> jax.Array:
+        return mlp(x_BSD, self.hidden[...], self.out[...]) + self.out_bias[...]
+
     def _decide(self, selection_BSL, leave_BS, may_exit_BS, at: Schedule, rng) -> Decision:
         """The hard choice, by the logits and the selection noise."""
         if self.cfg.noise > 0:
             layer_rng, exit_rng = jax.random.split(rng)
             selection_BSL += at.noise * jax.random.gumbel(layer_rng, selection_BSL.shape)
             # The two forms compare the exit with a constant and with a noisy maximum.
-            exit_noise = jax.random.logistic if self.cfg.form == "factored" else jax.random.gumbel
+            exit_noise = jax.random.gumbel if self.cfg.form == "flat" else jax.random.logistic
             leave_BS += at.noise * exit_noise(exit_rng, leave_BS.shape)
-        threshold_BS = 0.0 if self.cfg.form == "factored" else selection_BSL.max(axis=-1)
+        threshold_BS = 0.0 if self.cfg.form != "flat" else selection_BSL.max(axis=-1)
         layer_BS = jnp.argmax(selection_BSL, axis=-1).astype(jnp.int32)
         return Decision(layer_BS, may_exit_BS & (leave_BS > threshold_BS))
 
@@ -190,19 +234,7 @@ class Router(nnx.Module):
             layer_BS = jax.random.randint(rng, shape, 0, num_layers, jnp.int32)
         else:
             layer_BS = _hash(token_BS, depth_step, num_layers)
-        zeros_BS = jnp.zeros(shape, jnp.float32)
-        return Route(
-            layer_BS=jnp.where(active_BS, layer_BS, num_layers),
-            executes_BS=active_BS,
-            exits_BS=jnp.zeros(shape, bool),
-            log_p_layer_BS=zeros_BS,
-            log_survive_BS=zeros_BS,
-            p_layer_BSL=jax.nn.one_hot(layer_BS, num_layers),
-            layer_lse_BS=zeros_BS,
-            exit_logit_BS=zeros_BS,
-            leave_logit_BS=zeros_BS,
-            can_exit=jnp.bool_(False),
-        )
+        return Route.of(Decision(layer_BS, jnp.zeros(shape, bool)), active_BS, self.num_layers)
 
 
 def _hash(token_BS: jax.Array, depth_step: jax.Array, num_layers: int) -> jax.Array:
@@ -212,6 +244,12 @@ def _hash(token_BS: jax.Array, depth_step: jax.Array, num_layers: int) -> jax.Ar
     x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
     x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
     return ((x ^ (x >> 16)) % jnp.uint32(num_layers)).astype(jnp.int32)
+
+
+def mlp(x_BSD: jax.Array, hidden_DH: jax.Array, out_HN: jax.Array) -> jax.Array:
+    """Two products with GELU in between, in fp32 on accelerators too, where the default is less."""
+    matmul = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+    return matmul(jax.nn.gelu(matmul(x_BSD, hidden_DH)), out_HN)
 
 
 def choice_gate(log_p: jax.Array, estimator: str) -> jax.Array:

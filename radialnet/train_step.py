@@ -184,7 +184,7 @@ def eval_step(
 
     `random` routes are the same in every batch, so that an evaluation gives the same figures every time.
     """
-    at = schedule(config.router, config.model.max_depth, step).replace(noise=jnp.float32(0))
+    at = schedule(config.router, config.model.max_depth, step).for_evaluation()
     output = forward(graph, params, batch, controllers, at, jax.random.key(0), max_depth)
     num_targets = batch["is_target"].sum().astype(jnp.float32)
     return _sums(config, batch, output, params["head"], at, bytes_V, num_targets)[1]

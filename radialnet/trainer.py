@@ -284,7 +284,7 @@ def _eval_line(run: Run, eval_fn: EvalStep, scalars: dict) -> dict:
 
 
 def _flops(run: Run, found: dict) -> float:
-    return flops_per_token(run.config, run.dataset.tokenizer.vocab_size, found["depth_hist"])
+    return flops_per_token(run.config, run.dataset.tokenizer.vocab_size, found["executed_by_step"])
 
 
 def _line(

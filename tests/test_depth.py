@@ -38,7 +38,7 @@ def value_and_grads(run, monkeypatch, **overrides):
     def loss(params):
         output = forward(model.graph, params, batch, controllers, model.at, jax.random.key(0))
         routing = output.routing
-        auxiliary = routing.expected_depth + routing.z + (routing.p_layer_L**2).sum()
+        auxiliary = routing.expected_depth + routing.z + routing.predictor_nats + (routing.p_layer_L**2).sum()
         return (output.logits_BSV**2).mean() + 0.01 * auxiliary, output
 
     (value, output), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(model.params)
@@ -54,6 +54,10 @@ CASES = {
     "bf16": {"model__dtype": "bfloat16"},
     "bf16 remat": {"model__dtype": "bfloat16", "model__remat": "step", "cache__view": "all"},
     "random": {"router__form": "random", "cache__view": "all"},
+    "early exit": {"router__form": "early_exit"},
+    "mod": {"router__form": "mod", "router__estimator": "weighted", "model__min_depth": 4, "cache__view": "same_step"},
+    "recursion": {"router__form": "recursion", "train__seed": 1, "model__pool_size": 2, "cache__view": "all"},
+    "recursion remat": {"router__form": "recursion", "train__seed": 1, "model__pool_size": 2, "model__remat": "step"},
     "prelude and coda": {"model__prelude_layers": 1, "model__coda_layers": 2},
     "ragged_dot": {"model__grouped_backend": "ragged_dot"},
     "kernels": {"model__grouped_backend": "pallas", "model__attention_backend": "pallas", "cache__view": "all"},

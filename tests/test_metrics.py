@@ -97,7 +97,7 @@ def test_flop_model_against_a_plain_program():
     half = (seq + 1) // 2
     steps = [count_flops(lambda t=t: layer_and_router(t * half)) for t in (1, 2)]
     head = count_flops(lambda: h @ jnp.ones((d_model, VOCAB)))
-    assert flops_per_token(config, VOCAB, [0, 0, 1]) == pytest.approx((sum(steps) + head) / seq)
+    assert flops_per_token(config, VOCAB, [1, 1]) == pytest.approx((sum(steps) + head) / seq)
 
 
 def test_flops_follow_the_depth():
@@ -107,7 +107,7 @@ def test_flops_follow_the_depth():
     # The others decide three times, those that leave at the second decision twice.
     seen = {"all": 1 + 0.5 * 1.5 + 0.5 * 2, "latest": 2, "first": 2, "same_step": 1 + 0.25 + 0.25}
     for view, entries in seen.items():
-        found = flops_per_token(make_config(cache__view=view), VOCAB, [0, 0.5, 0, 0.5])
+        found = flops_per_token(make_config(cache__view=view), VOCAB, [1, 0.5, 0.5])
         assert found == pytest.approx(2 * layer + entries * attention + 2.5 * router + head), view
 
 
@@ -127,5 +127,5 @@ def test_flop_model_against_what_xla_counts():
     program = jax.jit(lambda params: dense_logits(params, token_BS, config)).lower(dense_params(config)).compile()
     counted = program.cost_analysis()["flops"] / token_BS.size
     beyond_causal = 3 * 4 * 256 * 63 / 2
-    model = flops_per_token(config, BASELINE_VOCAB, [0, 0, 0, 1]) + beyond_causal
+    model = flops_per_token(config, BASELINE_VOCAB, [1, 1, 1]) + beyond_causal
     assert model == pytest.approx(counted, rel=0.02)

@@ -1,0 +1,133 @@
+"""Routers of other models with a dynamic depth, over the same pool and cache: the baselines of a radial network.
+
+`mod`        Mixture-of-Depths (arXiv 2404.02258): at every `capacity_every`-th step the tokens of a row compete, and
+             only the `capacity` share with the highest scores executes the layer; the others sit it out.
+`recursion`  Mixture-of-Recursions, token choice (arXiv 2507.10524): before the first step each token is told how often
+             it goes through the layers of the pool, in their order.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from radialnet.config import ModelConfig, RouterConfig
+from radialnet.router import Controllers, Decision, Route, Router, Schedule, mlp
+
+# The score of a token that can't be chosen.
+_NEVER = -1e9
+
+
+def make_router(model_cfg: ModelConfig, cfg: RouterConfig, rngs: nnx.Rngs) -> Router:
+    """The router of a form."""
+    return {"mod": CapacityRouter, "recursion": RecursionRouter}.get(cfg.form, Router)(model_cfg, cfg, rngs)
+
+
+class CapacityRouter(Router):
+    """One score per token, and a predictor of whether it is among the highest of its row.
+
+    The choice looks at the whole row, which a model that writes token by token can't: so a second head learns to
+    predict it from the token alone, and decides in evaluation (section 3.5 of the paper).
+    """
+
+    def __init__(self, model_cfg: ModelConfig, cfg: RouterConfig, rngs: nnx.Rngs):
+        super().__init__(model_cfg, cfg, rngs, num_outputs=1)
+        d_model, hidden = self.hidden.shape
+        self.predictor_hidden = nnx.Param(jax.random.normal(rngs.params(), (d_model, hidden)) * d_model**-0.5)
+        self.predictor_out = nnx.Param(jax.random.normal(rngs.params(), (hidden, 1)) * 0.1 * hidden**-0.5)
+        self.predictor_bias = nnx.Param(jnp.zeros(1))
+
+    def __call__(
+        self,
+        h_BSD: jax.Array,
+        token_BS: jax.Array,
+        active_BS: jax.Array,
+        depth_step: jax.Array,
+        controllers: Controllers,
+        at: Schedule,
+        rng: jax.Array,
+        leaves_at_BS: jax.Array | None = None,
+        decided: Decision | None = None,
+    ) -> Route:
+        """`Router.__call__`; nobody exits."""
+        x_BSD = self._inputs(h_BSD, jnp.minimum(depth_step, self.max_depth - 1))
+        score_BS = self._logits(x_BSD)[..., 0]
+        # It learns to predict, and changes nothing of what it predicts from.
+        predicted_BS1 = mlp(jax.lax.stop_gradient(x_BSD), self.predictor_hidden[...], self.predictor_out[...])
+        predicted_BS = (predicted_BS1 + self.predictor_bias[...])[..., 0]
+        every = self.cfg.capacity_every
+        is_routed = depth_step % every == every - 1
+        if decided is None:
+            among_highest_BS = _highest(score_BS, active_BS, self.cfg.capacity)
+            chosen_BS = jnp.where(at.is_causal, predicted_BS > 0, among_highest_BS)
+            layer_BS = jnp.full(token_BS.shape, depth_step % self.num_layers, jnp.int32)
+            decided = Decision(layer_BS, jnp.zeros(token_BS.shape, bool), idles_BS=is_routed & ~chosen_BS)
+        sign_BS = jnp.where(decided.idles_BS, -1, 1)
+        return Route.of(
+            decided,
+            active_BS,
+            self.num_layers,
+            log_p_layer_BS=jnp.where(is_routed, jax.nn.log_sigmoid(score_BS), 0),
+            exit_logit_BS=jnp.where(is_routed, score_BS, 0),
+            predictor_nats_BS=jnp.where(is_routed & active_BS, -jax.nn.log_sigmoid(sign_BS * predicted_BS), 0),
+        )
+
+
+def _highest(score_BS: jax.Array, active_BS: jax.Array, share: float) -> jax.Array:
+    """The active tokens with the highest scores of their row, a share of the active ones, rounded up; more at a tie."""
+    score_BS = jnp.where(active_BS, score_BS, _NEVER)
+    num_B = jnp.ceil(share * active_BS.sum(1)).astype(jnp.int32)
+    falling_BS = -jnp.sort(-score_BS, axis=1)
+    last_B1 = jnp.take_along_axis(falling_BS, jnp.maximum(num_B - 1, 0)[:, None], axis=1)
+    return active_BS & (score_BS >= last_B1)
+
+
+class RecursionRouter(Router):
+    """A score for each number of rounds through the pool, 1 … T/L.
+
+    The exit bias counts against every round after the first, so that its controller holds the mean depth.
+    """
+
+    def __init__(self, model_cfg: ModelConfig, cfg: RouterConfig, rngs: nnx.Rngs):
+        self.num_rounds = model_cfg.max_depth // model_cfg.pool_size
+        super().__init__(model_cfg, cfg, rngs, num_outputs=self.num_rounds)
+
+    def no_plan(self, shape: tuple[int, ...]) -> jax.Array:
+        return jnp.zeros(shape, jnp.int32)
+
+    def __call__(
+        self,
+        h_BSD: jax.Array,
+        token_BS: jax.Array,
+        active_BS: jax.Array,
+        depth_step: jax.Array,
+        controllers: Controllers,
+        at: Schedule,
+        rng: jax.Array,
+        leaves_at_BS: jax.Array | None = None,
+        decided: Decision | None = None,
+    ) -> Route:
+        """`Router.__call__`; all is chosen at depth step 0."""
+        is_first, num_layers, num_rounds = depth_step == 0, self.num_layers, self.num_rounds
+        logits_BSR = self._logits(self._inputs(h_BSD, jnp.int32(0)))
+        biased_BSR = logits_BSR - controllers.exit_bias * jnp.arange(num_rounds)
+        if decided is None:
+            all_rounds_BS = jnp.full(token_BS.shape, num_rounds - 1)
+            round_BS = jnp.where(at.may_exit, jnp.argmax(biased_BSR, axis=-1), all_rounds_BS)
+            chosen_BS = (num_layers * (1 + round_BS)).astype(jnp.int32)
+            leaves_at_BS = jnp.where(is_first, chosen_BS, leaves_at_BS)
+            layer_BS = jnp.full(token_BS.shape, depth_step % num_layers, jnp.int32)
+            decided = Decision(layer_BS, active_BS & (leaves_at_BS <= depth_step), leaves_at_BS=leaves_at_BS)
+        round_BS = decided.leaves_at_BS // num_layers - 1
+        log_p_BSR = jax.nn.log_softmax(biased_BSR, axis=-1)
+        log_p_BS = jnp.take_along_axis(log_p_BSR, round_BS[..., None], axis=-1)[..., 0]
+        # How much shorter is liked better than longer: what the controller takes the spread of.
+        shorter_BS = logits_BSR[..., 0] - logits_BSR[..., -1]
+        return Route.of(
+            decided,
+            active_BS,
+            num_layers,
+            log_survive_BS=jnp.where(is_first & at.may_exit, log_p_BS, 0),
+            layer_lse_BS=jnp.where(is_first, jax.nn.logsumexp(logits_BSR, axis=-1), 0),
+            leave_logit_BS=shorter_BS + controllers.exit_bias * (num_rounds - 1),
+            can_exit=is_first & at.may_exit,
+        )
