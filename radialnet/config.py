@@ -20,6 +20,8 @@ FIXED_FORMS = ("sequential", "cyclic", "random", "hash")
 GROUPED_BACKENDS = ("block_loop", "ragged_dot", "pallas", "masked_dense")
 ATTENTION_BACKENDS = ("tiles", "pallas")
 ESTIMATORS = ("straight_through", "score", "weighted", "dense")
+# Symbols that rows of the hop task are made of (`hop_task`).
+HOPS_ALPHABET = 64
 
 
 class ConfigError(ValueError):
@@ -91,6 +93,8 @@ class DataConfig:
     tokenizer: str
     vocab_size: int
     eval_fraction: float
+    hops_symbols: int
+    hops_max: int
     cache_dir: str
 
 
@@ -345,10 +349,10 @@ def _validate_router(config: Config) -> None:
 
 def _validate_run(config: Config) -> None:
     data, optimizer, train = config.data, config.optimizer, config.train
-    _one_of("config.data.source", data.source, ("stdlib", "text", "jsonl"))
+    _one_of("config.data.source", data.source, ("stdlib", "text", "jsonl", "hops"))
     _one_of("config.data.tokenizer", data.tokenizer, ("bpe", "byte"))
     _require(
-        data.source == "stdlib" or bool(data.path),
+        data.source in ("stdlib", "hops") or bool(data.path),
         f"config.data.path={data.path!r}: config.data.source={data.source!r} needs a path",
     )
     _require(
@@ -369,8 +373,33 @@ def _validate_run(config: Config) -> None:
         f"config.train.batch_size={train.batch_size}",
     )
     _require(0 <= train.seed < 2**32, f"config.train.seed={train.seed}: at least 0 and less than 2**32 is needed")
+    if data.source == "hops":
+        check_hops(data.hops_symbols, data.hops_max, train.seq_len)
     _at_least("eval", config.eval, 0, "every_steps", "num_batches")
     _at_least("checkpoint", config.checkpoint, 0, "every_steps")
     _at_least("checkpoint", config.checkpoint, 1, "keep")
     _at_least("log", config.log, 1, "every_steps")
     _at_least("log", config.log, 0, "sample_tokens")
+
+
+def check_hops(
+    num_symbols: int,
+    max_hops: int,
+    seq_len: int,
+    names: tuple[str, str] = ("config.data.hops_symbols", "config.data.hops_max"),
+) -> None:
+    """Whether rows of the hop task can have these sizes.
+
+    Args:
+        names: of the first two, as the user gave them.
+
+    Raises:
+        ConfigError: they can't.
+    """
+    symbols, needed = f"{names[0]}={num_symbols}", 2 * num_symbols + 3
+    _require(num_symbols <= HOPS_ALPHABET, f"{symbols}: at most {HOPS_ALPHABET}, the whole alphabet, is needed")
+    _require(1 <= max_hops < num_symbols, f"{names[1]}={max_hops}: at least 1 and less than {symbols} is needed")
+    _require(
+        seq_len >= needed,
+        f"config.train.seq_len={seq_len}: {symbols} needs at least {needed}, for the pairs and one query",
+    )

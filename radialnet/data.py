@@ -3,6 +3,7 @@
 A split is one stream: every document is the separator and its tokens, one after the other. Row r holds the tokens
 r·S … (r+1)·S of it; the last one is only a target and the first of the next row, so that every token is read once
 as an input and predicted once. Attention never crosses from one document of a row to another (`document_BS`).
+Rows of the hop task are not on disk: `hop_task` makes them when they are read.
 """
 
 import dataclasses
@@ -18,6 +19,8 @@ import numpy as np
 
 from radialnet.config import Config, ConfigError, DataConfig
 from radialnet.corpus import Document, load_corpus
+from radialnet.hop_task import HopRows, make_tokenizer
+from radialnet.hop_task import manifest as hop_manifest
 from radialnet.run_folder import RunFolder
 from radialnet.tokenizer import BYTE_VOCAB_SIZE, Tokenizer
 
@@ -92,12 +95,15 @@ def write_rows(folder: Path, documents: tuple[Document, ...], tokenizer: Tokeniz
         shutil.rmtree(partial, ignore_errors=True)
 
 
+Rows = PackedRows | HopRows
+
+
 @dataclasses.dataclass(frozen=True)
 class Dataset:
     """A tokenised corpus: rows of both splits, the tokenizer, and the manifest of the documents."""
 
-    train: PackedRows
-    eval: PackedRows
+    train: Rows
+    eval: Rows
     tokenizer: Tokenizer
     manifest: dict
 
@@ -112,13 +118,11 @@ def prepare(config: Config, folder: RunFolder) -> Dataset:
         ConfigError: the corpus can't be read or is not the one of the manifest; the cache can't be used.
     """
     cfg = config.data
+    if cfg.source == "hops":
+        return _hops(config, folder)
     corpus = load_corpus(cfg)
     manifest = corpus.manifest()
-    try:
-        cache = Path(cfg.cache_dir).expanduser()
-        cache.mkdir(parents=True, exist_ok=True)
-    except (OSError, RuntimeError) as error:  # RuntimeError: no home folder.
-        raise ConfigError(f"config.data.cache_dir={cfg.cache_dir!r}: can't be made ({error})") from None
+    cache = _cache_folder(cfg)
     if folder.config.exists():
         _check_manifest(folder.manifest, manifest["sha256"], cfg)
         tokenizer = Tokenizer.load(folder.tokenizer)
@@ -132,6 +136,25 @@ def prepare(config: Config, folder: RunFolder) -> Dataset:
             write_rows(path, getattr(corpus, split), tokenizer, config.train.seq_len)
         rows[split] = PackedRows(path)
     return Dataset(tokenizer=tokenizer, manifest=manifest, **rows)
+
+
+def _hops(config: Config, folder: RunFolder) -> Dataset:
+    cfg = config.data
+    _cache_folder(cfg)  # Nothing to keep there, but compiled programs are put into it.
+    rows = {split: HopRows(split, cfg.hops_symbols, cfg.hops_max, config.train.seq_len) for split in ("train", "eval")}
+    manifest = hop_manifest(rows)
+    if folder.config.exists():
+        _check_manifest(folder.manifest, manifest["sha256"], cfg)
+    return Dataset(tokenizer=make_tokenizer(), manifest=manifest, **rows)
+
+
+def _cache_folder(cfg: DataConfig) -> Path:
+    try:
+        cache = Path(cfg.cache_dir).expanduser()
+        cache.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError) as error:  # RuntimeError: no home folder.
+        raise ConfigError(f"config.data.cache_dir={cfg.cache_dir!r}: can't be made ({error})") from None
+    return cache
 
 
 def _check_manifest(path: Path, sha256: str, cfg: DataConfig) -> None:
@@ -159,7 +182,7 @@ def _key(*parts: object) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
-def train_batches(rows: PackedRows, batch_size: int, seed: int) -> grain.MapDataset:
+def train_batches(rows: Rows, batch_size: int, seed: int) -> grain.MapDataset:
     """The batch of every training step: `train_batches(...)[step]`, a pure function of (seed, step).
 
     Each epoch goes through all rows once, in an order of its own.
@@ -173,7 +196,7 @@ def prefetch(batches: grain.MapDataset, start: int) -> Iterator[Batch]:
     return iter(batches[start:].to_iter_dataset(options))
 
 
-def eval_batches(rows: PackedRows, batch_size: int, num_batches: int) -> Iterator[Batch]:
+def eval_batches(rows: Rows, batch_size: int, num_batches: int) -> Iterator[Batch]:
     """The rows in order, in batches filled up with padding; `num_batches` 0 = all of them."""
     available = -(-len(rows) // batch_size)
     for index in range(min(num_batches, available) if num_batches else available):

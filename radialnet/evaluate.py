@@ -21,7 +21,7 @@ from absl import flags
 from radialnet import cli
 from radialnet.config import ConfigError
 from radialnet.corpus import read_held_out
-from radialnet.data import Batch, PackedRows, eval_batches, prepare, write_rows
+from radialnet.data import Batch, PackedRows, Rows, eval_batches, prepare, write_rows
 from radialnet.metrics import BatchSums, add, figures, flops_per_token
 from radialnet.router import Controllers
 from radialnet.run_folder import RunFolder
@@ -52,7 +52,7 @@ def evaluate(
     return total, time.perf_counter() - start
 
 
-def evaluate_trained(trained: TrainedModel, rows: PackedRows, max_depth: int, exit_bias: float) -> dict:
+def evaluate_trained(trained: TrainedModel, rows: Rows, max_depth: int, exit_bias: float) -> dict:
     """The figures of a trained model over rows.
 
     Args:
@@ -77,10 +77,12 @@ def evaluate_trained(trained: TrainedModel, rows: PackedRows, max_depth: int, ex
     }
 
 
-def _held_out_rows(trained: TrainedModel, workdir: Path, data: str | None, scratch: Path) -> PackedRows:
+def _held_out_rows(trained: TrainedModel, workdir: Path, data: str | None, scratch: Path) -> Rows:
     folder = RunFolder(workdir)
     if not data:
         return prepare(trained.config, folder).eval
+    if trained.config.data.source == "hops":
+        raise ConfigError(f"--data={data}: not for a run on config.data.source='hops', which knows no text")
     if not Path(data).exists():
         raise ConfigError(f"--data={data}: no such file or folder")
     documents = read_held_out(Path(data), trained.config.data.text_key)

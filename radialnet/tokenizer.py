@@ -1,7 +1,7 @@
-"""Tokenizers: a byte-level BPE trained on the corpus, and plain bytes, which is the same one without merges."""
+"""Tokenizers: a byte-level BPE trained on the corpus; plain bytes, which is the same one without merges; words."""
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +14,10 @@ from radialnet.files import write_whole
 SEPARATOR = "<|document|>"
 BYTE_VOCAB_SIZE = 257  # All bytes and the separator.
 
+# The ids of a tokenizer of words: the separator, one that stands for every word it doesn't have, then its words.
+UNKNOWN = "<|unknown|>"
+SEPARATOR_ID, FIRST_WORD_ID = 0, 2
+
 
 class Tokenizer:
     """Text to token ids and back. The ids are those of a Hugging Face `tokenizer.json`."""
@@ -24,8 +28,10 @@ class Tokenizer:
         self._tokenizer = tokenizer
         self.vocab_size: int = tokenizer.get_vocab_size()
         self.separator_id: int = tokenizer.token_to_id(SEPARATOR)
-        # In a byte-level vocabulary each character of a token's name stands for one byte.
-        lengths = [len(tokenizer.id_to_token(token)) for token in range(self.vocab_size)]
+        # In a byte-level vocabulary each character of a token's name stands for one byte. Words stand for no text and
+        # count as one byte each, so that bits per byte are bits per predicted word.
+        has_words = isinstance(tokenizer.model, tokenizers.models.WordLevel)
+        lengths = [1 if has_words else len(tokenizer.id_to_token(token)) for token in range(self.vocab_size)]
         lengths[self.separator_id] = 0
         self.bytes_per_token = np.asarray(lengths, np.int32)
 
@@ -42,6 +48,15 @@ class Tokenizer:
             show_progress=False,
         )
         tokenizer.train_from_iterator(texts, trainer)
+        return cls(tokenizer)
+
+    @classmethod
+    def of_words(cls, words: Sequence[str]) -> "Tokenizer":
+        """These words, between spaces, with ids from FIRST_WORD_ID on in their order."""
+        vocabulary = {word: token for token, word in enumerate((SEPARATOR, UNKNOWN, *words))}
+        tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token=UNKNOWN))
+        tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+        tokenizer.add_special_tokens([SEPARATOR])
         return cls(tokenizer)
 
     @classmethod

@@ -1,0 +1,43 @@
+"""The hop task: does the router send tokens deeper that need more look-ups?
+
+What: rows of 8 pairs of a permutation and queries for 1 to 4 look-ups (radialnet/hop_task.py). A pool of 12 layers, 2
+to 6 of them per token and 3 on average: less than an answer with 4 look-ups in a row takes, more than most tokens need.
+The run logs bits per answer (as bpb, for a word counts as one byte); accuracy and depth by the number of look-ups are
+told by python -m radialnet.hops --workdir=runs/hops.
+Cost: 0.4 MFLOP per token forward at depth 3; time not measured yet, meant for minutes on 2 CPU cores. 0.7M parameters.
+Expected: not measured yet.
+Command: python train.py --config=configs/hops.py --workdir=runs/hops
+"""
+
+from ml_collections import ConfigDict
+
+from configs import radial_nano
+
+
+def get_config() -> ConfigDict:
+    config = radial_nano.get_config()
+
+    # A look-up takes a layer, and so does telling the tokens of a pair, or of a query, whom they belong to.
+    config.model.pool_size = 12
+    config.model.max_depth = 6
+    config.model.min_depth = 2
+    config.model.d_model = 64
+    config.model.d_ff = 192
+
+    config.router.depth_target = 3.0
+    config.router.exit_warmup_steps = 500
+    config.router.depth_ramp_steps = 500
+
+    config.data.source = "hops"
+    config.data.hops_symbols = 8
+    config.data.hops_max = 4
+
+    config.train.num_steps = 3000
+    config.train.batch_size = 32
+    config.train.seq_len = 64
+    config.eval.every_steps = 500
+
+    # A text to be continued is not what these runs know.
+    config.log.sample_prompt = ""
+
+    return config
