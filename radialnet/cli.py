@@ -1,5 +1,6 @@
 """What all commands share: flags, and errors of the user as one line and an exit code."""
 
+import math
 import re
 import sys
 from collections.abc import Callable
@@ -34,12 +35,31 @@ def command(*allowed: str) -> str:
 
 def read_config(flag: flags.FlagHolder) -> Config:
     """The validated config behind a `--config` flag. Raises ConfigError, also when the file can't be loaded."""
+    return Config.from_dict(config_fields(flag))
+
+
+def config_fields(flag: flags.FlagHolder) -> dict:
+    """The fields behind a `--config` flag, not validated: section to field to value. Raises ConfigError."""
     try:
-        fields = flag.value.to_dict()
+        return flag.value.to_dict()
     except OSError as error:
         # ml_collections tells at length what it tried; what went wrong stands at the end.
         raise ConfigError(f"--{flag.name}: can't be loaded: {str(error).strip().splitlines()[-1].strip()}") from None
-    return Config.from_dict(fields)
+
+
+def numbers(name: str, values: list[str], kind: type, allowed: str) -> list:
+    """The values of a flag that takes finite numbers, by commas; whole ones (`kind` int) are at least 1.
+
+    Raises:
+        ConfigError: naming the flag, its values and what is allowed.
+    """
+    try:
+        parsed = [kind(value) for value in values]
+    except ValueError:
+        parsed = []
+    if not parsed or not all(map(math.isfinite, parsed)) or (kind is int and min(parsed) < 1):
+        raise ConfigError(f"--{name}={','.join(values)}: {allowed} are needed")
+    return parsed
 
 
 def _parse(arguments: list[str]) -> list[str]:

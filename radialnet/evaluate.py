@@ -15,7 +15,6 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from absl import flags
 
 from radialnet import cli
@@ -29,6 +28,8 @@ from radialnet.train_step import eval_step
 from radialnet.trained import TrainedModel, load_trained
 
 EvalStep = Callable[..., BatchSums]
+# One function for all calls, so that a max depth is compiled once, whatever the number of exit biases.
+_EVAL_STEP = jax.jit(eval_step, static_argnames=("config", "graph", "max_depth"))
 
 
 def evaluate(
@@ -60,7 +61,7 @@ def evaluate_trained(trained: TrainedModel, rows: Rows, max_depth: int, exit_bia
         exit_bias: added to the trained exit bias.
     """
     config = trained.config
-    step_fn = jax.jit(partial(eval_step, config=config, graph=trained.graph, max_depth=max_depth))
+    step_fn = partial(_EVAL_STEP, config=config, graph=trained.graph, max_depth=max_depth)
     controllers = trained.controllers.replace(exit_bias=trained.controllers.exit_bias + exit_bias)
     batches = eval_batches(rows, config.train.batch_size, config.eval.num_batches)
     bytes_V = jnp.asarray(trained.tokenizer.bytes_per_token)
@@ -90,20 +91,10 @@ def _held_out_rows(trained: TrainedModel, workdir: Path, data: str | None, scrat
     return PackedRows(scratch / "rows")
 
 
-def _numbers(flag: str, values: list[str], kind: type, allowed: str) -> list:
-    try:
-        numbers = [kind(value) for value in values]
-    except ValueError:
-        numbers = []
-    if not numbers or not np.isfinite(numbers).all() or (kind is int and min(numbers) < 1):
-        raise ConfigError(f"--{flag}={','.join(values)}: {allowed} are needed")
-    return numbers
-
-
 def main() -> None:
     workdir = Path(_WORKDIR.value)
-    max_depths = _numbers("max_depth", _MAX_DEPTH.value or ["1"], int, "whole numbers of at least 1, by commas")
-    exit_biases = _numbers("exit_bias", _EXIT_BIAS.value, float, "numbers, by commas")
+    max_depths = cli.numbers("max_depth", _MAX_DEPTH.value or ["1"], int, "whole numbers of at least 1, by commas")
+    exit_biases = cli.numbers("exit_bias", _EXIT_BIAS.value, float, "numbers, by commas")
     trained = load_trained(workdir)
     if not _MAX_DEPTH.value:
         max_depths = [trained.config.model.max_depth]

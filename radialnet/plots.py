@@ -1,5 +1,7 @@
-"""Plots of a run, from its metrics.jsonl alone."""
+"""Plots of a run, from its metrics.jsonl alone, and of runs against each other."""
 
+import collections
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -14,15 +16,7 @@ def plot_run(lines: list[dict], folder: Path) -> list[Path]:
     Args:
         lines: of metrics.jsonl. Without a figure in either split nothing is drawn.
     """
-    # Here, for it takes a second to import. Agg: no display is needed.
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    plt.rcParams.update(
-        {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25, "font.size": 10}
-    )
+    plt = _pyplot()
     folder.mkdir(parents=True, exist_ok=True)
     # Lines of skipped steps have no figures.
     lines = [line for line in lines if line["bpb"] is not None]
@@ -33,11 +27,27 @@ def plot_run(lines: list[dict], folder: Path) -> list[Path]:
     drawn = []
     for name, draw in (("loss", _draw_loss), ("depth", _draw_depth), ("layers", _draw_layers)):
         figure = draw(plt, train, held_out)
-        path = folder / f"{name}.png"
-        figure.savefig(path, dpi=130, bbox_inches="tight")
-        plt.close(figure)
-        drawn.append(path)
+        drawn.append(folder / f"{name}.png")
+        _save(plt, figure, drawn[-1])
     return drawn
+
+
+def _pyplot():
+    # Here, for it takes a second to import. Agg: no display is needed.
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update(
+        {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25, "font.size": 10}
+    )
+    return plt
+
+
+def _save(plt, figure, path: Path) -> None:
+    figure.savefig(path, dpi=130, bbox_inches="tight")
+    plt.close(figure)
 
 
 def _series(lines: list[dict], key: str) -> tuple[list, list]:
@@ -101,3 +111,78 @@ def _draw_layers(plt, train, held_out):
     axes.set(xlabel="layer of the pool", ylabel="depth step")
     axes.set_title(f"Where held-out tokens are routed, step {last['step']}")
     return figure
+
+
+@dataclasses.dataclass(frozen=True)
+class SweepPoint:
+    """The quality and the cost of one run."""
+
+    series: str  # What shares a colour.
+    depth: str  # Written beside the point; equal ones of a series differ by the seed alone.
+    flops: float  # Executed forward FLOPs per token.
+    ce: float  # Held-out loss, nats per token.
+
+
+def pareto_front(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The points (cost, loss) that no other one beats in both, or in one at the same of the other; by cost."""
+    front = []
+    for cost, loss in sorted(set(points)):
+        if not front or loss < front[-1][1]:
+            front.append((cost, loss))
+    return front
+
+
+def plot_sweep(points: list[SweepPoint], path: Path) -> None:
+    """Draw held-out loss against executed FLOPs: means over seeds, and their Pareto front. Needs a point at least."""
+    plt = _pyplot()
+    seeds = collections.defaultdict(list)
+    for point in points:
+        seeds[point.series, point.depth].append((point.flops, point.ce))
+    means = {key: tuple(np.mean(values, axis=0)) for key, values in seeds.items()}
+    least, most = min(map(len, seeds.values())), max(map(len, seeds.values()))
+    figure, axes = plt.subplots(figsize=(8, 5))
+    for index, series in enumerate(dict.fromkeys(point.series for point in points)):
+        keys = [key for key in seeds if key[0] == series]
+        mean_XP = np.transpose([means[key] for key in keys])
+        low_XP, high_XP = (np.transpose([edge(seeds[key], axis=0) for key in keys]) for edge in (np.min, np.max))
+        axes.errorbar(
+            *mean_XP,
+            # In the order of their arguments. Bars without a length would still be drawn in the legend.
+            *(np.stack([mean_XP - low_XP, high_XP - mean_XP], axis=1)[::-1] if most > 1 else ()),
+            linestyle="",
+            marker=_MARKERS[index % len(_MARKERS)],
+            color=plt.get_cmap("tab10")(index % 10),
+            markersize=6,
+            elinewidth=1,
+            capsize=2,
+            label=series or "runs",
+        )
+        if len(means) <= _MAX_LABELLED:
+            for key, mean in zip(keys, mean_XP.T, strict=True):
+                axes.annotate(key[1], mean, textcoords="offset points", xytext=(6, 5), fontsize=8, color="0.3")
+    front = pareto_front(list(means.values()))
+    axes.plot(*zip(*front, strict=True), color="0.6", linewidth=1.2, linestyle="--", zorder=1, label="Pareto front")
+    _scale_costs(axes, [cost for cost, _ in means.values()])
+    shown = [meaning for sign, meaning in _MEANINGS.items() if any(f"{sign}=" in point.depth for point in points)]
+    axes.set_xlabel("executed forward FLOPs per token" + ("\n" + ", ".join(shown) if shown else ""))
+    axes.set(ylabel="held-out loss (nats per token)", title="Quality against compute")
+    several = f"means of {least if least == most else f'{least} to {most}'} seeds,\nbars from min to max"
+    axes.legend(frameon=False, fontsize=9, title=several if most > 1 else None, title_fontsize=9)
+    _save(plt, figure, path)
+
+
+_MARKERS = "osD^vPX<>*"
+_MEANINGS = {"T": "T: max depth", "d*": "d*: target of the mean depth"}
+# More labels than this are not legible beside their points.
+_MAX_LABELLED = 40
+
+
+def _scale_costs(axes, costs: list[float]) -> None:
+    from matplotlib import ticker
+
+    span = max(costs) / min(costs)
+    if span > 4:
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5) if span > 30 else (1, 1.5, 2, 3, 4, 6)))
+        axes.xaxis.set_minor_locator(ticker.NullLocator())
+    axes.xaxis.set_major_formatter(ticker.EngFormatter())

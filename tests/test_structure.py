@@ -4,11 +4,11 @@ import ast
 from pathlib import Path
 
 ORDER = [
-    "files", "config", "tokenizer", "corpus", "hop_task", "grouping", "row_function", "block_loop",
+    "files", "config", "grid", "tokenizer", "corpus", "hop_task", "grouping", "row_function", "block_loop",
     "grouped_kernels", "grouped", "visibility", "attention_kernels", "attention", "cache", "layers", "router",
     "peer_routers", "metrics", "pool", "depth", "model", "losses", "optimizer", "train_step", "checkpoint",
     "run_folder", "data", "trained", "writers", "progress", "cli", "evaluate", "hops", "generate", "baseline",
-    "report", "benchmark", "aot", "plots", "trainer",
+    "report", "benchmark", "aot", "plots", "trainer", "sweep",
 ]  # fmt: skip
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "radialnet"
