@@ -8,7 +8,7 @@ ORDER = [
     "grouped_kernels", "grouped", "visibility", "attention_kernels", "attention", "cache", "layers", "router",
     "peer_routers", "metrics", "pool", "depth", "model", "losses", "optimizer", "train_step", "checkpoint",
     "run_folder", "data", "trained", "writers", "progress", "cli", "evaluate", "hops", "generate", "baseline",
-    "report", "benchmark", "aot", "plots", "trainer", "sweep",
+    "report", "benchmark", "aot", "plots", "trainer", "sweep", "results",
 ]  # fmt: skip
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "radialnet"

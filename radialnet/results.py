@@ -1,0 +1,207 @@
+"""Does routing pay? All models of docs/RESULTS.md trained and compared, by one command.
+
+    python -m radialnet.results --workdir=runs/results [--seeds=0,1,2] [--jobs=1] [--out=docs]
+
+Trains what is missing of `MODELS` (from configs/radial_micro.py) and of the hop task (configs/hops.py), each with every
+seed, as `radialnet.sweep` does: the same command again goes on, and finished runs are not trained again. Then writes
+RESULTS.json, RESULTS.md and results.png into --out. Exit code 1 when a run failed; nothing is written then.
+"""
+
+import datetime
+import json
+import math
+import platform
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+from absl import flags
+from rich.console import Console
+
+from configs import hops, radial_micro
+from radialnet import cli
+from radialnet.data import prepare
+from radialnet.files import write_whole
+from radialnet.grid import Cell, Values, expand, parse_axis
+from radialnet.hops import hop_figures
+from radialnet.plots import SweepPoint, plot_sweep
+from radialnet.run_folder import RunFolder
+from radialnet.sweep import EXIT_FAILED_CELLS, command_of, train_grid
+from radialnet.trained import load_trained
+
+_EXITS: Values = {
+    "model.max_depth": 6,
+    "model.min_depth": 2,
+    "router.exit_warmup_steps": 300,
+    "router.depth_ramp_steps": 700,
+    "router.exit_bias_rate": 0.2,
+    "router.z_coef": 0.02,
+}
+# Each executes 4 layers per token on average, but where its name says otherwise. What differs from radial_micro.
+MODELS: dict[str, Values] = {
+    "dense": {"router.form": "sequential", "model.pool_size": 4},
+    "dense, 6 layers": {"router.form": "sequential", "model.pool_size": 6, "model.max_depth": 6},
+    "radial, learned depth": {"model.pool_size": 24, **_EXITS},
+    "radial, fixed depth": {"model.pool_size": 16},
+    "radial, T/2": {"model.pool_size": 8, "model.max_depth": 2},
+    "early exit": {"router.form": "early_exit", "model.pool_size": 6, **_EXITS},
+    "Mixture-of-Depths": {
+        "router.form": "mod",
+        "router.estimator": "weighted",
+        # All tokens at every other step, a third of them at the steps between: 3 + 3/3 layers.
+        "router.capacity": 0.3334,
+        "model.pool_size": 6,
+        "model.max_depth": 6,
+        "cache.view": "same_step",
+    },
+    "Mixture-of-Recursions": {
+        "router.form": "recursion",
+        "router.estimator": "weighted",
+        "model.pool_size": 2,
+        "model.init": "distinct",
+        **_EXITS,
+    },
+    "looped": {"router.form": "cyclic", "model.pool_size": 2, "model.init": "distinct"},
+    "random": {"router.form": "random"},
+    "hash": {"router.form": "hash"},
+}
+BASELINES = ("early exit", "Mixture-of-Depths", "Mixture-of-Recursions", "looped", "random", "hash")
+# Models of the hop task, by what differs from configs/hops.py.
+HOP_MODELS: dict[str, Values] = {
+    "hops, radial": {},
+    "hops, dense": {"router.form": "sequential", "model.pool_size": 6, "model.min_depth": 6},
+}
+
+
+def cells_of(fields: dict, models: dict[str, Values], seeds: list[Values]) -> dict[str, list[Cell]]:
+    """The runs of each model, one for each seed."""
+    cells = expand(fields, [list(models.values()), seeds], {})
+    return {name: cells[index * len(seeds) : (index + 1) * len(seeds)] for index, name in enumerate(models)}
+
+
+def summary(rows: list[dict]) -> dict:
+    """Mean of each figure over seeds, and the standard deviation of the loss; None for that of a single seed."""
+    names = ("ce", "bpb", "depth", "flops_per_token", "load_entropy", "route_mi", "tokens_trained", "seconds")
+    losses = [row["ce"] for row in rows]
+    spread = statistics.stdev(losses) if len(losses) > 1 else None
+    return {**{name: statistics.fmean(row[name] for row in rows) for name in names}, "ce_std": spread}
+
+
+def figures_of(models: dict[str, dict], hop_runs: list[dict]) -> dict[str, float | None]:
+    """The figures that users and docs rely on, from the summaries of the models and the reports of radial hop runs."""
+    ce = {name: found["ce"] for name, found in models.items()}
+    radial, dense = ce["radial, learned depth"], ce["dense"]
+    correlations = [run["spearman"] for run in hop_runs if run["spearman"] is not None]
+    return {
+        "radial/dense equal depth": radial / dense,
+        "radial fixed depth/dense": ce["radial, fixed depth"] / dense,
+        "radial T÷2/dense T": ce["radial, T/2"] / dense,
+        "radial/best baseline": radial / min(ce[name] for name in BASELINES),
+        "hops spearman": statistics.fmean(correlations) if correlations else None,
+        "load entropy": models["radial, learned depth"]["load_entropy"],
+        "route_mi": models["radial, learned depth"]["route_mi"],
+    }
+
+
+def markdown(result: dict) -> str:
+    """docs/RESULTS.md."""
+    seeds = ", ".join(map(str, result["seeds"]))
+    lines = [
+        "# Results",
+        "",
+        f"    python -m radialnet.results --workdir=runs/results --seeds={seeds.replace(' ', '')}",
+        "",
+        f"Written by this command at commit {result['commit']}, {result['date']}; seeds {seeds}; {result['machine']}.",
+        "Held-out loss in nats per byte of Python's standard library, means over seeds ± their standard deviation.",
+        "Every model is trained with the same optimizer on as many tokens. Depth and FLOPs are what held-out tokens",
+        "executed. Minutes are those of the training steps.",
+        "",
+        "| model | depth | MFLOP per token | loss | against dense | load entropy | route_mi | M tokens | minutes |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    dense = result["models"]["dense"]["ce"]
+    for name, found in result["models"].items():
+        spread = "" if found["ce_std"] is None else f" ± {found['ce_std']:.4f}"
+        lines.append(
+            f"| {name} | {found['depth']:.2f} | {found['flops_per_token'] / 1e6:.3f} | {found['ce']:.4f}{spread} "
+            f"| {100 * (found['ce'] / dense - 1):+.1f} % | {found['load_entropy']:.2f} | {found['route_mi']:.2f} "
+            f"| {found['tokens_trained'] / 1e6:.1f} | {found['seconds'] / 60:.0f} |"
+        )
+    lines += ["", "![Held-out loss against executed FLOPs](results.png)", "", "| figure | |", "|---|---|"]
+    lines += [f"| {name} | {'–' if value is None else f'{value:.4f}'} |" for name, value in result["figures"].items()]
+    lines += [
+        "",
+        "## Hop task",
+        "",
+        "Accuracy and executed depth of the token that answers, by the number of look-ups k (`radialnet.hops`).",
+        "",
+    ]
+    for name, runs in result["hops"].items():
+        lines += [f"**{name}**", "", "| k | accuracy | depth |", "|---|---|---|"]
+        for at in zip(*(run["by_k"] for run in runs), strict=True):
+            accuracy, depth = (statistics.fmean(line[key] for line in at) for key in ("accuracy", "depth"))
+            lines.append(f"| {at[0]['k']} | {accuracy:.3f} | {depth:.2f} |")
+        lines += ["", f"Mean depth of all tokens {statistics.fmean(run['depth'] for run in runs):.2f}.", ""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _hop_report(folder: Path) -> dict:
+    trained = load_trained(folder)
+    rows = prepare(trained.config, RunFolder(folder)).eval
+    return hop_figures(trained, rows, trained.config.model.max_depth, 0.0)
+
+
+def _commit() -> str:
+    asked = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return asked.stdout.strip() or "unknown"
+
+
+def main() -> None:
+    text = ",".join(_SEEDS.value)
+    seeds = parse_axis(f"train.seed={text}", radial_micro.get_config().to_dict(), f"--seeds={text}")
+    workdir, out, console = Path(_WORKDIR.value), Path(_OUT.value), Console(highlight=False, soft_wrap=True)
+    studies = {}
+    for file, config, models in (("radial_micro", radial_micro, MODELS), ("hops", hops, HOP_MODELS)):
+        cells = cells_of(config.get_config().to_dict(), models, seeds)
+        every = [cell for runs in cells.values() for cell in runs]
+        commands = [command_of(cell, f"configs/{file}.py", workdir / file) for cell in every]
+        rows, num_failed = train_grid(every, commands, workdir / file, _JOBS.value, console)
+        if num_failed:
+            sys.exit(EXIT_FAILED_CELLS)
+        studies[file] = cells, {row["cell"]: row for row in rows}
+    cells, rows = studies["radial_micro"]
+    of_model = {name: [rows[cell.name] for cell in runs] for name, runs in cells.items()}
+    hop_runs = {
+        name: [_hop_report(workdir / "hops" / cell.name) for cell in runs] for name, runs in studies["hops"][0].items()
+    }
+    models = {name: summary(runs) for name, runs in of_model.items()}
+    result = {
+        "figures": figures_of(models, hop_runs["hops, radial"]),
+        "models": models,
+        "hops": hop_runs,
+        "seeds": [seed["train.seed"] for seed in seeds],
+        "commit": _commit(),
+        "date": datetime.date.today().isoformat(),
+        "machine": f"{platform.machine()}, Python {platform.python_version()}, jax {jax.__version__}",
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    points = [
+        SweepPoint(name, "", row["flops_per_token"], row["ce"])
+        for name, runs in of_model.items()
+        for row in runs
+        if math.isfinite(row["ce"])
+    ]
+    plot_sweep(points, out / "results.png")
+    write_whole(out / "RESULTS.json", json.dumps(result, indent=1) + "\n")
+    write_whole(out / "RESULTS.md", markdown(result))
+    print(json.dumps(result["figures"]))
+
+
+if __name__ == "__main__":
+    _WORKDIR = flags.DEFINE_string("workdir", None, "Where the runs go.", required=True)
+    _SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "config.train.seed of the runs of each model.")
+    _JOBS = flags.DEFINE_integer("jobs", 1, "Runs at a time.")
+    _OUT = flags.DEFINE_string("out", "docs", "Where the results are written to.")
+    cli.run(main)

@@ -1,0 +1,74 @@
+import json
+
+import pytest
+
+from configs import hops, radial_micro
+from radialnet import results
+from tests.test_cli import run
+
+SEEDS = [{"train.seed": 0}, {"train.seed": 3}]
+
+
+def test_every_model_is_a_config_that_works_with_each_seed():
+    for config, models in ((radial_micro, results.MODELS), (hops, results.HOP_MODELS)):
+        cells = results.cells_of(config.get_config().to_dict(), models, SEEDS)
+        assert list(cells) == list(models)
+        for name, runs in cells.items():
+            assert [cell.config.train.seed for cell in runs] == [0, 3]
+            for field, value in models[name].items():
+                section, key = field.split(".")
+                assert all(getattr(getattr(cell.config, section), key) == value for cell in runs), field
+    assert set(results.BASELINES) < set(results.MODELS)
+
+
+def row(ce, **more):
+    names = ("bpb", "depth", "flops_per_token", "load_entropy", "route_mi", "tokens_trained", "seconds")
+    return {"ce": ce, **dict.fromkeys(names, 1e6), **more}
+
+
+def test_summary_is_mean_and_standard_deviation():
+    found = results.summary([row(1.0, depth=4.0), row(1.5, depth=4.5)])
+    assert found["ce"] == 1.25 and found["depth"] == 4.25
+    assert found["ce_std"] == pytest.approx(0.125**0.5)
+    assert results.summary([row(1.0)])["ce_std"] is None
+
+
+def example():
+    models = {name: results.summary([row(2.0 + index)]) for index, name in enumerate(results.MODELS)}
+    by_k = [{"k": k, "queries": 9, "accuracy": 1 - k / 10, "depth": 2.0 + k} for k in (1, 2)]
+    hop_runs = {name: [{"spearman": 0.5, "by_k": by_k, "depth": 3.0}] for name in results.HOP_MODELS}
+    hop_runs["hops, radial"].append({"spearman": None, "by_k": by_k, "depth": 4.0})
+    return models, hop_runs
+
+
+def test_figures_compare_what_they_say():
+    models, hop_runs = example()
+    found = results.figures_of(models, hop_runs["hops, radial"])
+    ce = {name: summary["ce"] for name, summary in models.items()}
+    assert found["radial/dense equal depth"] == ce["radial, learned depth"] / ce["dense"]
+    assert found["radial T÷2/dense T"] == ce["radial, T/2"] / ce["dense"]
+    assert found["radial/best baseline"] == ce["radial, learned depth"] / ce["early exit"]
+    assert found["hops spearman"] == 0.5
+    assert results.figures_of(models, [])["hops spearman"] is None
+
+
+def test_markdown_has_a_line_for_each_model_and_figure():
+    models, hop_runs = example()
+    figures = results.figures_of(models, hop_runs["hops, radial"])
+    rest = {"seeds": [0, 3], "commit": "abc", "date": "2026-01-01", "machine": "x"}
+    text = results.markdown({"figures": figures, "models": models, "hops": hop_runs, **rest})
+    assert "--seeds=0,3" in text and "commit abc" in text
+    for name in (*results.MODELS, *figures):
+        assert sum(line.startswith(f"| {name} |") for line in text.splitlines()) == 1, name
+    assert "| 2 | 0.800 | 4.00 |" in text
+    assert "Mean depth of all tokens 3.50." in text
+
+
+def test_bad_seeds():
+    _, stderr = run("-m", "radialnet.results", "--workdir=nowhere", "--seeds=0,x", code=2)
+    assert stderr.count("\n") == 1 and "--seeds=0,x" in stderr
+
+
+def test_figures_are_json():
+    models, hop_runs = example()
+    json.dumps(results.figures_of(models, hop_runs["hops, radial"]), allow_nan=False)
