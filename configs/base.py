@@ -27,7 +27,7 @@ def get_config() -> ConfigDict:
     model.grouped_backend = (
         "auto"  # block_loop | ragged_dot | pallas | masked_dense (the reference) | auto: by platform.
     )
-    model.attention_backend = "auto"  # tiles | pallas | auto: by platform.
+    model.attention_backend = "auto"  # tiles | pallas (for GPUs and TPUs) | auto: by platform.
     model.remat = "none"  # none: keep what the layers computed for the backward pass | step: compute it again.
 
     config.router = router = ConfigDict()

@@ -25,8 +25,10 @@ from ml_collections import config_flags
 
 from radialnet import attention, cli, grouped
 from radialnet.config import Config, ConfigError
+from radialnet.hop_task import make_tokenizer
 from radialnet.model import init_params
 from radialnet.optimizer import make_optimizer
+from radialnet.tokenizer import BYTE_VOCAB_SIZE
 from radialnet.train_step import init_state, train_step
 
 EXIT_DOES_NOT_FIT = 1
@@ -79,7 +81,7 @@ def lower(config: Config, device) -> jax.stages.Lowered:
     """The training step of a config for one device. Nothing of the size of the model is ever made."""
     sharding = jax.sharding.SingleDeviceSharding(device)
     optimizer = make_optimizer(config)
-    graphs, vocab_size = [], config.data.vocab_size
+    graphs, vocab_size = [], _vocab_size(config)
 
     def init():
         graph, params = init_params(config, vocab_size)
@@ -89,10 +91,17 @@ def lower(config: Config, device) -> jax.stages.Lowered:
     shape = config.train.batch_size, config.train.seq_len
     batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name in ("token", "target", "document", "position")}
     batch["is_target"] = jax.ShapeDtypeStruct(shape, jnp.bool_)
-    inputs = jax.eval_shape(init), batch, jax.ShapeDtypeStruct((vocab_size,), jnp.float32)
+    inputs = jax.eval_shape(init), batch, jax.ShapeDtypeStruct((vocab_size,), jnp.int32)
     inputs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), inputs)
     step = partial(train_step, config=config, graph=graphs[0], optimizer=optimizer)
     return jax.jit(step, donate_argnums=0).lower(*inputs)
+
+
+def _vocab_size(config: Config) -> int:
+    """That of the run's tokenizer, without the data that it may be trained on."""
+    if config.data.source == "hops":
+        return make_tokenizer().vocab_size
+    return BYTE_VOCAB_SIZE if config.data.tokenizer == "byte" else config.data.vocab_size
 
 
 def main() -> None:

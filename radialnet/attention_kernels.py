@@ -53,9 +53,9 @@ class _Tiled:
     layer_BIQ1: jax.Array
     token_BJ1C: jax.Array
     layer_BJ1C: jax.Array
-    count_BI: jax.Array
+    count_B1I: jax.Array
     entries_BIJ: jax.Array
-    count_BJ: jax.Array
+    count_B1J: jax.Array
     queries_BJI: jax.Array
 
     @classmethod
@@ -86,9 +86,9 @@ class _Tiled:
 
 
 def _those_that_meet(meet_BXY):
-    """How many of the last axis, and their indices, in front of all others."""
+    """How many of the last axis, [B, 1, X], and their indices, in front of all others, [B, X, Y]."""
     order_BXY = jnp.argsort(~meet_BXY, axis=-1, stable=True)
-    return meet_BXY.sum(-1, dtype=jnp.int32), order_BXY.astype(jnp.int32)
+    return meet_BXY.sum(-1, dtype=jnp.int32)[:, None], order_BXY.astype(jnp.int32)
 
 
 def _cut(x_BQX, tile, empty=0):
@@ -132,8 +132,12 @@ def _dot(left, right, sums):
 
 
 def _call(kernel, platform, grid, scalars, in_specs, inputs, out_specs, out_shape):
-    """Run a kernel. `scalars` are what its loops go by; they lie in a TPU's scalar memory."""
-    whole = pl.BlockSpec(memory_space=tpu.SMEM if platform == "tpu" else None)
+    """Run a kernel. `scalars` are what its loops go by; those of a row lie in a TPU's scalar memory."""
+
+    def of_row(x):
+        memory = tpu.SMEM if platform == "tpu" else None
+        return pl.BlockSpec((1, *x.shape[1:]), lambda b, h, i: (b, 0, 0), memory_space=memory)
+
     params = {
         "gpu": triton.CompilerParams(num_warps=4, num_stages=2),
         "tpu": tpu.CompilerParams(vmem_limit_bytes=_VMEM_BYTES),
@@ -142,7 +146,7 @@ def _call(kernel, platform, grid, scalars, in_specs, inputs, out_specs, out_shap
     return pl.pallas_call(
         kernel,
         grid=grid,
-        in_specs=[*(whole for _ in scalars), *in_specs],
+        in_specs=[*map(of_row, scalars), *in_specs],
         out_specs=out_specs,
         out_shape=out_shape,
         compiler_params=params[platform],
@@ -156,13 +160,13 @@ def _sees_of_query_tile(first, last, layer_q, token, layer_c, j):
 
 
 def _forward_kernel(count, entries, first, last, layer_q, token, layer_c, q, k, v, mixed, lse, *, scale):
-    b, i = pl.program_id(0), pl.program_id(2)
+    i = pl.program_id(2)
     q_QK = q[0, 0, 0]
     num_queries, size = q_QK.shape
 
     def body(n, state):
         best_Q1, total_Q1, mixed_QK = state
-        j = entries[b, i, n]
+        j = entries[0, i, n]
         sees_QC = _sees_of_query_tile(first, last, layer_q, token, layer_c, j)
         scores_QC = jnp.where(sees_QC, _dot(q_QK, k[0, 0, j], _LAST) * scale, NEG_INF)
         new_best_Q1 = jnp.maximum(best_Q1, scores_QC.max(-1, keepdims=True))
@@ -173,7 +177,7 @@ def _forward_kernel(count, entries, first, last, layer_q, token, layer_c, q, k, 
         return new_best_Q1, total_Q1 * fade_Q1 + weights_QC.sum(-1, keepdims=True), mixed_QK
 
     zeros_Q1, zeros_QK = (jnp.zeros((num_queries, width), jnp.float32) for width in (1, size))
-    best_Q1, total_Q1, mixed_QK = jax.lax.fori_loop(0, count[b, i], body, (zeros_Q1 + NEG_INF, zeros_Q1, zeros_QK))
+    best_Q1, total_Q1, mixed_QK = jax.lax.fori_loop(0, count[0, 0, i], body, (zeros_Q1 + NEG_INF, zeros_Q1, zeros_QK))
     total_Q1 = jnp.maximum(total_Q1, 1e-30)
     mixed[0, 0, 0] = (mixed_QK / total_Q1).astype(mixed.dtype)
     lse[0, 0, 0] = best_Q1 + jnp.log(total_Q1)
@@ -189,11 +193,11 @@ def _gradient_of_scores(q_QK, k_CK, v_CK, d_mixed_QK, lse_Q1, norm_Q1, sees_QC, 
 def _queries_kernel(
     count, entries, first, last, layer_q, token, layer_c, q, k, v, d_mixed, lse, norm, dq, *, scale
 ):  # fmt: skip
-    b, i = pl.program_id(0), pl.program_id(2)
+    i = pl.program_id(2)
     of_queries = q[0, 0, 0], d_mixed[0, 0, 0], lse[0, 0, 0], norm[0, 0, 0]
 
     def body(n, dq_QK):
-        j = entries[b, i, n]
+        j = entries[0, i, n]
         q_QK, d_mixed_QK, lse_Q1, norm_Q1 = of_queries
         k_CK = k[0, 0, j]
         sees_QC = _sees_of_query_tile(first, last, layer_q, token, layer_c, j)
@@ -201,18 +205,18 @@ def _queries_kernel(
         return dq_QK + _dot(d_scores_QC, k_CK, _PLAIN)
 
     zeros_QK = jnp.zeros(of_queries[0].shape, jnp.float32)
-    dq[0, 0, 0] = jax.lax.fori_loop(0, count[b, i], body, zeros_QK).astype(dq.dtype)
+    dq[0, 0, 0] = jax.lax.fori_loop(0, count[0, 0, i], body, zeros_QK).astype(dq.dtype)
 
 
 def _entries_kernel(
     count, queries, first, last, layer_q, token, layer_c, q, k, v, d_mixed, lse, norm, dk, dv, *, scale
 ):  # fmt: skip
-    b, j = pl.program_id(0), pl.program_id(2)
+    j = pl.program_id(2)
     k_CK, v_CK = k[0, 0, 0], v[0, 0, 0]
 
     def body(n, grads):
         dk_CK, dv_CK = grads
-        i = queries[b, j, n]
+        i = queries[0, j, n]
         sees_QC = sees(first[0, i], last[0, i], token[0, 0], layer_q[0, i], layer_c[0, 0])
         for head in range(q.shape[1]):
             q_QK, d_mixed_QK = q[0, head, i], d_mixed[0, head, i]
@@ -223,7 +227,7 @@ def _entries_kernel(
         return dk_CK, dv_CK
 
     zeros_CK = jnp.zeros(k_CK.shape, jnp.float32)
-    dk[0, 0, 0], dv[0, 0, 0] = jax.lax.fori_loop(0, count[b, j], body, (zeros_CK, zeros_CK))
+    dk[0, 0, 0], dv[0, 0, 0] = jax.lax.fori_loop(0, count[0, 0, j], body, (zeros_CK, zeros_CK))
 
 
 def _forward(platform, q_BQHK, k_BCGK, v_BCGK, visibility):
@@ -236,7 +240,7 @@ def _forward(platform, q_BQHK, k_BCGK, v_BCGK, visibility):
         partial(_forward_kernel, scale=q_BQHK.shape[-1] ** -0.5),
         platform,
         grid=q.shape[:3],
-        scalars=(tiled.count_BI, tiled.entries_BIJ),
+        scalars=(tiled.count_B1I, tiled.entries_BIJ),
         in_specs=[*map(_one_tile, queries), *map(_all_tiles, entries), _one_tile(q), *[_all_tiles(k, shared)] * 2],
         inputs=(*queries, *entries, q, k, v),
         out_specs=(_one_tile(q), _one_tile(lse)),
@@ -257,7 +261,7 @@ def _backward(platform, q_BQHK, k_BCGK, v_BCGK, visibility, lse_BQH, norm_BQH, d
         partial(_queries_kernel, scale=scale),
         platform,
         grid=q.shape[:3],
-        scalars=(tiled.count_BI, tiled.entries_BIJ),
+        scalars=(tiled.count_B1I, tiled.entries_BIJ),
         in_specs=[
             *map(_one_tile, queries),
             *map(_all_tiles, entries),
@@ -274,7 +278,7 @@ def _backward(platform, q_BQHK, k_BCGK, v_BCGK, visibility, lse_BQH, norm_BQH, d
         partial(_entries_kernel, scale=scale),
         platform,
         grid=k.shape[:3],
-        scalars=(tiled.count_BJ, tiled.queries_BJI),
+        scalars=(tiled.count_B1J, tiled.queries_BJI),
         in_specs=[
             *map(_all_tiles, queries),
             *map(_one_tile, entries),

@@ -308,7 +308,11 @@ def _validate_router(config: Config) -> None:
             "config.router.exit_bias_rate alone, 0 is needed",
         )
     if router.form == "mod":
-        _at_least("router", router, 1, "capacity_every")
+        _require(
+            2 <= router.capacity_every <= model.max_depth,
+            f"config.router.capacity_every={router.capacity_every}: at least 2, for all tokens execute the first step, "
+            f"and at most config.model.max_depth={model.max_depth} is needed",
+        )
         _require(
             0 < router.capacity <= 1,
             f"config.router.capacity={router.capacity}: more than 0 and at most 1 is needed",

@@ -29,7 +29,7 @@ from radialnet.trained import TrainedModel, load_trained
 
 EvalStep = Callable[..., BatchSums]
 # One function for all calls, so that a max depth is compiled once, whatever the number of exit biases.
-_EVAL_STEP = jax.jit(eval_step, static_argnames=("config", "graph", "max_depth"))
+_eval_step = jax.jit(eval_step, static_argnames=("config", "graph", "max_depth"))
 
 
 def evaluate(
@@ -61,7 +61,7 @@ def evaluate_trained(trained: TrainedModel, rows: Rows, max_depth: int, exit_bia
         exit_bias: added to the trained exit bias.
     """
     config = trained.config
-    step_fn = partial(_EVAL_STEP, config=config, graph=trained.graph, max_depth=max_depth)
+    step_fn = partial(_eval_step, config=config, graph=trained.graph, max_depth=max_depth)
     controllers = trained.controllers.replace(exit_bias=trained.controllers.exit_bias + exit_bias)
     batches = eval_batches(rows, config.train.batch_size, config.eval.num_batches)
     bytes_V = jnp.asarray(trained.tokenizer.bytes_per_token)

@@ -94,8 +94,10 @@ def total_loss(cfg: RouterConfig, mean_nats: jax.Array, sums: RoutingSums, at: S
     depth = depth_loss(sums, cfg.depth_loss, at.depth_target)
     loss, terms = mean_nats, {"loss_load": load, "loss_depth": depth, "loss_router_z": z}
     if cfg.form == "mod":
-        # Learned beside the model: what it predicts from carries no gradient of it, so that no coefficient is needed.
-        terms["loss_predictor"] = sums.predictor_nats / jnp.maximum(sums.num_decisions, 1)
+        # What it predicts from gets no gradient of it, so that it needs no coefficient.
+        depth_steps = len(sums.executions_TL)
+        share = max(depth_steps // cfg.capacity_every, 1) / depth_steps
+        terms["loss_predictor"] = sums.predictor_nats / jnp.maximum(sums.num_decisions * share, 1)
         loss += terms["loss_predictor"]
     if cfg.is_trained:
         loss += cfg.load_coef * load + cfg.depth_coef * depth + cfg.z_coef * z

@@ -57,11 +57,14 @@ class CapacityRouter(Router):
         every = self.cfg.capacity_every
         is_routed = depth_step % every == every - 1
         if decided is None:
-            among_highest_BS = _highest(score_BS, active_BS, self.cfg.capacity)
-            chosen_BS = jnp.where(at.is_causal, predicted_BS > 0, among_highest_BS)
+            is_highest_BS = _highest(score_BS, active_BS, self.cfg.capacity)
+            chosen_BS = jnp.where(at.is_causal, predicted_BS > 0, is_highest_BS)
             layer_BS = jnp.full(token_BS.shape, depth_step % self.num_layers, jnp.int32)
             decided = Decision(layer_BS, jnp.zeros(token_BS.shape, bool), idles_BS=is_routed & ~chosen_BS)
-        sign_BS = jnp.where(decided.idles_BS, -1, 1)
+        else:
+            # A backward pass is one of training, in which those that don't idle are the highest.
+            is_highest_BS = ~decided.idles_BS
+        sign_BS = jnp.where(is_highest_BS, 1, -1)
         return Route.of(
             decided,
             active_BS,
@@ -110,6 +113,7 @@ class RecursionRouter(Router):
         is_first, num_layers, num_rounds = depth_step == 0, self.num_layers, self.num_rounds
         logits_BSR = self._logits(self._inputs(h_BSD, jnp.int32(0)))
         biased_BSR = logits_BSR - controllers.exit_bias * jnp.arange(num_rounds)
+        biased_BSR = jnp.where(num_layers * (1 + jnp.arange(num_rounds)) >= self.min_depth, biased_BSR, _NEVER)
         if decided is None:
             all_rounds_BS = jnp.full(token_BS.shape, num_rounds - 1)
             round_BS = jnp.where(at.may_exit, jnp.argmax(biased_BSR, axis=-1), all_rounds_BS)
@@ -126,8 +130,8 @@ class RecursionRouter(Router):
             decided,
             active_BS,
             num_layers,
-            log_survive_BS=jnp.where(is_first & at.may_exit, log_p_BS, 0),
+            log_survive_BS=jnp.where(is_first, log_p_BS, 0),
             layer_lse_BS=jnp.where(is_first, jax.nn.logsumexp(logits_BSR, axis=-1), 0),
             leave_logit_BS=shorter_BS + controllers.exit_bias * (num_rounds - 1),
-            can_exit=is_first & at.may_exit,
+            can_exit=is_first & at.may_exit & (self.min_depth < self.max_depth),
         )

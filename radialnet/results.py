@@ -9,7 +9,6 @@ RESULTS.json, RESULTS.md and results.png into --out. Exit code 1 when a run fail
 
 import datetime
 import json
-import math
 import platform
 import statistics
 import subprocess
@@ -28,7 +27,7 @@ from radialnet.grid import Cell, Values, expand, parse_axis
 from radialnet.hops import hop_figures
 from radialnet.plots import SweepPoint, plot_sweep
 from radialnet.run_folder import RunFolder
-from radialnet.sweep import EXIT_FAILED_CELLS, command_of, train_grid
+from radialnet.sweep import EXIT_FAILED_CELLS, command_of, finished, train_grid
 from radialnet.trained import load_trained
 
 _EXITS: Values = {
@@ -39,7 +38,7 @@ _EXITS: Values = {
     "router.exit_bias_rate": 0.2,
     "router.z_coef": 0.02,
 }
-# Each executes 4 layers per token on average, but where its name says otherwise. What differs from radial_micro.
+# Each is to execute 4 layers per token on average, but where its name says otherwise. What differs from radial_micro.
 MODELS: dict[str, Values] = {
     "dense": {"router.form": "sequential", "model.pool_size": 4},
     "dense, 6 layers": {"router.form": "sequential", "model.pool_size": 6, "model.max_depth": 6},
@@ -96,6 +95,7 @@ def figures_of(models: dict[str, dict], hop_runs: list[dict]) -> dict[str, float
     correlations = [run["spearman"] for run in hop_runs if run["spearman"] is not None]
     return {
         "radial/dense equal depth": radial / dense,
+        "depth radial/dense": models["radial, learned depth"]["depth"] / models["dense"]["depth"],
         "radial fixed depth/dense": ce["radial, fixed depth"] / dense,
         "radial T÷2/dense T": ce["radial, T/2"] / dense,
         "radial/best baseline": radial / min(ce[name] for name in BASELINES),
@@ -154,7 +154,11 @@ def _hop_report(folder: Path) -> dict:
 
 
 def _commit() -> str:
-    asked = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    command = ["git", "describe", "--always", "--dirty"]
+    try:
+        asked = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parent)
+    except OSError:
+        return "unknown"
     return asked.stdout.strip() or "unknown"
 
 
@@ -162,13 +166,22 @@ def main() -> None:
     text = ",".join(_SEEDS.value)
     seeds = parse_axis(f"train.seed={text}", radial_micro.get_config().to_dict(), f"--seeds={text}")
     workdir, out, console = Path(_WORKDIR.value), Path(_OUT.value), Console(highlight=False, soft_wrap=True)
-    studies = {}
-    for file, config, models in (("radial_micro", radial_micro, MODELS), ("hops", hops, HOP_MODELS)):
-        cells = cells_of(config.get_config().to_dict(), models, seeds)
+    commit, studies = _commit(), {}
+    cells_by_file = {
+        "radial_micro": cells_of(radial_micro.get_config().to_dict(), MODELS, seeds),
+        "hops": cells_of(hops.get_config().to_dict(), HOP_MODELS, seeds),
+    }
+    # Before anything is trained: what is there already must be of these configs.
+    for file, cells in cells_by_file.items():
+        finished([cell for runs in cells.values() for cell in runs], workdir / file)
+    for file, cells in cells_by_file.items():
         every = [cell for runs in cells.values() for cell in runs]
         commands = [command_of(cell, f"configs/{file}.py", workdir / file) for cell in every]
         rows, num_failed = train_grid(every, commands, workdir / file, _JOBS.value, console)
-        if num_failed:
+        lost = [row["cell"] for row in rows if row["ce"] is None]
+        for name in lost:
+            print(f"error: {name}: its held-out loss is not finite", file=sys.stderr)
+        if num_failed or lost:
             sys.exit(EXIT_FAILED_CELLS)
         studies[file] = cells, {row["cell"]: row for row in rows}
     cells, rows = studies["radial_micro"]
@@ -182,16 +195,13 @@ def main() -> None:
         "models": models,
         "hops": hop_runs,
         "seeds": [seed["train.seed"] for seed in seeds],
-        "commit": _commit(),
+        "commit": commit,
         "date": datetime.date.today().isoformat(),
         "machine": f"{platform.machine()}, Python {platform.python_version()}, jax {jax.__version__}",
     }
     out.mkdir(parents=True, exist_ok=True)
     points = [
-        SweepPoint(name, "", row["flops_per_token"], row["ce"])
-        for name, runs in of_model.items()
-        for row in runs
-        if math.isfinite(row["ce"])
+        SweepPoint(name, "", row["flops_per_token"], row["ce"]) for name, runs in of_model.items() for row in runs
     ]
     plot_sweep(points, out / "results.png")
     write_whole(out / "RESULTS.json", json.dumps(result, indent=1) + "\n")

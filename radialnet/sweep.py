@@ -100,6 +100,11 @@ def check_same(cell: Cell, folder: RunFolder) -> None:
             )
 
 
+def _end(number: int, _frame: object) -> None:
+    # Goes through the `finally` that ends the cells.
+    sys.exit(128 + number)
+
+
 def run_all(
     commands: dict[Path, list[str]], jobs: int, on_start: Callable[[Path], None], on_end: Callable[[Path, int], None]
 ) -> None:
@@ -111,6 +116,7 @@ def run_all(
         on_end: called with the path of the log and the exit code.
     """
     waiting, running = list(commands), {}
+    handlers = {number: signal.signal(number, _end) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         while waiting or running:
             while waiting and len(running) < jobs:
@@ -135,6 +141,21 @@ def run_all(
             # Does nothing to those that have ended.
             for child in running.values():
                 child.kill()
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+
+def finished(cells: list[Cell], workdir: Path) -> dict[str, dict | None]:
+    """The row of each cell by its name, None for those that are to be trained.
+
+    Raises:
+        ConfigError: a finished cell was trained with another config.
+    """
+    rows = {cell.name: row_of(cell, RunFolder(workdir / cell.name)) for cell in cells}
+    for cell in cells:
+        if rows[cell.name]:
+            check_same(cell, RunFolder(workdir / cell.name))
+    return rows
 
 
 def train_grid(
@@ -150,10 +171,7 @@ def train_grid(
         ConfigError: a finished cell was trained with another config; nothing was trained then.
     """
     folders = {cell.name: RunFolder(workdir / cell.name) for cell in cells}
-    rows = {cell.name: row_of(cell, folders[cell.name]) for cell in cells}
-    for cell in cells:
-        if rows[cell.name]:
-            check_same(cell, folders[cell.name])
+    rows = finished(cells, workdir)
     logs = {folders[cell.name].root / "train.log": cell for cell in cells}
     waiting = {log: line for (log, cell), line in zip(logs.items(), commands, strict=True) if not rows[cell.name]}
 
@@ -291,11 +309,6 @@ def _check_flags() -> None:
         raise ConfigError(f"--jobs={_JOBS.value}: at least 1 is needed")
 
 
-def _end(number: int, _frame: object) -> None:
-    # Goes through the `finally` that ends the cells.
-    sys.exit(128 + number)
-
-
 def main() -> None:
     _check_flags()
     workdir = Path(_WORKDIR.value)
@@ -311,8 +324,6 @@ def main() -> None:
         if _PRINT.value:
             print("\n".join(map(shlex.join, commands)))
             return
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, _end)
         rows, num_failed = train_grid(cells, commands, workdir, _JOBS.value, console)
     show(rows, console)
     if _JSON.value:

@@ -30,6 +30,16 @@ def test_the_whole_step_is_lowered_and_no_parameter_made():
     assert "while" in lowered.as_text()
 
 
+def test_head_is_as_wide_as_the_vocabulary_of_the_run():
+    for fields, vocab_size in (
+        ({}, 4096),
+        ({"data__tokenizer": "byte"}, 257),
+        ({"data__source": "hops", "data__hops_symbols": 4, "data__hops_max": 2}, 129),
+    ):
+        lowered = aot.lower(make_config(**fields), jax.devices()[0])
+        assert lowered.in_avals[0][0].params["head"].shape == (24, vocab_size)
+
+
 def test_unknown_topology():
     with pytest.raises(ConfigError, match="--topology=v5q:2x2"):
         aot.device_of("v5q:2x2")

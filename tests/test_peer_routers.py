@@ -96,6 +96,20 @@ def test_mod_evaluates_by_its_predictor_which_looks_at_no_later_token():
     np.testing.assert_array_equal(np.asarray(output.layer_TBS[1]) < 5, expected)
 
 
+def test_predictor_is_scored_by_the_competition_in_evaluation_too():
+    model = mod_model()
+    batch = make_batch(model.config)
+    at = model.at.for_evaluation()
+    losses = {}
+    for bias in (-30.0, 30.0):
+        params = {**model.params, "router": {**model.params["router"]}}
+        params["router"]["predictor_bias"] = params["router"]["predictor_bias"] + bias
+        losses[bias] = float(model(batch, params, at=at).routing.predictor_nats)
+    # Two of the four steps; 6 of the 13 tokens of a row win. Saying no to all is wrong for those, yes for the others.
+    assert losses[-30.0] == pytest.approx(2 * 2 * 6 * 30, rel=0.1)
+    assert losses[30.0] == pytest.approx(2 * 2 * 7 * 30, rel=0.1)
+
+
 def test_predictor_learns_and_changes_nothing_but_itself():
     model = mod_model()
     batch = make_batch(model.config)
@@ -148,6 +162,25 @@ def test_recursion_weighs_every_update_by_the_probability_of_the_choice():
     np.testing.assert_allclose(updates["weighted"], chosen * updates["straight_through"], atol=1e-5)
 
 
+def test_recursion_takes_as_many_rounds_as_the_min_depth_asks_for():
+    for min_depth, expected in ((3, {4, 6}), (6, {6})):
+        model = recursion_model(model__min_depth=min_depth, router__depth_target=6.0, router__exit_bias_init=9.0)
+        model.params["router"]["out"] *= 50
+        depth = np.unique(model(make_batch(model.config)).depth_BS)
+        assert set(depth) <= expected and min(depth) == min(expected)
+
+
+def test_recursion_at_another_max_depth():
+    """Less cuts it off; more changes nothing, for the choice was made before."""
+    model = recursion_model(train__seed=1)
+    model.params["router"]["out"] *= 50
+    batch = make_batch(model.config)
+    depth = np.asarray(model(batch).depth_BS)
+    assert set(depth.ravel()) == {2, 4, 6}
+    np.testing.assert_array_equal(model(batch, max_depth=3).depth_BS, np.minimum(depth, 3))
+    np.testing.assert_array_equal(model(batch, max_depth=8).depth_BS, depth)
+
+
 def test_recursion_runs_all_rounds_before_exits_are_allowed():
     model = recursion_model(router__exit_warmup_steps=5)
     assert (np.asarray(model(make_batch(model.config)).depth_BS) == 6).all()
@@ -186,7 +219,8 @@ def test_flops_of_the_routers():
         ({"router__form": "recursion", "model__pool_size": 4}, "max_depth"),
         ({"router__form": "recursion", "model__pool_size": 3, "router__depth_coef": 0.1}, "depth_coef"),
         ({"router__form": "mod", "router__capacity": 0.0, "model__min_depth": 3}, "capacity"),
-        ({"router__form": "mod", "router__capacity_every": 0, "model__min_depth": 3}, "capacity_every"),
+        ({"router__form": "mod", "router__capacity_every": 1, "model__min_depth": 3}, "capacity_every"),
+        ({"router__form": "mod", "router__capacity_every": 4, "model__min_depth": 3}, "capacity_every"),
         ({"router__form": "mod"}, "min_depth"),
         ({"router__form": "early_exit", "router__estimator": "dense"}, "estimator"),
     ],

@@ -179,24 +179,27 @@ def test_jobs_run_side_by_side_and_no_more_than_asked_for(tmp_path):
 
 
 def test_what_runs_is_ended_when_something_goes_wrong(tmp_path):
-    started = []
-    commands = {tmp_path / "a" / "log": [sys.executable, "-c", "import time; print('up', flush=True); time.sleep(600)"]}
-    commands[tmp_path / "b" / "log"] = [sys.executable, "-c", "import sys; sys.exit(5)"]
+    log = tmp_path / "a" / "log"
+    sleeps = "import os, time; print(os.getpid(), flush=True); time.sleep(600)"
+    # Ends when the other one is up.
+    waits = f"import os, sys, time\nwhile not os.path.getsize({str(log)!r}): time.sleep(0.05)\nsys.exit(5)"
+    commands = {log: [sys.executable, "-c", sleeps], tmp_path / "b" / "log": [sys.executable, "-c", waits]}
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
 
     def fail(log, code):
-        started.append(time.monotonic())
         raise KeyError(code)
 
     with pytest.raises(KeyError, match="5"):
         run_all(commands, 2, lambda _: None, fail)
-    assert time.monotonic() - started[0] < 30
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(log.read_text()), 0)
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
 
 
 def test_a_signal_ends_the_cells(tmp_path):
     """The child of a stand-in train.py writes its process id; none must be alive after the sweep was told to end."""
     program = (
-        "import os, signal, subprocess, sys; from pathlib import Path; from radialnet import sweep\n"
-        "for number in (signal.SIGINT, signal.SIGTERM): signal.signal(number, sweep._end)\n"
+        "import sys; from pathlib import Path; from radialnet import sweep\n"
         "child = 'import os, time; print(os.getpid(), flush=True); time.sleep(600)'\n"
         "logs = [Path(sys.argv[1], name, 'log') for name in 'ab']\n"
         "sweep.run_all({log: [sys.executable, '-c', child] for log in logs}, 2, lambda _: None, lambda *_: None)"
