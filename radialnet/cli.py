@@ -1,6 +1,5 @@
 """What all commands share: flags, and errors of the user as one line and an exit code."""
 
-import math
 import re
 import sys
 from collections.abc import Callable
@@ -48,7 +47,7 @@ def config_fields(flag: flags.FlagHolder) -> dict:
 
 
 def numbers(name: str, values: list[str], kind: type, allowed: str) -> list:
-    """The values of a flag that takes finite numbers, by commas; whole ones (`kind` int) are at least 1.
+    """The values of a flag that takes numbers, by commas: whole ones (`kind` int) of 1 to 2**16, others up to ±1e9.
 
     Raises:
         ConfigError: naming the flag, its values and what is allowed.
@@ -57,8 +56,10 @@ def numbers(name: str, values: list[str], kind: type, allowed: str) -> list:
         parsed = [kind(value) for value in values]
     except ValueError:
         parsed = []
-    if not parsed or not all(map(math.isfinite, parsed)) or (kind is int and min(parsed) < 1):
-        raise ConfigError(f"--{name}={','.join(values)}: {allowed} are needed")
+    least, most = (1, 2**16) if kind is int else (-1e9, 1e9)
+    # Written so that NaN is none of them.
+    if not parsed or not all(least <= value <= most for value in parsed):
+        raise ConfigError(f"--{name}={','.join(values)}: {allowed} of {least:g} to {most:g} are needed")
     return parsed
 
 

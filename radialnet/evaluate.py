@@ -21,6 +21,7 @@ from radialnet import cli
 from radialnet.config import ConfigError
 from radialnet.corpus import read_held_out
 from radialnet.data import Batch, PackedRows, Rows, eval_batches, prepare, write_rows
+from radialnet.files import finite
 from radialnet.metrics import BatchSums, add, figures, flops_per_token
 from radialnet.router import Controllers
 from radialnet.run_folder import RunFolder
@@ -93,8 +94,8 @@ def _held_out_rows(trained: TrainedModel, workdir: Path, data: str | None, scrat
 
 def main() -> None:
     workdir = Path(_WORKDIR.value)
-    max_depths = cli.numbers("max_depth", _MAX_DEPTH.value or ["1"], int, "whole numbers of at least 1, by commas")
-    exit_biases = cli.numbers("exit_bias", _EXIT_BIAS.value, float, "numbers, by commas")
+    max_depths = cli.numbers("max_depth", _MAX_DEPTH.value or ["1"], int, "whole numbers, by commas,")
+    exit_biases = cli.numbers("exit_bias", _EXIT_BIAS.value, float, "numbers, by commas,")
     trained = load_trained(workdir)
     if not _MAX_DEPTH.value:
         max_depths = [trained.config.model.max_depth]
@@ -110,7 +111,7 @@ def main() -> None:
                     f"bpb {result['bpb']:.4f}  ce {result['ce']:.4f}  depth {result['depth']:.3f}  "
                     f"{result['tokens_per_s']:,.0f} tokens/s"
                 )
-    print(json.dumps(results[0] if len(results) == 1 else results))
+    print(json.dumps(finite(results[0] if len(results) == 1 else results)))
 
 
 if __name__ == "__main__":

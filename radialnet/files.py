@@ -1,5 +1,6 @@
-"""Writing a file whole or not at all."""
+"""Writing a file whole or not at all, and figures as JSON has them."""
 
+import math
 import os
 import tempfile
 from pathlib import Path
@@ -19,3 +20,12 @@ def write_whole(path: Path, text: str) -> None:
     except BaseException:
         os.unlink(partial)
         raise
+
+
+def finite(value):
+    """A value for JSON, which has no NaN: figures that are not finite become None, in lists and dicts too."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -18,6 +18,7 @@ from flax import nnx
 from radialnet import cli
 from radialnet.config import Config, ConfigError, check_hops
 from radialnet.data import PADDING, Batch, eval_batches
+from radialnet.files import finite
 from radialnet.hop_task import HopRows, hops_of
 from radialnet.router import Controllers, schedule
 from radialnet.train_step import forward
@@ -117,8 +118,7 @@ def _show(found: dict) -> None:
 
 
 def main() -> None:
-    if not np.isfinite(_EXIT_BIAS.value):
-        raise ConfigError(f"--exit_bias={_EXIT_BIAS.value}: a finite number is needed")
+    (exit_bias,) = cli.numbers("exit_bias", [str(_EXIT_BIAS.value)], float, "numbers")
     trained = load_trained(Path(_WORKDIR.value))
     data, seq_len = trained.config.data, trained.config.train.seq_len
     if data.source != "hops":
@@ -127,17 +127,19 @@ def main() -> None:
     check_hops(num_symbols, max_hops, seq_len, names=("--symbols", "--max_hops"))
     rows = HopRows("eval", num_symbols, max_hops, seq_len)
     max_depth = _MAX_DEPTH.value or trained.config.model.max_depth
-    found = hop_figures(trained, rows, max_depth, _EXIT_BIAS.value)
+    found = hop_figures(trained, rows, max_depth, exit_bias)
     if not _JSON.value:
         _show(found)
-    print(json.dumps(found))
+    print(json.dumps(finite(found)))
 
 
 if __name__ == "__main__":
     _WORKDIR = flags.DEFINE_string("workdir", None, "The run folder.", required=True)
     _SYMBOLS = flags.DEFINE_integer("symbols", None, "n in place of the trained one.", lower_bound=2)
     _MAX_HOPS = flags.DEFINE_integer("max_hops", None, "K in place of the trained one.", lower_bound=1)
-    _MAX_DEPTH = flags.DEFINE_integer("max_depth", None, "T in place of the trained one.", lower_bound=1)
+    _MAX_DEPTH = flags.DEFINE_integer(
+        "max_depth", None, "T in place of the trained one.", lower_bound=1, upper_bound=2**16
+    )
     _EXIT_BIAS = flags.DEFINE_float("exit_bias", 0.0, "Added to the trained exit bias: more makes tokens leave early.")
     _JSON = flags.DEFINE_bool("json", False, "Print the JSON line alone.")
     cli.run(main)

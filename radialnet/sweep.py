@@ -39,7 +39,7 @@ from rich.table import Table
 
 from radialnet import cli
 from radialnet.config import Config, ConfigError
-from radialnet.files import write_whole
+from radialnet.files import finite, write_whole
 from radialnet.grid import Cell, expand, joined, parse_axis
 from radialnet.plots import SweepPoint, plot_sweep
 from radialnet.run_folder import RunFolder
@@ -95,8 +95,7 @@ def check_same(cell: Cell, folder: RunFolder) -> None:
         old, new = before[section][name], now[section][name]
         if old != new and (section, name) != ("data", "cache_dir"):
             raise ConfigError(
-                f"config.{section}.{name}={new!r}, but the finished run in {folder.root} has {old!r}; "
-                "take a new --workdir"
+                f"config.{section}.{name}={new!r}, but the run in {folder.root} has {old!r}; take a new --workdir"
             )
 
 
@@ -116,12 +115,14 @@ def run_all(
         on_end: called with the path of the log and the exit code.
     """
     waiting, running = list(commands), {}
+    # Before any of them runs: a name may be too long for a folder.
+    for log in commands:
+        log.parent.mkdir(parents=True, exist_ok=True)
     handlers = {number: signal.signal(number, _end) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         while waiting or running:
             while waiting and len(running) < jobs:
                 log = waiting.pop(0)
-                log.parent.mkdir(parents=True, exist_ok=True)
                 with log.open("ab") as output:
                     running[log] = subprocess.Popen(commands[log], stdout=output, stderr=subprocess.STDOUT)
                 on_start(log)
@@ -149,12 +150,12 @@ def finished(cells: list[Cell], workdir: Path) -> dict[str, dict | None]:
     """The row of each cell by its name, None for those that are to be trained.
 
     Raises:
-        ConfigError: a finished cell was trained with another config.
+        ConfigError: a cell was trained, in part at least, with another config.
     """
     rows = {cell.name: row_of(cell, RunFolder(workdir / cell.name)) for cell in cells}
     for cell in cells:
-        if rows[cell.name]:
-            check_same(cell, RunFolder(workdir / cell.name))
+        if (folder := RunFolder(workdir / cell.name)).config.exists():
+            check_same(cell, folder)
     return rows
 
 
@@ -226,9 +227,9 @@ def read_run(workdir: Path, console: Console) -> list[dict]:
 
     `exit_bias_added` is what was asked for, `exit_bias` what the model ran with; `tokens_per_s` is of evaluation.
     """
-    counted = "whole numbers of at least 1, by commas"
+    counted = "whole numbers, by commas,"
     max_depths = _MAX_DEPTH.value and cli.numbers("max_depth", _MAX_DEPTH.value, int, counted)
-    exit_biases = cli.numbers("exit_bias", _EXIT_BIAS.value or ["0"], float, "numbers, by commas")
+    exit_biases = cli.numbers("exit_bias", _EXIT_BIAS.value or ["0"], float, "numbers, by commas,")
     # Here, for training a grid needs no jax in this process.
     from radialnet.data import prepare
     from radialnet.evaluate import evaluate_trained
@@ -251,7 +252,7 @@ def read_run(workdir: Path, console: Console) -> list[dict]:
             **{key: found[key] for key in FIGURES},
             "tokens_per_s": found["tokens_per_s"],
         }
-        rows.append(row)
+        rows.append(finite(row))
         labels.append((f"exit bias {exit_bias:+g}", f"T={max_depth}"))
         console.print(f"{name}: bpb {row['bpb']:.4f}")
     write_sweep(workdir, rows, labels)

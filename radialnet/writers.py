@@ -1,10 +1,10 @@
 """Where metrics go: metrics.jsonl and TensorBoard."""
 
 import json
-import math
 
 import tensorboardX
 
+from radialnet.files import finite
 from radialnet.run_folder import RunFolder
 
 
@@ -26,7 +26,7 @@ class MetricsWriter:
 
     def write(self, line: dict) -> None:
         """Write one line. A figure that is not finite becomes null, for JSON has no NaN."""
-        line = {key: _finite(value) for key, value in line.items()}
+        line = {key: finite(value) for key, value in line.items()}
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
         for key, value in line.items():
@@ -35,9 +35,3 @@ class MetricsWriter:
 
     def write_text(self, name: str, text: str, step: int) -> None:
         self._tensorboard.add_text(name, text, step)
-
-
-def _finite(value):
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

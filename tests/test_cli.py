@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from radialnet import cli
+from radialnet.config import ConfigError
+
 ROOT = Path(__file__).parents[1]
 # What every line of metrics.jsonl must have.
 KEYS = {
@@ -239,3 +242,12 @@ def test_heavy_packages_are_not_imported_at_the_start():
     heavy = {"matplotlib", "datasets", "tensorflow_datasets"}
     stdout, _ = run("-c", f"import sys, radialnet.trainer; print(sorted({heavy} & set(sys.modules)))")
     assert stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    "kind, text", [(float, "1e39"), (float, "nan"), (float, "x"), (int, "0"), (int, "99999999999"), (int, "1.5")]
+)
+def test_numbers_that_no_model_can_take(kind, text):
+    with pytest.raises(ConfigError, match=f"--name={text}: such numbers of "):
+        cli.numbers("name", [text], kind, "such numbers")
+    assert cli.numbers("name", ["1", "7"], kind, "such numbers") == [1, 7]

@@ -103,6 +103,24 @@ def test_a_finished_cell_of_another_config_is_refused_before_anything_is_trained
     assert counts(tmp_path, [waiting, finished]) == [0, 0]
 
 
+def test_a_half_trained_cell_of_another_config_is_refused_as_well(tmp_path):
+    """Else it would go on under the new config, and its row would say that all of it was trained so."""
+    (cell,) = cells_of("train.seed=0")
+    (other,) = cells_of("optimizer.weight_decay=0.5")
+    (tmp_path / "grid" / cell.name).mkdir(parents=True)
+    other.config.save(tmp_path / "grid" / cell.name / "config.json")
+    with pytest.raises(ConfigError, match="weight_decay=0.01"):
+        sweep(tmp_path, [cell], [0])
+
+
+def test_nothing_runs_when_a_folder_can_not_be_made(tmp_path):
+    logs = [tmp_path / "a" / "log", tmp_path / ("b" * 300) / "log"]
+    started = []
+    with pytest.raises(OSError, match="too long"):
+        run_all({log: [sys.executable, "-c", ""] for log in logs}, 1, started.append, lambda *_: None)
+    assert not started
+
+
 def test_where_the_rows_were_packed_makes_no_other_config(tmp_path):
     (cell,) = cells_of("data.cache_dir=/here")
     (there,) = cells_of("data.cache_dir=/there")
