@@ -71,6 +71,9 @@ class RouterConfig:
     depth_ramp_steps: int
     exit_bias_init: float
     exit_bias_rate: float
+    exit_training: str
+    read_coef: float
+    benefit_coef: float
     load_bias_rate: float
     capacity: float
     capacity_every: int

@@ -41,6 +41,8 @@ class DepthLoop:
         graph: of the pair (router, pool).
         keeps_products: whether the backward pass finds what the layers computed, or computes it again, a step at a time
             (rematerialisation: memory of a step's activations instead of T steps').
+        reads_states: whether the loss looks at the states between steps, so that `Trace.h_BSD` carries a gradient.
+            Exits are then trained by what is read there, and not by the survival gate.
     """
 
     graph: nnx.GraphDef
@@ -49,6 +51,7 @@ class DepthLoop:
     estimator: str
     vocab_size: int
     keeps_products: bool
+    reads_states: bool
 
     def modules(self, params) -> tuple[Router, LayerPool]:
         return nnx.merge(self.graph, params)
@@ -61,7 +64,8 @@ class Trace:
     sums: StepSums
     num_computed: jax.Array  # Rows that were computed, for nothing or not; in `unrolled` those that execute.
     layer_BS: jax.Array  # The layer that each token executed; L for none.
-    h_BSD: jax.Array  # The residual stream before the step. Carries no gradient.
+    h_BSD: jax.Array  # The residual stream before the step. Carries a gradient if the loop reads states.
+    exit_logit_BS: jax.Array  # `Route.exit_logit_BS`.
 
 
 def decide(
@@ -78,7 +82,9 @@ def decide(
     args = (active_BS, depth_step, inputs.controllers, inputs.at, inputs.rng, before, decided)
     route = router(h_BSD, inputs.token_BS, *args)
     log_survival_BS += route.log_survive_BS
-    gate_BS = choice_gate(log_survival_BS, loop.estimator)
+    gate_BS = jnp.ones(active_BS.shape)
+    if not loop.reads_states:
+        gate_BS *= choice_gate(log_survival_BS, loop.estimator)
     if loop.estimator != "dense":
         gate_BS *= choice_gate(route.log_p_layer_BS, loop.estimator)
     sums = StepSums.of(route, active_BS, log_survival_BS, inputs.token_BS, loop.vocab_size)
@@ -96,7 +102,8 @@ def unrolled(loop: DepthLoop, params, h_BSD: jax.Array, is_real_BS: jax.Array, i
         gate_BS, log_survival_BS, sums, route = decide(
             loop, router, h_BSD, log_survival_BS, active_BS, depth_step, inputs, leaves_at_BS
         )
-        steps.append(Trace(sums, route.executes_BS.sum(), route.layer_BS, jax.lax.stop_gradient(h_BSD)))
+        before_BSD = h_BSD if loop.reads_states else jax.lax.stop_gradient(h_BSD)
+        steps.append(Trace(sums, route.executes_BS.sum(), route.layer_BS, before_BSD, route.exit_logit_BS))
         if loop.estimator == "dense":
             update_BSD, cache = pool.choose(h_BSD, route, cache, inputs.positions, depth_step)
         else:
@@ -145,7 +152,7 @@ def _forward(loop: DepthLoop, params, h_BSD, is_real_BS, inputs):
             update_BSD, cache, attended, products, num_computed = pool.forward(
                 h_BSD, route.layer_BS, cache, inputs.positions, depth_step, products, depth_step
             )
-        trace = Trace(sums, num_computed, route.layer_BS, h_BSD)
+        trace = Trace(sums, num_computed, route.layer_BS, h_BSD, route.exit_logit_BS)
         state = _StepState(
             log_survival_BS=before_BS,
             active_BS=active_BS,
@@ -176,7 +183,7 @@ def _scanned_backward(loop: DepthLoop, residuals, d_outputs):
 
     def step(carry, of_step):
         d_h_BSD, d_log_survival_BS, d_entries, d_block, d_router = carry
-        depth_step, h_BSD, state, d_sums = of_step
+        depth_step, h_BSD, state, d_sums, d_exit_logit_BS, d_read_BSD = of_step
         cache = last_cache.at_step(state.cache)
 
         def redecide(router_params, h_BSD, log_survival_BS):
@@ -184,10 +191,10 @@ def _scanned_backward(loop: DepthLoop, residuals, d_outputs):
             gate_BS, log_survival_BS, sums, route = decide(
                 loop, router, h_BSD, log_survival_BS, state.active_BS, depth_step, inputs, decided=state.decided
             )
-            return (gate_BS, log_survival_BS, differentiable(sums)), route.layer_BS
+            return (gate_BS, log_survival_BS, differentiable(sums), route.exit_logit_BS), route.layer_BS
 
         with jax.named_scope("router"):
-            (gate_BS, _, _), transpose, layer_BS = jax.vjp(
+            (gate_BS, *_), transpose, layer_BS = jax.vjp(
                 redecide, router_params, h_BSD, state.log_survival_BS, has_aux=True
             )
         with jax.named_scope("layer"):
@@ -212,9 +219,14 @@ def _scanned_backward(loop: DepthLoop, residuals, d_outputs):
             )
         d_gate_BS = (d_h_BSD * attended.update_ND.reshape(h_BSD.shape)).sum(-1)
         with jax.named_scope("router"):
-            d_of_router, d_routed_BSD, d_log_survival_BS = transpose((d_gate_BS, d_log_survival_BS, d_sums))
+            d_of_router, d_routed_BSD, d_log_survival_BS = transpose(
+                (d_gate_BS, d_log_survival_BS, d_sums, d_exit_logit_BS)
+            )
         d_router = jax.tree.map(jnp.add, d_router, d_of_router)
-        return (d_h_BSD + d_layer_BSD + d_routed_BSD, d_log_survival_BS, d_entries, d_block, d_router), None
+        d_h_BSD += d_layer_BSD + d_routed_BSD
+        if loop.reads_states:
+            d_h_BSD += d_read_BSD
+        return (d_h_BSD, d_log_survival_BS, d_entries, d_block, d_router), None
 
     d_entries = tuple(jnp.zeros(x.shape, jnp.float32) for x in (last_cache.k_BCGK, last_cache.v_BCGK))
     block = pool.block
@@ -222,7 +234,8 @@ def _scanned_backward(loop: DepthLoop, residuals, d_outputs):
     d_router = jax.tree.map(jnp.zeros_like, router_params)
     carry = d_h_BSD, jnp.zeros(h_TBSD.shape[1:3]), d_entries, d_block, d_router
     d_sums = differentiable(d_trace.sums)
-    steps = jnp.arange(loop.max_depth), h_TBSD, states, d_sums
+    d_reads = d_trace.h_BSD if loop.reads_states else None
+    steps = jnp.arange(loop.max_depth), h_TBSD, states, d_sums, d_trace.exit_logit_BS, d_reads
     (d_h_BSD, _, _, d_block, d_router), _ = jax.lax.scan(step, carry, steps, reverse=True)
 
     nnx.update(router, d_router)

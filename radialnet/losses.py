@@ -5,6 +5,7 @@ import jax.numpy as jnp
 
 from radialnet.config import RouterConfig
 from radialnet.metrics import RoutingSums
+from radialnet.model import Read
 from radialnet.router import Schedule
 
 # Logits that are in memory at a time.
@@ -12,8 +13,11 @@ LOGITS_IN_MEMORY = 2**22
 
 
 @jax.custom_vjp
-def cross_entropy(final_ND: jax.Array, head_DV: jax.Array, target_N: jax.Array, is_target_N: jax.Array) -> jax.Array:
-    """Sum over the real targets of -log p(target), in nats, from what the head gets.
+def cross_entropy(
+    final_ND: jax.Array, head_DV: jax.Array, target_N: jax.Array, is_target_N: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """-log p(target) in nats, from what the head gets: the sum over the real targets, and that of each row (0 for one
+    that has none), which carries no gradient.
 
     In chunks of rows, so that the logits are never whole in memory. Their gradient is known as soon as they are, so the
     forward pass takes it along and the backward pass computes nothing again.
@@ -36,18 +40,20 @@ def _cross_entropy(final_ND, head_DV, target_N, is_target_N, with_grads: bool):
         logits_CV = jnp.matmul(final_CD, head, preferred_element_type=jnp.float32)
         lse_C = jax.nn.logsumexp(logits_CV, axis=-1)
         at_target_C = jnp.take_along_axis(logits_CV, target_C[:, None], axis=-1)[:, 0]
-        nats += jnp.where(is_target_C, lse_C - at_target_C, 0).sum()
+        nats_C = jnp.where(is_target_C, lse_C - at_target_C, 0)
+        nats += nats_C.sum()
         if not with_grads:
-            return (nats, d_head), None
+            return (nats, d_head), (nats_C, None)
         is_it_CV = jnp.arange(vocab_size) == target_C[:, None]
         d_logits_CV = jnp.where(is_target_C[:, None], jnp.exp(logits_CV - lse_C[:, None]) - is_it_CV, 0)
         d_logits_CV = d_logits_CV.astype(final_CD.dtype)
         d_head += jnp.matmul(final_CD.T, d_logits_CV, preferred_element_type=jnp.float32)
-        return (nats, d_head), d_logits_CV @ head.T
+        return (nats, d_head), (nats_C, d_logits_CV @ head.T)
 
     zeros = jnp.float32(0), jnp.zeros((d_model, vocab_size) if with_grads else ())
     rows = chunked(final_ND), chunked(target_N), chunked(is_target_N)
-    (nats, d_head), d_final = jax.lax.scan(step, zeros, rows)
+    (nats, d_head), (nats_N, d_final) = jax.lax.scan(step, zeros, rows)
+    nats = nats, nats_N.ravel()[:num_rows]
     return nats, (d_final.reshape(-1, d_model)[:num_rows], d_head) if with_grads else None
 
 
@@ -55,7 +61,8 @@ def _cross_entropy_forward(final_ND, head_DV, target_N, is_target_N):
     return _cross_entropy(final_ND, head_DV, target_N, is_target_N, with_grads=True)
 
 
-def _cross_entropy_backward(grads, d_nats):
+def _cross_entropy_backward(grads, d_outputs):
+    d_nats, _ = d_outputs
     d_final_ND, d_head_DV = grads
     return (d_final_ND * d_nats).astype(d_final_ND.dtype), d_head_DV * d_nats, None, None
 
@@ -88,8 +95,33 @@ def router_z_loss(sums: RoutingSums) -> jax.Array:
     return sums.z / jnp.maximum(sums.num_decisions, 1)
 
 
-def total_loss(cfg: RouterConfig, mean_nats: jax.Array, sums: RoutingSums, at: Schedule) -> dict[str, jax.Array]:
-    """`loss`, which is minimised, and its raw terms by the names they are logged under."""
+# What `benefit_loss` measures benefits in, nats per layer: it brings the exit logits to about 1.
+BENEFIT_UNIT = 0.1
+
+
+def read_losses(read: Read, head_DV: jax.Array, target_N: jax.Array, is_target_N: jax.Array, nats_N: jax.Array):
+    """The terms that train exits by what going on is worth.
+
+    Returns:
+        `loss_read`: mean cross-entropy at the states that were read, without which an exit there would mean nothing;
+        `loss_benefit`: mean squared error of -e as a prediction of what each further layer took off the cross-entropy.
+    """
+    is_read_N = is_target_N & read.is_read_BS.ravel()
+    num_reads = jnp.maximum(is_read_N.sum(), 1)
+    final_ND = read.final_BSD.reshape(is_read_N.size, -1)
+    read_nats, read_nats_N = cross_entropy(final_ND, head_DV, target_N, is_read_N)
+    benefit_N = (read_nats_N - nats_N) / read.num_left_BS.ravel() / BENEFIT_UNIT
+    error_N = jax.lax.stop_gradient(benefit_N) + read.exit_logit_BS.ravel()
+    return {
+        "loss_read": read_nats / num_reads,
+        "loss_benefit": jnp.where(is_read_N, error_N**2, 0).sum() / num_reads,
+    }
+
+
+def total_loss(
+    cfg: RouterConfig, mean_nats: jax.Array, sums: RoutingSums, at: Schedule, read: dict[str, jax.Array]
+) -> dict[str, jax.Array]:
+    """`loss`, which is minimised, and its raw terms by the names they are logged under; `read`: `read_losses`."""
     load, z = load_loss(sums), router_z_loss(sums)
     depth = depth_loss(sums, cfg.depth_loss, at.depth_target)
     loss, terms = mean_nats, {"loss_load": load, "loss_depth": depth, "loss_router_z": z}
@@ -99,6 +131,8 @@ def total_loss(cfg: RouterConfig, mean_nats: jax.Array, sums: RoutingSums, at: S
         share = max(depth_steps // cfg.capacity_every, 1) / depth_steps
         terms["loss_predictor"] = sums.predictor_nats / jnp.maximum(sums.num_decisions * share, 1)
         loss += terms["loss_predictor"]
+    if read:
+        loss += cfg.read_coef * read["loss_read"] + cfg.benefit_coef * read["loss_benefit"]
     if cfg.is_trained:
         loss += cfg.load_coef * load + cfg.depth_coef * depth + cfg.z_coef * z
-    return {"loss": loss, "ce": mean_nats, **terms}
+    return {"loss": loss, "ce": mean_nats, **terms, **read}

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from radialnet.config import Config
-from radialnet.depth import DepthLoop, Inputs, scanned, unrolled
+from radialnet.depth import DepthLoop, Inputs, Trace, scanned, unrolled
 from radialnet.layers import rms_norm
 from radialnet.metrics import RoutingSums
 from radialnet.peer_routers import make_router
@@ -22,7 +22,31 @@ class Output:
     routing: RoutingSums
     depth_BS: jax.Array  # Executed layers of the pool.
     layer_TBS: jax.Array  # The layer that each token executed at each depth step; L for none.
-    h_TBSD: jax.Array  # The residual stream before each depth step. For analysis; carries no gradient.
+    h_TBSD: jax.Array  # The residual stream before each depth step.
+    read: "Read | None"  # Where exits are trained by what going on is worth.
+
+
+@flax.struct.dataclass
+class Read:
+    """One state of each token on its way, at a depth step at which it could have left but went on."""
+
+    is_read_BS: jax.Array  # False for tokens that left as soon as they could.
+    final_BSD: jax.Array  # What the head would have got.
+    exit_logit_BS: jax.Array  # e there.
+    num_left_BS: jax.Array  # Layers that the token still executed.
+
+    @classmethod
+    def of(cls, trace: Trace, depth_BS: jax.Array, min_depth: int, rng: jax.Array) -> "Read":
+        """A step of each token, drawn at random from those it could have left at. `final_BSD` is the bare state."""
+        num_steps_BS = depth_BS - min_depth
+        step_BS = min_depth + (jax.random.uniform(rng, depth_BS.shape) * num_steps_BS).astype(jnp.int32)
+        step_BS = jnp.clip(step_BS, min(min_depth, len(trace.h_BSD) - 1), len(trace.h_BSD) - 1)
+        return cls(
+            is_read_BS=num_steps_BS > 0,
+            final_BSD=jnp.take_along_axis(trace.h_BSD, step_BS[None, ..., None], axis=0)[0],
+            exit_logit_BS=jnp.take_along_axis(trace.exit_logit_BS, step_BS[None], axis=0)[0],
+            num_left_BS=jnp.maximum(depth_BS - step_BS, 1),
+        )
 
 
 class RadialTransformer(nnx.Module):
@@ -40,6 +64,7 @@ class RadialTransformer(nnx.Module):
         # A fixed route has no probabilities to learn: nothing is gained by running all layers.
         self.estimator = config.router.estimator if config.router.is_trained else "straight_through"
         self.vocab_size = vocab_size
+        self.reads_states = config.router.exit_training == "benefit" and model.min_depth < model.max_depth
         # Keeps the variance of the residual stream about constant in depth (GPT-2's rule): two branches a layer.
         num_executed = model.prelude_layers + model.max_depth + model.coda_layers
         scale = (2 * num_executed) ** -0.5
@@ -81,14 +106,25 @@ class RadialTransformer(nnx.Module):
         h_BSD = self._run_unshared(self.prelude, h_BSD, is_real_BS, positions)
 
         graph, params = nnx.split((self.router, self.pool))
-        loop = DepthLoop(graph, self.view, max_depth, self.estimator, self.vocab_size, self.cfg.remat == "none")
+        loop = DepthLoop(
+            graph,
+            self.view,
+            max_depth,
+            self.estimator,
+            self.vocab_size,
+            keeps_products=self.cfg.remat == "none",
+            reads_states=self.reads_states,
+        )
         run = unrolled if self.estimator == "dense" else scanned
         inputs = Inputs(token_BS, positions, controllers, at, rng)
         h_BSD, trace = run(loop, params, h_BSD, is_real_BS, inputs)
         depth_BS = (trace.layer_BS < self.cfg.pool_size).sum(0)
 
         h_BSD = self._run_unshared(self.coda, h_BSD, is_real_BS, positions)
-        final_BSD = rms_norm(h_BSD, self.final_norm[...]).astype(jnp.dtype(self.cfg.dtype))
+        final_BSD, read = self._final(h_BSD), None
+        if self.reads_states:
+            read = Read.of(trace, depth_BS, self.cfg.min_depth, jax.random.fold_in(rng, max_depth))
+            read = read.replace(final_BSD=self._final(read.final_BSD))
         head = self.head[...].astype(final_BSD.dtype)
         return Output(
             exit_BSD=h_BSD,
@@ -98,7 +134,11 @@ class RadialTransformer(nnx.Module):
             depth_BS=depth_BS,
             layer_TBS=trace.layer_BS,
             h_TBSD=trace.h_BSD,
+            read=read,
         )
+
+    def _final(self, h_BSD: jax.Array) -> jax.Array:
+        return rms_norm(h_BSD, self.final_norm[...]).astype(jnp.dtype(self.cfg.dtype))
 
     def _run_unshared(self, pool: LayerPool | None, h_BSD, is_real_BS, positions: Positions) -> jax.Array:
         """Every token through all layers of a prelude or coda, each layer over the entries of its own."""

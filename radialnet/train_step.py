@@ -7,7 +7,7 @@ import optax
 from flax import nnx
 
 from radialnet.config import Config
-from radialnet.losses import cross_entropy, total_loss
+from radialnet.losses import cross_entropy, read_losses, total_loss
 from radialnet.metrics import BatchSums
 from radialnet.model import Output
 from radialnet.optimizer import clip, learning_rate
@@ -62,8 +62,10 @@ def _sums(
 ) -> tuple[jax.Array, BatchSums]:
     """The loss of a batch, with the cross-entropy as a mean over `num_targets`, and its sums."""
     final_ND = output.final_BSD.reshape(-1, output.final_BSD.shape[-1])
-    nats = cross_entropy(final_ND, head_DV, batch["target"].ravel(), batch["is_target"].ravel())
-    losses = total_loss(config.router, nats / jnp.maximum(num_targets, 1), output.routing, at)
+    target_N, is_target_N = batch["target"].ravel(), batch["is_target"].ravel()
+    nats, nats_N = cross_entropy(final_ND, head_DV, target_N, is_target_N)
+    read = read_losses(output.read, head_DV, target_N, is_target_N, nats_N) if output.read is not None else {}
+    losses = total_loss(config.router, nats / jnp.maximum(num_targets, 1), output.routing, at, read)
     num_bytes = jnp.where(batch["is_target"], bytes_V[batch["target"]], 0).sum().astype(jnp.float32)
     weighted = {name: loss * num_targets for name, loss in losses.items()}
     return losses["loss"], BatchSums(weighted, num_targets, num_bytes, output.routing)

@@ -39,6 +39,10 @@ def value_and_grads(run, monkeypatch, **overrides):
         output = forward(model.graph, params, batch, controllers, model.at, jax.random.key(0))
         routing = output.routing
         auxiliary = routing.expected_depth + routing.z + routing.predictor_nats + (routing.p_layer_L**2).sum()
+        if output.read is not None:
+            read = output.read
+            of_read_BS = (read.final_BSD**2).mean(-1) + (read.exit_logit_BS - read.num_left_BS) ** 2
+            auxiliary += jnp.where(read.is_read_BS, of_read_BS, 0).sum()
         return (output.logits_BSV**2).mean() + 0.01 * auxiliary, output
 
     (value, output), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(model.params)
@@ -55,6 +59,8 @@ CASES = {
     "bf16 remat": {"model__dtype": "bfloat16", "model__remat": "step", "cache__view": "all"},
     "random": {"router__form": "random", "cache__view": "all"},
     "early exit": {"router__form": "early_exit"},
+    "exits by benefit": {"router__exit_training": "benefit"},
+    "exits by benefit remat": {"router__exit_training": "benefit", "model__remat": "step", "cache__view": "all"},
     "mod": {"router__form": "mod", "router__estimator": "weighted", "model__min_depth": 4, "cache__view": "same_step"},
     "recursion": {"router__form": "recursion", "train__seed": 1, "model__pool_size": 2, "cache__view": "all"},
     "recursion remat": {"router__form": "recursion", "train__seed": 1, "model__pool_size": 2, "model__remat": "step"},

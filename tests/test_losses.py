@@ -21,8 +21,8 @@ def sums(**fields):
 def test_cross_entropy_counts_real_targets_only():
     logits = jnp.log(jnp.array([[0.5, 0.25, 0.25], [0.1, 0.1, 0.8]]))
     target, is_target, head = jnp.array([1, 2]), jnp.array([True, False]), jnp.eye(3)
-    np.testing.assert_allclose(cross_entropy(logits, head, target, is_target), np.log(4), rtol=1e-6)
-    np.testing.assert_allclose(cross_entropy(logits, head, target, ~is_target), -np.log(0.8), rtol=1e-6)
+    np.testing.assert_allclose(cross_entropy(logits, head, target, is_target)[0], np.log(4), rtol=1e-6)
+    np.testing.assert_allclose(cross_entropy(logits, head, target, ~is_target)[0], -np.log(0.8), rtol=1e-6)
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(jnp.float32, 1e-5), (jnp.bfloat16, 2e-2)])
@@ -39,7 +39,7 @@ def test_cross_entropy_in_chunks_equals_the_whole(monkeypatch, dtype, tolerance)
         return 3 * jnp.where(is_target, nats, 0).sum()
 
     def chunked(final, head):
-        return 3 * cross_entropy(final, head, target, is_target)
+        return 3 * cross_entropy(final, head, target, is_target)[0]
 
     found, expected = (jax.value_and_grad(f, argnums=(0, 1))(final, head) for f in (chunked, whole))
     for left, right in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
@@ -85,7 +85,7 @@ def test_total_loss_weighs_the_terms_and_leaves_them_raw():
         executions_TL=[[2, 2, 2], [2, 2, 2]], p_layer_L=[4, 4, 4], num_tokens=4, expected_depth=16, z=8, num_decisions=4
     )
     at = schedule(cfg, T, jnp.int32(0))
-    terms = total_loss(cfg, jnp.float32(3.0), found, at)
+    terms = total_loss(cfg, jnp.float32(3.0), found, at, {})
     assert {name: float(value) for name, value in terms.items()} == pytest.approx(
         {
             "loss": 3.0 + 0.5 * 1.0 + 0.25 * 4.0 + 0.125 * 2.0,
