@@ -41,6 +41,7 @@ class ModelConfig:
     coda_layers: int
     init: str
     upcycle_from: str
+    tied_steps: int
     rope_base: float
     dtype: str
     grouped_backend: str

@@ -95,10 +95,6 @@ def router_z_loss(sums: RoutingSums) -> jax.Array:
     return sums.z / jnp.maximum(sums.num_decisions, 1)
 
 
-# What `benefit_loss` measures benefits in, nats per layer: it brings the exit logits to about 1.
-BENEFIT_UNIT = 0.1
-
-
 def read_losses(read: Read, head_DV: jax.Array, target_N: jax.Array, is_target_N: jax.Array, nats_N: jax.Array):
     """The terms that train exits by what going on is worth.
 
@@ -110,7 +106,7 @@ def read_losses(read: Read, head_DV: jax.Array, target_N: jax.Array, is_target_N
     num_reads = jnp.maximum(is_read_N.sum(), 1)
     final_ND = read.final_BSD.reshape(is_read_N.size, -1)
     read_nats, read_nats_N = cross_entropy(final_ND, head_DV, target_N, is_read_N)
-    benefit_N = (read_nats_N - nats_N) / read.num_left_BS.ravel() / BENEFIT_UNIT
+    benefit_N = (read_nats_N - nats_N) / read.num_left_BS.ravel()
     error_N = jax.lax.stop_gradient(benefit_N) + read.exit_logit_BS.ravel()
     return {
         "loss_read": read_nats / num_reads,

@@ -50,7 +50,7 @@ class StepSums:
         return cls(
             p_layer_L=(route.p_layer_BSL * route.executes_BS[..., None]).sum((0, 1)),
             expected_depth=(active_BS * jnp.exp(log_survival_BS)).sum(),
-            z=(active_BS * (route.layer_lse_BS**2 + route.exit_logit_BS**2)).sum(),
+            z=(active_BS * (route.layer_lse_BS**2 + route.z_exit_BS**2)).sum(),
             predictor_nats=(active_BS * route.predictor_nats_BS).sum(),
             executions_KL=counts.reshape(num_buckets, num_layers + 1)[:, :-1].astype(jnp.float32),
             num_decisions=active_BS.sum(),

@@ -64,7 +64,7 @@ class RadialTransformer(nnx.Module):
         # A fixed route has no probabilities to learn: nothing is gained by running all layers.
         self.estimator = config.router.estimator if config.router.is_trained else "straight_through"
         self.vocab_size = vocab_size
-        self.reads_states = config.router.exit_training == "benefit" and model.min_depth < model.max_depth
+        self.reads_states = config.router.is_trained and config.router.exit_training == "benefit" and model.min_depth < model.max_depth
         # Keeps the variance of the residual stream about constant in depth (GPT-2's rule): two branches a layer.
         num_executed = model.prelude_layers + model.max_depth + model.coda_layers
         scale = (2 * num_executed) ** -0.5

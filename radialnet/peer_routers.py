@@ -71,6 +71,7 @@ class CapacityRouter(Router):
             self.num_layers,
             log_p_layer_BS=jnp.where(is_routed, jax.nn.log_sigmoid(score_BS), 0),
             exit_logit_BS=jnp.where(is_routed, score_BS, 0),
+            z_exit_BS=jnp.where(is_routed, score_BS, 0),
             predictor_nats_BS=jnp.where(is_routed & active_BS, -jax.nn.log_sigmoid(sign_BS * predicted_BS), 0),
         )
 

@@ -95,6 +95,7 @@ class Route:
     p_layer_BSL: jax.Array
     layer_lse_BS: jax.Array  # logsumexp of the layer logits without prior, for the z-loss.
     exit_logit_BS: jax.Array  # e, without the exit bias.
+    z_exit_BS: jax.Array
     leave_logit_BS: jax.Array  # e + b.
     can_exit: jax.Array  # Whether an exit is allowed at this step at all.
     predictor_nats_BS: jax.Array  # Loss of a predictor of the choice that looks at earlier tokens only; else 0.
@@ -107,7 +108,7 @@ class Route:
         if decided.idles_BS is not None:
             executes_BS &= ~decided.idles_BS
         of_layer = dict.fromkeys(("log_p_layer_BS", "log_survive_BS", "layer_lse_BS", "predictor_nats_BS"), zeros_BS)
-        of_exit = dict.fromkeys(("exit_logit_BS", "leave_logit_BS"), zeros_BS)
+        of_exit = dict.fromkeys(("exit_logit_BS", "leave_logit_BS", "z_exit_BS"), zeros_BS)
         one_hot = {} if "p_layer_BSL" in more else {"p_layer_BSL": jax.nn.one_hot(decided.layer_BS, num_layers)}
         assert decided.layer_BS.shape == shape
         return cls(
@@ -149,6 +150,9 @@ class Router(nnx.Module):
         # Small: at first all layers are nearly as likely, and a token's exit depends on the exit bias alone.
         self.out = nnx.Param(jax.random.normal(rngs.params(), (hidden, num_outputs)) * 0.1 * hidden**-0.5)
         self.out_bias = nnx.Param(jnp.zeros(num_outputs))
+        if cfg.exit_training == "benefit":
+            self.exit_hidden = nnx.Param(jax.random.normal(rngs.params(), (d_model, hidden)) * d_model**-0.5)
+            self.exit_out = nnx.Param(jnp.zeros((hidden, 1)))
 
     def __call__(
         self,
@@ -173,8 +177,13 @@ class Router(nnx.Module):
         if not self.cfg.is_trained:
             return self._fixed_route(token_BS, active_BS, depth_step, rng)
         trained_step = jnp.minimum(depth_step, self.max_depth - 1)
-        logits_BSN = self._logits(self._inputs(h_BSD, trained_step))
+        x_BSD = self._inputs(h_BSD, trained_step)
+        logits_BSN = self._logits(x_BSD)
         layer_logits_BSL, exit_logit_BS = logits_BSN[..., :-1], logits_BSN[..., -1]
+        if self.cfg.exit_training == "benefit":
+            # It learns to predict, and changes nothing of what it predicts from.
+            predicted_BS1 = mlp(jax.lax.stop_gradient(x_BSD), self.exit_hidden[...], self.exit_out[...])
+            exit_logit_BS = predicted_BS1[..., 0] + self.out_bias[...][-1]
         if self.cfg.form == "early_exit":
             # The order of the layers is given, so that there is nothing to learn but when to leave.
             in_turn_L = jnp.arange(self.num_layers) == depth_step % self.num_layers
@@ -200,6 +209,7 @@ class Router(nnx.Module):
             p_layer_BSL=jnp.exp(log_p_BSL),
             layer_lse_BS=jax.nn.logsumexp(layer_logits_BSL, axis=-1),
             exit_logit_BS=exit_logit_BS,
+            z_exit_BS=jnp.zeros_like(exit_logit_BS) if self.cfg.exit_training == "benefit" else exit_logit_BS,
             leave_logit_BS=leave_BS,
             can_exit=can_exit,
         )
