@@ -74,7 +74,6 @@ class RouterConfig:
     exit_bias_rate: float
     exit_training: str
     read_coef: float
-    benefit_coef: float
     load_bias_rate: float
     capacity: float
     capacity_every: int
@@ -82,6 +81,10 @@ class RouterConfig:
     @property
     def is_trained(self) -> bool:
         return self.form in TRAINED_FORMS
+
+    @property
+    def predicts_benefit(self) -> bool:
+        return self.is_trained and self.exit_training == "benefit"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -287,6 +290,7 @@ def _validate_router(config: Config) -> None:
     _one_of("config.router.form", router.form, TRAINED_FORMS + FIXED_FORMS)
     _one_of("config.router.estimator", router.estimator, ESTIMATORS)
     _one_of("config.router.prior", router.prior, ("none", "sequential", "group"))
+    _one_of("config.router.exit_training", router.exit_training, ("gate", "benefit"))
     _one_of("config.router.depth_loss", router.depth_loss, ("price", "target"))
     non_negative = (
         "hidden",
@@ -297,9 +301,30 @@ def _validate_router(config: Config) -> None:
         "load_coef",
         "z_coef",
         "depth_coef",
+        "read_coef",
     )
     _at_least("router", router, 0, *non_negative)
+    _at_least("model", model, 0, "tied_steps")
+    _require(
+        not model.tied_steps or model.init == "clones",
+        f"config.model.tied_steps={model.tied_steps} keeps clones equal: config.model.init={model.init!r}, 'clones' is "
+        "needed",
+    )
     _at_least("router", router, 0, "exit_warmup_steps", "depth_ramp_steps", "exit_bias_rate", "load_bias_rate")
+    if router.exit_training == "benefit":
+        of_benefit = "config.router.exit_training='benefit'"
+        _require(
+            router.form in ("factored", "early_exit") or not router.is_trained,
+            f"{of_benefit} is for the forms factored and early_exit, config.router.form={router.form!r}",
+        )
+        _require(
+            model.coda_layers == 0,
+            f"{of_benefit} reads states as the head would: config.model.coda_layers={model.coda_layers}, 0 is needed",
+        )
+        _require(
+            router.depth_coef == 0,
+            f"{of_benefit} has no expected depth: config.router.depth_coef={router.depth_coef}, 0 is needed",
+        )
     if router.form == "recursion":
         _require(
             model.max_depth % model.pool_size == 0,

@@ -128,7 +128,7 @@ def total_loss(
         terms["loss_predictor"] = sums.predictor_nats / jnp.maximum(sums.num_decisions * share, 1)
         loss += terms["loss_predictor"]
     if read:
-        loss += cfg.read_coef * read["loss_read"] + cfg.benefit_coef * read["loss_benefit"]
+        loss += cfg.read_coef * read["loss_read"] + read["loss_benefit"]
     if cfg.is_trained:
         loss += cfg.load_coef * load + cfg.depth_coef * depth + cfg.z_coef * z
     return {"loss": loss, "ce": mean_nats, **terms, **read}

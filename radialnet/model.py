@@ -23,6 +23,7 @@ class Output:
     depth_BS: jax.Array  # Executed layers of the pool.
     layer_TBS: jax.Array  # The layer that each token executed at each depth step; L for none.
     h_TBSD: jax.Array  # The residual stream before each depth step.
+    exit_logit_TBS: jax.Array  # e.
     read: "Read | None"  # Where exits are trained by what going on is worth.
 
 
@@ -64,7 +65,7 @@ class RadialTransformer(nnx.Module):
         # A fixed route has no probabilities to learn: nothing is gained by running all layers.
         self.estimator = config.router.estimator if config.router.is_trained else "straight_through"
         self.vocab_size = vocab_size
-        self.reads_states = config.router.is_trained and config.router.exit_training == "benefit" and model.min_depth < model.max_depth
+        self.reads_states = config.router.predicts_benefit and model.min_depth < model.max_depth
         # Keeps the variance of the residual stream about constant in depth (GPT-2's rule): two branches a layer.
         num_executed = model.prelude_layers + model.max_depth + model.coda_layers
         scale = (2 * num_executed) ** -0.5
@@ -134,6 +135,7 @@ class RadialTransformer(nnx.Module):
             depth_BS=depth_BS,
             layer_TBS=trace.layer_BS,
             h_TBSD=trace.h_BSD,
+            exit_logit_TBS=trace.exit_logit_BS,
             read=read,
         )
 

@@ -150,7 +150,7 @@ class Router(nnx.Module):
         # Small: at first all layers are nearly as likely, and a token's exit depends on the exit bias alone.
         self.out = nnx.Param(jax.random.normal(rngs.params(), (hidden, num_outputs)) * 0.1 * hidden**-0.5)
         self.out_bias = nnx.Param(jnp.zeros(num_outputs))
-        if cfg.exit_training == "benefit":
+        if cfg.predicts_benefit:
             self.exit_hidden = nnx.Param(jax.random.normal(rngs.params(), (d_model, hidden)) * d_model**-0.5)
             self.exit_out = nnx.Param(jnp.zeros((hidden, 1)))
 
@@ -180,7 +180,7 @@ class Router(nnx.Module):
         x_BSD = self._inputs(h_BSD, trained_step)
         logits_BSN = self._logits(x_BSD)
         layer_logits_BSL, exit_logit_BS = logits_BSN[..., :-1], logits_BSN[..., -1]
-        if self.cfg.exit_training == "benefit":
+        if self.cfg.predicts_benefit:
             # It learns to predict, and changes nothing of what it predicts from.
             predicted_BS1 = mlp(jax.lax.stop_gradient(x_BSD), self.exit_hidden[...], self.exit_out[...])
             exit_logit_BS = predicted_BS1[..., 0] + self.out_bias[...][-1]
@@ -209,7 +209,7 @@ class Router(nnx.Module):
             p_layer_BSL=jnp.exp(log_p_BSL),
             layer_lse_BS=jax.nn.logsumexp(layer_logits_BSL, axis=-1),
             exit_logit_BS=exit_logit_BS,
-            z_exit_BS=jnp.zeros_like(exit_logit_BS) if self.cfg.exit_training == "benefit" else exit_logit_BS,
+            z_exit_BS=jnp.zeros_like(exit_logit_BS) if self.cfg.predicts_benefit else exit_logit_BS,
             leave_logit_BS=leave_BS,
             can_exit=can_exit,
         )

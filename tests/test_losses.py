@@ -7,7 +7,8 @@ import optax
 import pytest
 
 from radialnet import losses
-from radialnet.losses import cross_entropy, depth_loss, load_loss, router_z_loss, total_loss
+from radialnet.layers import rms_norm
+from radialnet.losses import cross_entropy, depth_loss, load_loss, read_losses, router_z_loss, total_loss
 from radialnet.router import schedule
 from tests.tiny import Model, make_batch, make_config, zero_sums
 
@@ -48,6 +49,35 @@ def test_cross_entropy_in_chunks_equals_the_whole(monkeypatch, dtype, tolerance)
         np.testing.assert_allclose(np.asarray(left, np.float32), np.asarray(right, np.float32), atol=tolerance * scale)
     programs = [str(jax.make_jaxpr(jax.grad(f, argnums=(0, 1)))(final, head)) for f in (chunked, whole)]
     assert ["13,11]" in program for program in programs] == [False, True]
+
+
+def test_exits_are_trained_by_what_each_further_layer_took_off_the_loss():
+    """Against the definition, from the states and logits of a model whose tokens leave at 1, 2 or 3 layers."""
+    config = make_config(router__exit_training="benefit", model__max_depth=4)
+    model, batch = Model(config).with_mixed_exits(), make_batch(config, packed=True)
+    output = model(batch, rng=jax.random.key(3))
+    read, depth, head = output.read, np.asarray(output.depth_BS), model.params["head"]
+    np.testing.assert_array_equal(read.is_read_BS, depth > 1)
+    assert set(depth[batch["is_target"]]) == {1, 2, 3, 4}
+
+    def nats_of(h_BSD):
+        final_BSD = rms_norm(h_BSD, model.params["final_norm"])
+        return optax.softmax_cross_entropy_with_integer_labels(final_BSD @ head, batch["target"])
+
+    steps, errors, nats = depth - np.asarray(read.num_left_BS), [], []
+    is_read = np.asarray(read.is_read_BS) & batch["is_target"]
+    for row, column in zip(*is_read.nonzero(), strict=True):
+        step = steps[row, column]
+        assert 1 <= step < depth[row, column], "it could have left there and went on"
+        before, after = (nats_of(h)[row, column] for h in (output.h_TBSD[step], output.exit_BSD))
+        errors.append((before - after) / (depth[row, column] - step) + read.exit_logit_BS[row, column])
+        nats.append(before)
+        np.testing.assert_allclose(read.exit_logit_BS[row, column], output.exit_logit_TBS[step, row, column], rtol=1e-5)
+    assert len(set(steps[is_read])) == 3
+    flat = (x.ravel() for x in (batch["target"], batch["is_target"], nats_of(output.exit_BSD)))
+    found = read_losses(read, head, *flat)
+    np.testing.assert_allclose(found["loss_benefit"], np.square(errors).mean(), rtol=1e-4)
+    np.testing.assert_allclose(found["loss_read"], np.mean(nats), rtol=1e-4)
 
 
 def test_load_loss_is_pooled_over_steps():
@@ -95,7 +125,7 @@ def test_total_loss_weighs_the_terms_and_leaves_them_raw():
             "loss_router_z": 2.0,
         }
     )
-    fixed = total_loss(make_config(router__form="hash", router__load_coef=0.5).router, jnp.float32(3.0), found, at)
+    fixed = total_loss(make_config(router__form="hash", router__load_coef=0.5).router, jnp.float32(3.0), found, at, {})
     assert fixed["loss"] == 3.0, "a fixed route has nothing to be taught"
 
 

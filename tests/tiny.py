@@ -90,6 +90,8 @@ class Model:
 
     def with_mixed_exits(self) -> "Model":
         """Make the exit logit depend strongly on the token, so that about half of the tokens leave at each step."""
-        out = self.params["router"]["out"]
-        self.params["router"]["out"] = out.at[:, -1].mul(30.0)
+        router = self.params["router"]
+        router["out"] = router["out"].at[:, -1].mul(30.0)
+        if "exit_out" in router:
+            router["exit_out"] = router["out"][:, -1:]
         return self
