@@ -22,6 +22,7 @@ from rich.console import Console
 from configs import hops, radial_micro
 from radialnet import cli
 from radialnet.data import prepare
+from radialnet.evaluate import evaluate_trained
 from radialnet.files import write_whole
 from radialnet.grid import Cell, Values, expand, parse_axis
 from radialnet.hops import hop_figures
@@ -67,6 +68,9 @@ MODELS: dict[str, Values] = {
     "hash": {"router.form": "hash"},
 }
 BASELINES = ("early exit", "Mixture-of-Depths", "Mixture-of-Recursions", "looped", "random", "hash")
+# Added to the trained exit bias (nats that another layer must take off the loss) to read one model at many depths. The
+# first one switches exits off.
+EXIT_BIASES = (-1e9, -0.1, -0.05, -0.03, -0.02, -0.01, 0.0, 0.01, 0.02, 0.03, 0.05)
 # Models of the hop task, by what differs from configs/hops.py.
 HOP_MODELS: dict[str, Values] = {
     "hops, radial": {},
@@ -88,8 +92,29 @@ def summary(rows: list[dict]) -> dict:
     return {**{name: statistics.fmean(row[name] for row in rows) for name in names}, "ce_std": spread}
 
 
-def figures_of(models: dict[str, dict], hop_runs: list[dict]) -> dict[str, float | None]:
-    """The figures that users and docs rely on, from the summaries of the models and the reports of radial hop runs."""
+def mean_curve(curves: list[list[dict]]) -> list[dict]:
+    """Means over seeds of what one model reads at each of `EXIT_BIASES`."""
+    names = ("ce", "depth", "flops_per_token")
+    return [
+        {"exit_bias": bias, **{name: statistics.fmean(row[name] for row in rows) for name in names}}
+        for bias, rows in zip(EXIT_BIASES, zip(*curves, strict=True), strict=True)
+    ]
+
+
+def layers_saved(curve: list[dict], tolerance: float) -> float:
+    """The largest share of executions saved against exits off, at a loss higher by at most `tolerance` of it."""
+    off = curve[0]
+    return max(1 - row["depth"] / off["depth"] for row in curve if row["ce"] <= (1 + tolerance) * off["ce"])
+
+
+def figures_of(models: dict[str, dict], curve: list[dict], hop_runs: list[dict]) -> dict[str, float | None]:
+    """The figures that users and docs rely on.
+
+    Args:
+        models: their summaries.
+        curve: `mean_curve` of the radial network with learned depth.
+        hop_runs: the reports of radial networks on the hop task.
+    """
     ce = {name: found["ce"] for name, found in models.items()}
     radial, dense = ce["radial, learned depth"], ce["dense"]
     correlations = [run["spearman"] for run in hop_runs if run["spearman"] is not None]
@@ -97,7 +122,8 @@ def figures_of(models: dict[str, dict], hop_runs: list[dict]) -> dict[str, float
         "radial/dense equal depth": radial / dense,
         "depth radial/dense": models["radial, learned depth"]["depth"] / models["dense"]["depth"],
         "radial fixed depth/dense": ce["radial, fixed depth"] / dense,
-        "radial T÷2/dense T": ce["radial, T/2"] / dense,
+        "radial T÷2/dense T": ce["radial, T/2"] / ce["dense, 6 layers"],
+        "layers saved at 0.5 % loss": layers_saved(curve, 0.005),
         "radial/best baseline": radial / min(ce[name] for name in BASELINES),
         "hops spearman": statistics.fmean(correlations) if correlations else None,
         "load entropy": models["radial, learned depth"]["load_entropy"],
@@ -133,6 +159,20 @@ def markdown(result: dict) -> str:
     lines += [f"| {name} | {'–' if value is None else f'{value:.4f}'} |" for name, value in result["figures"].items()]
     lines += [
         "",
+        "## One model, many depths",
+        "",
+        "The radial network with learned depth, read with other exit biases than the trained one (+0.00).",
+        "",
+        "| exit bias | depth | MFLOP per token | loss |",
+        "|---|---|---|---|",
+    ]
+    lines += [
+        f"| {'off' if row['exit_bias'] < -1 else format(row['exit_bias'], '+.2f')} | {row['depth']:.2f} "
+        f"| {row['flops_per_token'] / 1e6:.3f} | {row['ce']:.4f} |"
+        for row in result["curve"]
+    ]
+    lines += [
+        "",
         "## Hop task",
         "",
         "Accuracy and executed depth of the token that answers, by the number of look-ups k (`radialnet.hops`).",
@@ -145,6 +185,12 @@ def markdown(result: dict) -> str:
             lines.append(f"| {at[0]['k']} | {accuracy:.3f} | {depth:.2f} |")
         lines += ["", f"Mean depth of all tokens {statistics.fmean(run['depth'] for run in runs):.2f}.", ""]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _read_depths(folder: Path) -> list[dict]:
+    trained = load_trained(folder)
+    rows = prepare(trained.config, RunFolder(folder)).eval
+    return [evaluate_trained(trained, rows, trained.config.model.max_depth, bias) for bias in EXIT_BIASES]
 
 
 def _hop_report(folder: Path) -> dict:
@@ -190,9 +236,12 @@ def main() -> None:
         name: [_hop_report(workdir / "hops" / cell.name) for cell in runs] for name, runs in studies["hops"][0].items()
     }
     models = {name: summary(runs) for name, runs in of_model.items()}
+    learned = cells["radial, learned depth"]
+    curve = mean_curve([_read_depths(workdir / "radial_micro" / cell.name) for cell in learned])
     result = {
-        "figures": figures_of(models, hop_runs["hops, radial"]),
+        "figures": figures_of(models, curve, hop_runs["hops, radial"]),
         "models": models,
+        "curve": curve,
         "hops": hop_runs,
         "seeds": [seed["train.seed"] for seed in seeds],
         "commit": commit,

@@ -41,22 +41,40 @@ def example():
     return models, hop_runs
 
 
+# Exits off, then ever more of them.
+LOSSES, DEPTHS = [2.0, 1.99, *[2.009] * 8, 2.011], [4.0, 3.5, *[3.0] * 8, 2.0]
+CURVE = results.mean_curve(
+    [
+        [{"ce": ce + off, "depth": depth, "flops_per_token": 1e6} for ce, depth in zip(LOSSES, DEPTHS, strict=True)]
+        for off in (-0.5, 0.5)
+    ]
+)
+
+
+def test_layers_saved_counts_the_deepest_cut_that_keeps_the_loss():
+    assert [row["ce"] for row in CURVE] == pytest.approx(LOSSES)
+    assert [row["exit_bias"] for row in CURVE] == list(results.EXIT_BIASES)
+    assert results.layers_saved(CURVE, 0.005) == 0.25
+    assert results.layers_saved(CURVE, 0.0) == 0.125
+    assert results.layers_saved(CURVE, 0.01) == 0.5
+
+
 def test_figures_compare_what_they_say():
     models, hop_runs = example()
-    found = results.figures_of(models, hop_runs["hops, radial"])
+    found = results.figures_of(models, CURVE, hop_runs["hops, radial"])
     ce = {name: summary["ce"] for name, summary in models.items()}
     assert found["radial/dense equal depth"] == ce["radial, learned depth"] / ce["dense"]
-    assert found["radial T÷2/dense T"] == ce["radial, T/2"] / ce["dense"]
+    assert found["radial T÷2/dense T"] == ce["radial, T/2"] / ce["dense, 6 layers"]
     assert found["radial/best baseline"] == ce["radial, learned depth"] / ce["early exit"]
     assert found["hops spearman"] == 0.5
-    assert results.figures_of(models, [])["hops spearman"] is None
+    assert results.figures_of(models, CURVE, [])["hops spearman"] is None
 
 
 def test_markdown_has_a_line_for_each_model_and_figure():
     models, hop_runs = example()
-    figures = results.figures_of(models, hop_runs["hops, radial"])
+    figures = results.figures_of(models, CURVE, hop_runs["hops, radial"])
     rest = {"seeds": [0, 3], "commit": "abc", "date": "2026-01-01", "machine": "x"}
-    text = results.markdown({"figures": figures, "models": models, "hops": hop_runs, **rest})
+    text = results.markdown({"figures": figures, "models": models, "curve": CURVE, "hops": hop_runs, **rest})
     assert "--seeds=0,3" in text and "commit abc" in text
     for name in (*results.MODELS, *figures):
         assert sum(line.startswith(f"| {name} |") for line in text.splitlines()) == 1, name
@@ -71,4 +89,4 @@ def test_bad_seeds():
 
 def test_figures_are_json():
     models, hop_runs = example()
-    json.dumps(results.figures_of(models, hop_runs["hops, radial"]), allow_nan=False)
+    json.dumps(results.figures_of(models, CURVE, hop_runs["hops, radial"]), allow_nan=False)
