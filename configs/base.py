@@ -22,7 +22,6 @@ def get_config() -> ConfigDict:
     model.coda_layers = 0  # Unshared layers after the last one; every token runs them.
     model.init = "clones"  # distinct | clones (layers of a group start equal) | upcycle (from a dense run).
     model.upcycle_from = ""  # Run folder of the dense run that `init="upcycle"` starts from.
-    model.tied_steps = 0  # Of `clones`: training steps for which the layers of a group stay equal, as one dense layer.
     model.rope_base = 10_000.0  # Base of the rotary position angles.
     model.dtype = "float32"  # float32 | bfloat16: of the matrix products. Parameters and the router stay float32.
     model.grouped_backend = (

@@ -41,7 +41,6 @@ class ModelConfig:
     coda_layers: int
     init: str
     upcycle_from: str
-    tied_steps: int
     rope_base: float
     dtype: str
     grouped_backend: str
@@ -304,12 +303,6 @@ def _validate_router(config: Config) -> None:
         "read_coef",
     )
     _at_least("router", router, 0, *non_negative)
-    _at_least("model", model, 0, "tied_steps")
-    _require(
-        not model.tied_steps or model.init == "clones",
-        f"config.model.tied_steps={model.tied_steps} keeps clones equal: config.model.init={model.init!r}, 'clones' is "
-        "needed",
-    )
     _at_least("router", router, 0, "exit_warmup_steps", "depth_ramp_steps", "exit_bias_rate", "load_bias_rate")
     if router.exit_training == "benefit":
         of_benefit = "config.router.exit_training='benefit'"

@@ -1,19 +1,17 @@
 """TrainState, train_step and eval_step: pure functions, no I/O."""
 
-from functools import partial
-
 import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from radialnet.config import Config, ModelConfig
+from radialnet.config import Config
 from radialnet.losses import cross_entropy, read_losses, total_loss
 from radialnet.metrics import BatchSums
 from radialnet.model import Output
 from radialnet.optimizer import clip, learning_rate
-from radialnet.router import Controllers, Schedule, group_of_layer, schedule, update_exit_bias, update_load_bias
+from radialnet.router import Controllers, Schedule, schedule, update_exit_bias, update_load_bias
 
 Batch = dict[str, jax.Array]
 
@@ -133,10 +131,6 @@ def train_step(
     rng = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
     at = schedule(config.router, config.model.max_depth, state.step)
     grads, sums = _grads(config, graph, state, batch, at, bytes_V, rng)
-    if config.model.tied_steps:
-        is_tied = state.step < config.model.tied_steps
-        pool = jax.lax.cond(is_tied, partial(tie_groups, config.model), lambda same: same, grads["pool"])
-        grads = {**grads, "pool": pool}
     grad_norm = optax.tree.norm(grads)
     is_finite = jnp.isfinite(sums.losses["loss"]) & jnp.isfinite(grad_norm)
 
@@ -164,16 +158,6 @@ def train_step(
         "depth_target": at.depth_target,
     }
     return new_state, jax.tree.map(lambda x: jnp.where(is_finite, x, 0), sums), scalars
-
-
-def tie_groups(cfg: ModelConfig, grads: dict) -> dict:
-    """Give each layer of the pool the gradient of its whole group.
-
-    Layers of a group that start as clones then stay equal: the pool is a dense model of `max_depth` layers for so long,
-    trained by all tokens, whatever the routes are.
-    """
-    group_L = group_of_layer(cfg.pool_size, cfg.max_depth)
-    return jax.tree.map(lambda grad: jax.ops.segment_sum(grad, group_L, cfg.max_depth)[group_L], grads)
 
 
 def _update_controllers(config: Config, controllers: Controllers, at: Schedule, sums: BatchSums) -> Controllers:

@@ -7,7 +7,6 @@ import pytest
 
 from radialnet.model import init_params
 from radialnet.optimizer import learning_rate, make_optimizer
-from radialnet.router import group_of_layer
 from radialnet.train_step import eval_step, init_state, train_step
 from tests.tiny import VOCAB, make_batch, make_config
 
@@ -191,39 +190,6 @@ def test_learning_rate_and_decay_mask():
         "router.norm",
         "router.out_bias",
     }
-
-
-def test_layers_of_a_group_stay_one_dense_layer_while_they_are_tied():
-    """With every group's gradient summed, a pool of clones follows a dense model, whatever its routes are."""
-    off = {"router__load_coef": 0.0, "router__z_coef": 0.0, "model__min_depth": 3, "optimizer__clip_norm": 1e9}
-    tied = {
-        "router__prior": "group",
-        "router__prior_weight": 1e10,
-        "model__init": "clones",
-        "model__pool_size": 7,
-        "model__tied_steps": 3,
-    }
-    radial = Training(make_config(**off, **tied))
-    dense = Training(make_config(**off, router__form="sequential", model__pool_size=3))
-    groups = group_of_layer(7, 3)
-    first = np.searchsorted(groups, np.arange(3))
-    shared = {name: value for name, value in radial.state.params.items() if name not in ("pool", "router")}
-    one_each = jax.tree.map(lambda weights: weights[first], radial.state.params["pool"])
-    dense.state = dense.state.replace(params={**dense.state.params, **shared, "pool": one_each})
-    # Routes by the token, with no gradient through their probabilities, which dense has not.
-    radial.state.params["router"]["out"] *= 1e8
-    for step in range(3):
-        losses = [ce(run.step(make_batch(radial.config, seed=step))[0]) for run in (radial, dense)]
-        np.testing.assert_allclose(*losses, rtol=1e-4)
-        # Adam's first moment is a mean of gradients.
-        moments = (run.state.optimizer[0].mu["pool"] for run in (radial, dense))
-        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y[groups], atol=1e-5), *moments)
-    pool = radial.state.params["pool"]
-    jax.tree.map(lambda x: np.testing.assert_array_equal(x, x[first[groups]]), pool)
-    sums, _ = radial.step(make_batch(radial.config, seed=3))
-    assert (sums.routing.executions_TL[0, :3] > 0).sum() > 1, "several layers of the first group are in use"
-    freed = jax.tree.leaves(radial.state.params["pool"])
-    assert all((weights[0] != weights[1]).any() for weights in freed), "then they part"
 
 
 def test_accumulated_parts_give_the_gradient_of_the_whole_batch():
