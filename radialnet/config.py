@@ -422,7 +422,7 @@ def check_hops(
     Raises:
         ConfigError: they can't.
     """
-    symbols, needed = f"{names[0]}={num_symbols}", 2 * num_symbols + 3
+    symbols, needed = f"{names[0]}={num_symbols}", 3 * num_symbols + 3
     _require(num_symbols <= HOPS_ALPHABET, f"{symbols}: at most {HOPS_ALPHABET}, the whole alphabet, is needed")
     _require(1 <= max_hops < num_symbols, f"{names[1]}={max_hops}: at least 1 and less than {symbols} is needed")
     _require(

@@ -1,12 +1,15 @@
 """The hop task: generated rows with answers that are known to need k look-ups, one after the other.
 
-    <|document|>  x f(x)  x f(x)  …      a permutation f of n symbols, its pairs in random order
-                  x k f^k(x)  …          queries: f applied k times to x, for k = 1…K
+    <|document|>  ; x f(x)  ; x f(x)  …      a permutation f of n symbols, its pairs in random order
+                  x k f^k(x)  …              queries: f applied k times to x, for k = 1…K
 
 Only the answers are trained on and counted. The token that answers is k: its target is f^k(x). What is looked up next
 is known only when the look-up before is done, so that a token at k needs the more depth the larger k is. (As long as it
 works alone. Tokens of the pairs see the pairs before them, and answers are seen by the queries after them: a part of
 the way may have been gone already.)
+
+Every symbol of a row is the first of one pair and the second of another. The sign before each pair tells them apart by
+the token just before, where otherwise a model with relative positions would have to count from the start of the row.
 
 The symbols of a row are drawn from the whole alphabet. So every symbol is trained with whatever n is, and a larger n in
 evaluation is more of the same and not symbols that mean nothing. A number k > K was never seen and does mean nothing
@@ -20,9 +23,11 @@ import numpy as np
 from radialnet.config import HOPS_ALPHABET
 from radialnet.tokenizer import FIRST_WORD_ID, SEPARATOR_ID, Tokenizer
 
-# All numbers that any K < n allows, then the alphabet.
-WORDS = (*(str(k) for k in range(1, HOPS_ALPHABET)), *(f"s{symbol}" for symbol in range(HOPS_ALPHABET)))
+# All numbers that any K < n allows, the alphabet, and what stands before a pair.
+PAIR = ";"
+WORDS = (*(str(k) for k in range(1, HOPS_ALPHABET)), *(f"s{symbol}" for symbol in range(HOPS_ALPHABET)), PAIR)
 FIRST_SYMBOL_ID = FIRST_WORD_ID + HOPS_ALPHABET - 1
+PAIR_ID = FIRST_WORD_ID + WORDS.index(PAIR)
 
 # Training has more rows than a run reads. The held-out ones are evaluated again and again: with the default sizes they
 # have 32,768 queries, 4,096 of each k, so that an accuracy is known to 1 % or better.
@@ -48,8 +53,8 @@ class HopRows:
         """The rows of a split, `train` or `eval`, of sizes that `config.check_hops` lets pass."""
         self.split, self.num_symbols, self.max_hops = split, num_symbols, max_hops
         # What S+1 tokens have room for, one more if it is cut short: the last token of a row is a target only.
-        self._num_queries = -(-(seq_len - 2 * num_symbols) // 3)
-        in_queries_S = np.arange(seq_len + 1) - (1 + 2 * num_symbols)
+        self._num_queries = -(-(seq_len - 3 * num_symbols) // 3)
+        in_queries_S = np.arange(seq_len + 1) - (1 + 3 * num_symbols)
         self._is_answer_S = (in_queries_S >= 0) & (in_queries_S % 3 == 2)
 
     def __len__(self) -> int:
@@ -74,13 +79,14 @@ class HopRows:
         # on cycles of at most n/2, some are fixed, and a walk of k hops that comes round again is a shorter one. Here
         # every hop leads to a symbol that the walk hasn't seen. (Backwards it is n - k hops: fewer for k > n/2.)
         cycle_n = FIRST_SYMBOL_ID + rng.permutation(HOPS_ALPHABET)[:n]
-        pairs_n2 = np.stack([cycle_n, np.roll(cycle_n, -1)], axis=1)[rng.permutation(n)]
+        sign_n = np.full(n, PAIR_ID)
+        pairs_n3 = np.stack([sign_n, cycle_n, np.roll(cycle_n, -1)], axis=1)[rng.permutation(n)]
         # x and k are uniform, and no query comes twice before all have come: its answer could be copied, without a hop.
         query_Q = np.resize(rng.permutation(n * self.max_hops), self._num_queries)
         start_Q, hops_Q = query_Q // self.max_hops, query_Q % self.max_hops + 1
         answer_Q = cycle_n[(start_Q + hops_Q) % n]
         queries_Q3 = np.stack([cycle_n[start_Q], FIRST_WORD_ID - 1 + hops_Q, answer_Q], axis=1)
-        tokens = np.concatenate([[SEPARATOR_ID], pairs_n2.ravel(), queries_Q3.ravel()])
+        tokens = np.concatenate([[SEPARATOR_ID], pairs_n3.ravel(), queries_Q3.ravel()])
         return tokens[: len(self._is_answer_S)].astype(np.int32)
 
 

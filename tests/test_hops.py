@@ -8,15 +8,15 @@ import scipy.stats
 
 from radialnet.config import ConfigError, check_hops
 from radialnet.data import eval_batches, prefetch, prepare, train_batches
-from radialnet.hop_task import NUM_ROWS, WORDS, HopRows, make_tokenizer
+from radialnet.hop_task import NUM_ROWS, PAIR, WORDS, HopRows, make_tokenizer
 from radialnet.hops import query_figures, spearman
 from radialnet.run_folder import RunFolder
 from radialnet.tokenizer import SEPARATOR, UNKNOWN, Tokenizer
 from tests.test_cli import run
 from tests.tiny import make_config
 
-N, K, S = 7, 5, 43  # Room for nine queries.
-SIZES = [(N, K, S), (2, 1, 7), (64, 63, 150), (5, 2, 13), (5, 4, 14), (5, 4, 15), (3, 1, 40)]
+N, K, S = 7, 5, 50  # Room for nine queries.
+SIZES = [(N, K, S), (2, 1, 9), (64, 63, 214), (5, 2, 18), (5, 4, 19), (5, 4, 20), (3, 1, 43)]
 
 
 def rows_of(split="train", symbols=N, max_hops=K, seq_len=S):
@@ -33,9 +33,10 @@ def parse(item, symbols):
     tokens = np.append(item["token"], item["target"][-1])
     np.testing.assert_array_equal(tokens[1:], item["target"])
     words = words_of(tokens)
-    pairs, queries = words[: 2 * symbols], words[2 * symbols :]
+    pairs, queries = words[: 3 * symbols], words[3 * symbols :]
+    assert set(pairs[::3]) == {PAIR}
     whole = len(queries) // 3 * 3
-    return list(zip(pairs[::2], pairs[1::2], strict=True)), np.reshape(queries[:whole], (-1, 3)).tolist()
+    return list(zip(pairs[1::3], pairs[2::3], strict=True)), np.reshape(queries[:whole], (-1, 3)).tolist()
 
 
 @pytest.mark.parametrize("symbols, max_hops, seq_len", SIZES)
@@ -56,7 +57,7 @@ def test_every_answer_is_right_by_following_the_pairs(split, symbols, max_hops, 
             assert walk[-1] == answer
             assert len(set(walk)) == len(walk), "no walk comes round to a shorter one"
         # As many queries as there is room for.
-        assert len(queries) == (seq_len - 2 * symbols) // 3 >= 1
+        assert len(queries) == (seq_len - 3 * symbols) // 3 >= 1
 
 
 @pytest.mark.parametrize("symbols, max_hops, seq_len", SIZES)
