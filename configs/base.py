@@ -52,6 +52,7 @@ def get_config() -> ConfigDict:
     router.exit_bias_rate = 0.1  # u of the controller: b += u * std(e) * clip(depth - d*, -1, 1). 0 = off.
     router.exit_training = "gate"  # gate: by the survival gate | benefit: e predicts what going on takes off the loss.
     router.read_coef = 0.1  # Of `benefit`: of the cross-entropy at states between steps, one of each token.
+    router.explore = 0.0  # Share of tokens that in training don't leave before T, whatever the router says.
     router.capacity = 0.5  # Of `mod`: share of a row's tokens that execute a step at which tokens compete.
     router.capacity_every = 2  # Of `mod`: tokens compete at every this many-th step, the last of each such round.
     router.load_bias_rate = 0.0  # Of the auxiliary-loss-free balancing: bias += rate * sign(1/L - load). 0 = off.

@@ -73,6 +73,7 @@ class RouterConfig:
     exit_bias_rate: float
     exit_training: str
     read_coef: float
+    explore: float
     load_bias_rate: float
     capacity: float
     capacity_every: int
@@ -304,6 +305,7 @@ def _validate_router(config: Config) -> None:
     )
     _at_least("router", router, 0, *non_negative)
     _at_least("router", router, 0, "exit_warmup_steps", "depth_ramp_steps", "exit_bias_rate", "load_bias_rate")
+    _require(0 <= router.explore < 1, f"config.router.explore={router.explore}: at least 0 and less than 1 is needed")
     if router.exit_training == "benefit":
         of_benefit = "config.router.exit_training='benefit'"
         _require(

@@ -48,12 +48,13 @@ class Schedule:
     prior_weight: jax.Array
     may_exit: jax.Array
     depth_target: jax.Array
+    explore: jax.Array  # Share of tokens that don't leave before the last step, so that what they gain is known.
     # Whether a token's route may depend on tokens before it only; training of Mixture-of-Depths looks at whole rows.
     is_causal: jax.Array
 
     def for_evaluation(self) -> "Schedule":
-        """The same without noise, and causal."""
-        return self.replace(noise=jnp.float32(0), is_causal=jnp.bool_(True))
+        """The same without noise and exploration, and causal."""
+        return self.replace(noise=jnp.float32(0), explore=jnp.float32(0), is_causal=jnp.bool_(True))
 
 
 def schedule(cfg: RouterConfig, max_depth: int, step: jax.Array) -> Schedule:
@@ -66,6 +67,7 @@ def schedule(cfg: RouterConfig, max_depth: int, step: jax.Array) -> Schedule:
         prior_weight=cfg.prior_weight * (jnp.maximum(0, 1 - step / cfg.prior_steps) if cfg.prior_steps else 1.0),
         may_exit=since_warmup >= 0,
         depth_target=max_depth + (cfg.depth_target - max_depth) * ramp,
+        explore=jnp.float32(cfg.explore),
         is_causal=jnp.bool_(False),
     )
 
@@ -173,6 +175,8 @@ class Router(nnx.Module):
             decided: choices to keep to, made before from the same inputs: a backward pass that computes the
                 probabilities again must not choose again, for the last bit of a logit could choose otherwise.
         """
+        # The same tokens at every step.
+        explores_BS = jax.random.uniform(rng, active_BS.shape) < at.explore if self.cfg.explore else False
         rng = jax.random.fold_in(rng, depth_step)
         if not self.cfg.is_trained:
             return self._fixed_route(token_BS, active_BS, depth_step, rng)
@@ -198,7 +202,13 @@ class Router(nnx.Module):
         # With min and max depth equal exits are off, at a larger max depth in evaluation too: none was ever trained.
         can_exit = at.may_exit & (self.min_depth < self.max_depth) & (depth_step >= self.min_depth)
         if decided is None:
-            decided = self._decide(biased_BSL + controllers.load_bias, leave_BS, active_BS & can_exit, at, rng)
+            decided = self._decide(
+                biased_BSL + controllers.load_bias,
+                leave_BS,
+                active_BS & can_exit & jnp.logical_not(explores_BS),
+                at,
+                rng,
+            )
         log_p_BSL = jax.nn.log_softmax(biased_BSL, axis=-1)
         return Route.of(
             decided,

@@ -165,7 +165,9 @@ def _update_controllers(config: Config, controllers: Controllers, at: Schedule, 
     if not cfg.is_trained:
         return controllers
     if cfg.exit_bias_rate and config.model.min_depth < config.model.max_depth:
-        controllers = update_exit_bias(controllers, cfg, at, routing.mean_depth(), routing.exit_logit_std())
+        # Those that explore go all the way; the target is for the others.
+        depth = (routing.mean_depth() - cfg.explore * config.model.max_depth) / (1 - cfg.explore)
+        controllers = update_exit_bias(controllers, cfg, at, depth, routing.exit_logit_std())
     if cfg.load_bias_rate:
         controllers = update_load_bias(controllers, cfg, routing.load_L())
     return controllers
