@@ -1,0 +1,291 @@
+"""The unified cache of decoding: entries of all layers and steps, in pages that a row takes when it needs them.
+
+An entry is written when a token executes a step, and never for a step that did not happen: the memory of a row is the
+sum of its tokens' depths, rounded up to a page. Who sees what is the rule of training (`cache`), with one more case: an
+earlier token has finished all its steps, so that entries of later steps than the query's own are there and hidden.
+
+Steps are counted as stages here: a model's prelude layers, its depth steps and its coda layers, one after the other. A
+prelude or coda layer sees what it wrote itself.
+
+In the views that look at one entry of a token at most, `shown_RST` names it for every stage of a query, and the cost of
+attention follows the tokens. In the views of all steps it follows the entries.
+"""
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from radialnet.cache import APPENDING
+from radialnet.visibility import NEG_INF
+
+# Tokens or entries that attention takes at a time.
+BLOCK = 128
+
+
+@flax.struct.dataclass
+class Stages:
+    """How the stages of a token are counted."""
+
+    prelude: int = flax.struct.field(pytree_node=False)
+    max_depth: int = flax.struct.field(pytree_node=False)
+    coda: int = flax.struct.field(pytree_node=False)
+
+    @property
+    def first_coda(self) -> int:
+        return self.prelude + self.max_depth
+
+    @property
+    def total(self) -> int:
+        return self.first_coda + self.coda
+
+    def is_routed(self, stage: jax.Array) -> jax.Array:
+        return (stage >= self.prelude) & (stage < self.first_coda)
+
+
+@flax.struct.dataclass
+class DecodeCache:
+    """Entries of R rows in P pages of A slots. M pages and S tokens a row at most; T stages."""
+
+    k_PAGK: jax.Array
+    v_PAGK: jax.Array
+    page_RM: jax.Array  # The pages of each row, in the order in which they were filled.
+    num_R: jax.Array  # Entries of each row.
+    free_P: jax.Array  # A stack: pages that no row has.
+    num_free: jax.Array
+    first_R: jax.Array  # The first token of each row that is still there; others were given up for want of room.
+    # Views that look at one entry of a token: the slot that a token shows to a query at each stage; -1 for none.
+    shown_RST: jax.Array | None
+    # Views of all steps: who wrote each slot, and as what.
+    token_PA: jax.Array | None
+    stage_PA: jax.Array | None
+    layer_PA: jax.Array | None
+    stages: Stages = flax.struct.field(pytree_node=False)
+    view: str = flax.struct.field(pytree_node=False)
+
+    @classmethod
+    def empty(
+        cls,
+        view: str,
+        stages: Stages,
+        num_rows: int,
+        max_tokens: int,
+        num_pages: int,
+        page_size: int,
+        kv_heads: int,
+        head_size: int,
+        dtype,
+    ) -> "DecodeCache":
+        """Room for `num_pages` pages; a row never needs more than `max_tokens` tokens of all stages do."""
+        max_tokens = -(-max_tokens // BLOCK) * BLOCK
+        pages_at_a_time = max(BLOCK // page_size, 1)
+        max_pages = -(-max_tokens * stages.total // page_size)
+        max_pages = -(-max_pages // pages_at_a_time) * pages_at_a_time
+        zeros_PAGK = jnp.zeros((num_pages, page_size, kv_heads, head_size), dtype)
+        by_slot = None, None, None
+        if view in APPENDING:
+            by_slot = (jnp.full((num_pages, page_size), -1, jnp.int32),) * 3
+        return cls(
+            zeros_PAGK,
+            zeros_PAGK,
+            jnp.zeros((num_rows, max_pages), jnp.int32),
+            jnp.zeros(num_rows, jnp.int32),
+            jnp.arange(num_pages, dtype=jnp.int32),
+            jnp.int32(num_pages),
+            jnp.zeros(num_rows, jnp.int32),
+            None if view in APPENDING else jnp.full((num_rows, max_tokens, stages.total), -1, jnp.int32),
+            *by_slot,
+            stages=stages,
+            view=view,
+        )
+
+    @property
+    def page_size(self) -> int:
+        return self.k_PAGK.shape[1]
+
+    @property
+    def num_pages(self) -> int:
+        return self.k_PAGK.shape[0]
+
+    @property
+    def page_bytes(self) -> int:
+        """Keys and values of one page."""
+        return 2 * self.k_PAGK[0].size * self.k_PAGK.dtype.itemsize
+
+    def num_pages_R(self) -> jax.Array:
+        """Pages that each row has."""
+        return -(-self.num_R // self.page_size)
+
+    def append(
+        self,
+        k_RQGK: jax.Array,
+        v_RQGK: jax.Array,
+        token_RQ: jax.Array,
+        stage_R: jax.Array,
+        layer_RQ: jax.Array,
+        writes_RQ: jax.Array,
+    ) -> "DecodeCache":
+        """The cache with new entries. There must be free pages enough (`num_free`).
+
+        Args:
+            token_RQ: the tokens that write, by their index in the row.
+            stage_R: the stage at which those of a row do.
+            layer_RQ: the layers that they execute.
+            writes_RQ: False for tokens that write nothing.
+        """
+        if self.view == "first":
+            writes_RQ &= ((stage_R == self.stages.prelude) | ~self.stages.is_routed(stage_R))[:, None]
+        before_R = self.num_pages_R()
+        place_RQ = self.num_R[:, None] + jnp.cumsum(writes_RQ, axis=1, dtype=jnp.int32) - 1
+        num_R = self.num_R + writes_RQ.sum(1, dtype=jnp.int32)
+        after_R = -(-num_R // self.page_size)
+        # Each row takes its new pages off the stack, the first row first.
+        taken_R = jnp.cumsum(after_R - before_R)
+        top_R = self.num_free - 1 - (taken_R - (after_R - before_R))
+        page_M = jnp.arange(self.page_RM.shape[1])
+        is_new_RM = (page_M >= before_R[:, None]) & (page_M < after_R[:, None])
+        new_RM = self.free_P[jnp.maximum(top_R[:, None] - (page_M - before_R[:, None]), 0)]
+        page_RM = jnp.where(is_new_RM, new_RM, self.page_RM)
+
+        page_RQ = jnp.take_along_axis(page_RM, jnp.maximum(place_RQ, 0) // self.page_size, axis=1)
+        slot_RQ = page_RQ * self.page_size + place_RQ % self.page_size
+        slot_RQ = jnp.where(writes_RQ, slot_RQ, self.num_pages * self.page_size)
+
+        def written(x_PAX, new_RQX):
+            flat = x_PAX.reshape(-1, *x_PAX.shape[2:])
+            new = new_RQX.reshape(-1, *x_PAX.shape[2:]).astype(flat.dtype)
+            return flat.at[slot_RQ.ravel()].set(new, mode="drop").reshape(x_PAX.shape)
+
+        cache = self.replace(
+            k_PAGK=written(self.k_PAGK, k_RQGK),
+            v_PAGK=written(self.v_PAGK, v_RQGK),
+            page_RM=page_RM,
+            num_R=num_R,
+            num_free=self.num_free - taken_R[-1],
+        )
+        if self.view in APPENDING:
+            stage_RQ = jnp.broadcast_to(stage_R[:, None], token_RQ.shape)
+            return cache.replace(
+                token_PA=written(self.token_PA, token_RQ),
+                stage_PA=written(self.stage_PA, stage_RQ),
+                layer_PA=written(self.layer_PA, layer_RQ),
+            )
+        return cache.replace(shown_RST=self._shown(slot_RQ, token_RQ, stage_R, writes_RQ))
+
+    def _shown(self, slot_RQ, token_RQ, stage_R, writes_RQ) -> jax.Array:
+        """`shown_RST` after tokens have written at a stage."""
+        rows, num_tokens, num_stages = self.shown_RST.shape
+        stage_T, stage_R1 = jnp.arange(num_stages), stage_R[:, None]
+        shows_RT = stage_T == stage_R1
+        if self.view in ("latest", "first"):
+            # Also to queries of later steps, until the token writes again.
+            later_RT = (stage_T >= stage_R1) & self.stages.is_routed(stage_T)
+            shows_RT |= later_RT & self.stages.is_routed(stage_R1)
+        token_RQ = jnp.where(writes_RQ, token_RQ, num_tokens)
+        row_RQ = jnp.broadcast_to(jnp.arange(rows)[:, None], token_RQ.shape)
+        old_RQT = self.shown_RST.at[row_RQ, token_RQ].get(mode="fill", fill_value=-1)
+        new_RQT = jnp.where(shows_RT[:, None], slot_RQ[..., None], old_RQT)
+        return self.shown_RST.at[row_RQ, token_RQ].set(new_RQT, mode="drop")
+
+    def attend(self, q_RQHK: jax.Array, token_RQ: jax.Array, stage_R: jax.Array, layer_RQ: jax.Array) -> jax.Array:
+        """Softmax attention of queries at a stage over the entries that they see, [R, Q, H, K]; fp32 inside.
+
+        A query that sees nothing gets zeros.
+        """
+        rows, num_queries, _, size = q_RQHK.shape
+        kv_heads = self.k_PAGK.shape[2]
+        q_RQGXK = q_RQHK.reshape(rows, num_queries, kv_heads, -1, size).astype(jnp.float32) * size**-0.5
+        block_of = self._entries if self.view in APPENDING else self._tokens
+
+        def step(block, carry):
+            highest_RQGX, total_RQGX, mixed_RQGXK = carry
+            k_RCGK, v_RCGK, visible_RQC = block_of(block, token_RQ, stage_R, layer_RQ)
+            scores = jnp.einsum("RQGXK,RCGK->RQGXC", q_RQGXK, k_RCGK.astype(jnp.float32))
+            scores = jnp.where(visible_RQC[:, :, None, None], scores, NEG_INF)
+            new_RQGX = jnp.maximum(highest_RQGX, scores.max(-1))
+            weights = jnp.where(visible_RQC[:, :, None, None], jnp.exp(scores - new_RQGX[..., None]), 0)
+            scale_RQGX = jnp.exp(highest_RQGX - new_RQGX)
+            mixed = jnp.einsum("RQGXC,RCGK->RQGXK", weights, v_RCGK.astype(jnp.float32))
+            return (
+                new_RQGX,
+                total_RQGX * scale_RQGX + weights.sum(-1),
+                mixed_RQGXK * scale_RQGX[..., None] + mixed,
+            )
+
+        shape = q_RQGXK.shape[:-1]
+        carry = jnp.full(shape, NEG_INF), jnp.zeros(shape), jnp.zeros(q_RQGXK.shape)
+        length = self.num_R.max() if self.view in APPENDING else token_RQ.max() + 1
+        first = 0 if self.view in APPENDING else self.first_R.min() // BLOCK
+        _, total_RQGX, mixed_RQGXK = jax.lax.fori_loop(first, -(-length // BLOCK), step, carry)
+        mixed_RQGXK /= jnp.maximum(total_RQGX, 1e-30)[..., None]
+        return mixed_RQGXK.reshape(q_RQHK.shape).astype(q_RQHK.dtype)
+
+    def _tokens(self, block, token_RQ, stage_R, layer_RQ):
+        """What a block of tokens shows: keys, values and who sees them."""
+        shown_RCT = jax.lax.dynamic_slice_in_dim(self.shown_RST, block * BLOCK, BLOCK, axis=1)
+        slot_RC = jnp.take_along_axis(shown_RCT, stage_R[:, None, None], axis=2)[..., 0]
+        token_C = block * BLOCK + jnp.arange(BLOCK)
+        is_there_RC = (slot_RC >= 0) & (token_C >= self.first_R[:, None])
+        visible_RQC = is_there_RC[:, None] & (token_C <= token_RQ[..., None])
+        k_RCGK, v_RCGK = (
+            x_PAGK.reshape(-1, *x_PAGK.shape[2:])[jnp.maximum(slot_RC, 0)] for x_PAGK in (self.k_PAGK, self.v_PAGK)
+        )
+        return k_RCGK, v_RCGK, visible_RQC
+
+    def _entries(self, block, token_RQ, stage_R, layer_RQ):
+        """A block of entries: keys, values and who sees them."""
+        rows, num_pages = self.page_RM.shape[0], max(BLOCK // self.page_size, 1)
+        page_RN = jax.lax.dynamic_slice_in_dim(self.page_RM, block * num_pages, num_pages, axis=1)
+
+        def of_pages(x_PAX):
+            return x_PAX[page_RN].reshape(rows, -1, *x_PAX.shape[2:])
+
+        token_RC, entry_stage_RC, entry_layer_RC = map(of_pages, (self.token_PA, self.stage_PA, self.layer_PA))
+        place_C = block * BLOCK + jnp.arange(token_RC.shape[1])
+        is_there_RC = (place_C < self.num_R[:, None]) & (token_RC >= self.first_R[:, None])
+        is_routed_R1 = self.stages.is_routed(stage_R)[:, None]
+        earlier_RC = self.stages.is_routed(entry_stage_RC) & (entry_stage_RC <= stage_R[:, None])
+        is_there_RC &= jnp.where(is_routed_R1, earlier_RC, entry_stage_RC == stage_R[:, None])
+        visible_RQC = is_there_RC[:, None] & (token_RC[:, None] <= token_RQ[..., None])
+        if self.view == "same_layer":
+            visible_RQC &= entry_layer_RC[:, None] == layer_RQ[..., None]
+        return of_pages(self.k_PAGK), of_pages(self.v_PAGK), visible_RQC
+
+    def row(self, row: jax.Array) -> "DecodeCache":
+        """One row as a cache of its own, over the same pages."""
+        return self.replace(**{name: getattr(self, name)[row][None] for name in self._by_row()})
+
+    def with_row(self, row: jax.Array, changed: "DecodeCache") -> "DecodeCache":
+        """The cache after one row (`row`) was changed."""
+        by_row = {name: getattr(self, name).at[row].set(getattr(changed, name)[0]) for name in self._by_row()}
+        return changed.replace(**by_row)
+
+    def _by_row(self) -> tuple[str, ...]:
+        names = ("page_RM", "num_R", "first_R")
+        return names if self.shown_RST is None else (*names, "shown_RST")
+
+    def released(self, row: jax.Array) -> "DecodeCache":
+        """The cache after a row has given its pages back."""
+        page_M, num = jnp.arange(self.page_RM.shape[1]), self.num_pages_R()[row]
+        place_M = jnp.where(page_M < num, self.num_free + page_M, self.num_pages)
+        shown_RST = None if self.shown_RST is None else self.shown_RST.at[row].set(-1)
+        return self.replace(
+            free_P=self.free_P.at[place_M].set(self.page_RM[row], mode="drop"),
+            num_free=self.num_free + num,
+            num_R=self.num_R.at[row].set(0),
+            first_R=self.first_R.at[row].set(0),
+            shown_RST=shown_RST,
+        )
+
+    def grown(self, num_pages: int) -> "DecodeCache":
+        """The cache with room for more pages."""
+        more = num_pages - self.num_pages
+
+        def padded(x_PAX):
+            return None if x_PAX is None else jnp.pad(x_PAX, ((0, more), *((0, 0) for _ in x_PAX.shape[1:])))
+
+        new_P = self.num_pages + jnp.arange(more, dtype=jnp.int32)
+        free_P = jax.lax.dynamic_update_slice(padded(self.free_P), new_P, (self.num_free,))
+        names = ("k_PAGK", "v_PAGK", "token_PA", "stage_PA", "layer_PA")
+        return self.replace(
+            **{name: padded(getattr(self, name)) for name in names}, free_P=free_P, num_free=self.num_free + more
+        )

@@ -1,0 +1,323 @@
+"""Decoding as pure functions: prefill of a prompt, and the loop in which every row goes its own way.
+
+    prefill      tokens of one row in parallel, stage by stage, into the cache
+    decode       a `lax.while_loop`; each iteration executes one layer for every row, through its own layer of the pool
+                 and at its own depth. A row whose token leaves samples the next one and starts again at once.
+
+Both read and write the unified cache through the same `append` and `attend`, by the same `route` and `execute`: what
+differs is the number of tokens a row has at a time.
+"""
+
+import dataclasses
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from radialnet import grouped
+from radialnet.config import Config
+from radialnet.decode_cache import DecodeCache, Stages
+from radialnet.grouping import gather, plan, scatter
+from radialnet.layers import rms_norm, rotation
+from radialnet.model import RadialTransformer
+from radialnet.router import Controllers, Schedule, choice_gate
+from radialnet.sampling import SamplingRows, sample
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoding:
+    """What is static.
+
+    Attributes:
+        lockstep: whether a token that leaves waits for those of all other rows: for comparison.
+    """
+
+    config: Config
+    graph: nnx.GraphDef
+    stages: Stages
+    separator_id: int
+    lockstep: bool = False
+
+
+@flax.struct.dataclass
+class Weights:
+    """A trained model, the layers of prelude, pool and coda on one axis."""
+
+    params: dict
+    block: dict[str, jax.Array]
+    controllers: Controllers
+    at: Schedule
+
+    @classmethod
+    def of(cls, graph: nnx.GraphDef, params: dict, controllers: Controllers, at: Schedule) -> "Weights":
+        model = nnx.merge(graph, params)
+        blocks = [pool.block for pool in (model.prelude, model.pool, model.coda) if pool is not None]
+        stacked = [block.weights(block.BEFORE + block.AFTER) for block in blocks]
+        block = stacked[0] if len(stacked) == 1 else jax.tree.map(lambda *layers: jnp.concatenate(layers), *stacked)
+        return cls(params, block, controllers, at)
+
+
+@flax.struct.dataclass
+class Choice:
+    """Where tokens go at a stage."""
+
+    layer_RQ: jax.Array  # Among all layers, those of the prelude first; their number for a token that executes nothing.
+    gate_RQ: jax.Array
+    exits_RQ: jax.Array
+    log_survival_RQ: jax.Array
+    leaves_at_RQ: jax.Array | None
+
+
+@flax.struct.dataclass
+class Rows:
+    """R rows, each with the one token that it is at. S tokens of a row, N of them new, T stages, V tokens in all."""
+
+    token_R: jax.Array
+    place_R: jax.Array  # The token's index in its row.
+    stage_R: jax.Array
+    h_RD: jax.Array
+    choice: Choice  # What the token does at its stage; Q = 1.
+    is_live_R: jax.Array
+    num_new_R: jax.Array
+    max_new_R: jax.Array
+    new_RN: jax.Array
+    seen_RV: jax.Array
+    layer_RST: jax.Array  # The layer that each token executed at each stage; -1 for none.
+    sampling: SamplingRows
+
+
+def _model(decoding: Decoding, weights: Weights) -> RadialTransformer:
+    return nnx.merge(decoding.graph, weights.params)
+
+
+def _num_layers(weights: Weights) -> int:
+    return len(jax.tree.leaves(weights.block)[0])
+
+
+def embed(model: RadialTransformer, token: jax.Array) -> jax.Array:
+    return model.embedding[...][token] * model.cfg.d_model**0.5
+
+
+def route(
+    decoding: Decoding, weights: Weights, h_RQD, token_RQ, stage_R, active_RQ, log_survival_RQ, leaves_at_RQ
+) -> Choice:
+    """Where each active token goes at its row's stage."""
+    model, stages = _model(decoding, weights), decoding.stages
+    num_layers = model.pool.num_layers
+    depth_R = jnp.clip(stage_R - stages.prelude, 0, stages.max_depth - 1)
+
+    def of_row(h_QD, token_Q, active_Q, depth_step, leaves_at_Q):
+        leaves_at_BS = None if leaves_at_Q is None else leaves_at_Q[None]
+        args = h_QD[None], token_Q[None], active_Q[None], depth_step, weights.controllers, weights.at
+        return jax.tree.map(lambda x: x[0] if jnp.ndim(x) else x, model.router(*args, jax.random.key(0), leaves_at_BS))
+
+    route = jax.vmap(of_row)(h_RQD, token_RQ, active_RQ, depth_R, leaves_at_RQ)
+    is_routed_R1 = stages.is_routed(stage_R)[:, None]
+    log_survival_RQ = jnp.where(is_routed_R1, log_survival_RQ + route.log_survive_BS, log_survival_RQ)
+    gate_RQ = jnp.ones(active_RQ.shape)
+    if not model.reads_states:
+        gate_RQ *= choice_gate(log_survival_RQ, model.estimator)
+    if model.estimator != "dense":
+        gate_RQ *= choice_gate(route.log_p_layer_BS, model.estimator)
+    # Layers of the prelude are numbered as their stages are; those of the coda come after the pool's.
+    in_order_R1 = jnp.where(stage_R < stages.prelude, stage_R, stage_R - stages.max_depth + num_layers)[:, None]
+    layer_RQ = jnp.where(is_routed_R1, stages.prelude + route.layer_BS, in_order_R1)
+    executes_RQ = active_RQ & (stage_R < stages.total)[:, None] & (~is_routed_R1 | route.executes_BS)
+    return Choice(
+        layer_RQ=jnp.where(executes_RQ, layer_RQ, stages.prelude + num_layers + stages.coda),
+        gate_RQ=jnp.where(is_routed_R1, gate_RQ, 1),
+        exits_RQ=is_routed_R1 & active_RQ & route.exits_BS,
+        log_survival_RQ=log_survival_RQ,
+        leaves_at_RQ=leaves_at_RQ if route.decided.leaves_at_BS is None else route.decided.leaves_at_BS,
+    )
+
+
+def execute(
+    decoding: Decoding, weights: Weights, h_RQD, choice: Choice, place_RQ, stage_R, cache: DecodeCache
+) -> tuple[jax.Array, DecodeCache]:
+    """The residual stream after each token went through its layer, and the cache with what it wrote."""
+    model = _model(decoding, weights)
+    cfg, block = model.cfg, model.pool.block
+    shape, num_layers = place_RQ.shape, _num_layers(weights)
+    layer_RQ = choice.layer_RQ
+    backend = cfg.grouped_backend
+    backend = grouped.default_backend(jax.default_backend()) if backend == "auto" else backend
+    groups = plan(layer_RQ.ravel(), num_layers, backend)
+
+    def half(function, names, rows, fixed=()):
+        part = {name: weights.block[name] for name in names}
+        rows, fixed = (tuple(scatter(x, groups) for x in xs) for xs in (rows, fixed))
+        outputs = grouped.map_rows(function, part, rows, groups, fixed)
+        return jax.tree.map(lambda y: gather(y, groups), outputs)
+
+    h_ND = h_RQD.reshape(-1, cfg.d_model)
+    turned_NK = rotation(place_RQ.ravel(), cfg.head_size, cfg.rope_base)
+    qkv = half(block.before_attention, block.BEFORE, (h_ND,), (turned_NK,))
+    q_RQHK, k_RQGK, v_RQGK = (x_NX.reshape(*shape, -1, cfg.head_size) for x_NX in qkv)
+    cache = cache.append(k_RQGK, v_RQGK, place_RQ, stage_R, layer_RQ, layer_RQ < num_layers)
+    mixed_RQHK = cache.attend(q_RQHK, place_RQ, stage_R, layer_RQ)
+    update_ND = half(block.after_attention, block.AFTER, (h_ND, mixed_RQHK.reshape(len(h_ND), -1)))
+    return h_RQD + choice.gate_RQ[..., None] * update_ND.reshape(h_RQD.shape), cache
+
+
+def run(
+    decoding: Decoding, weights: Weights, cache: DecodeCache, token_RQ, place_RQ, is_real_RQ
+) -> tuple[DecodeCache, jax.Array, jax.Array]:
+    """Run tokens through all their stages, those of all rows side by side.
+
+    Args:
+        place_RQ: their index in the row; each row's next ones.
+        is_real_RQ: False for those that only fill the array up.
+
+    Returns:
+        The cache, the residual stream at the output node [R, Q, D], and the layer of each token at each stage
+        [R, Q, T], -1 for none.
+    """
+    model, stages = _model(decoding, weights), decoding.stages
+    num_layers = _num_layers(weights)
+
+    def step(stage, carry):
+        h_RQD, stays_RQ, log_survival_RQ, leaves_at_RQ, cache, layer_TRQ = carry
+        stage_R = jnp.full(len(token_RQ), stage)
+        active_RQ = is_real_RQ & (stays_RQ | ~stages.is_routed(stage))
+        choice = route(decoding, weights, h_RQD, token_RQ, stage_R, active_RQ, log_survival_RQ, leaves_at_RQ)
+        h_RQD, cache = execute(decoding, weights, h_RQD, choice, place_RQ, stage_R, cache)
+        layer_RQ = jnp.where(choice.layer_RQ < num_layers, choice.layer_RQ, -1)
+        layer_TRQ = layer_TRQ.at[stage].set(layer_RQ.astype(jnp.int16))
+        return h_RQD, stays_RQ & ~choice.exits_RQ, choice.log_survival_RQ, choice.leaves_at_RQ, cache, layer_TRQ
+
+    layer_TRQ = jnp.full((stages.total, *token_RQ.shape), -1, jnp.int16)
+    no_plan = model.router.no_plan(token_RQ.shape)
+    carry = embed(model, token_RQ), is_real_RQ, jnp.zeros(token_RQ.shape), no_plan, cache, layer_TRQ
+    h_RQD, *_, cache, layer_TRQ = jax.lax.fori_loop(0, stages.total, step, carry)
+    return cache, h_RQD, jnp.moveaxis(layer_TRQ, 0, -1)
+
+
+def prefill(
+    decoding: Decoding, weights: Weights, cache: DecodeCache, row: jax.Array, token_Q, begin: jax.Array, num: jax.Array
+) -> tuple[DecodeCache, jax.Array, jax.Array]:
+    """`run` the next tokens of one row.
+
+    Args:
+        token_Q: the tokens; the first `num` of them count, so that one program serves all lengths up to Q.
+        begin: the first one's index in the row.
+    """
+    index_Q = jnp.arange(len(token_Q))
+    one_row = cache.row(row), token_Q[None], (begin + index_Q)[None], (index_Q < num)[None]
+    changed, h_RQD, layer_RQT = run(decoding, weights, *one_row)
+    return cache.with_row(row, changed), h_RQD[0], layer_RQT[0]
+
+
+def decode_step(
+    decoding: Decoding, weights: Weights, cache: DecodeCache, token_R, place_R, is_live_R
+) -> tuple[DecodeCache, jax.Array]:
+    """`run` one token of each live row, all rows in step: the cache and the logits of what comes next, [R, V]."""
+    cache, h_RQD, _ = run(decoding, weights, cache, token_R[:, None], place_R[:, None], is_live_R[:, None])
+    return cache, logits(decoding, weights, h_RQD[:, 0])
+
+
+def logits(decoding: Decoding, weights: Weights, h_RD: jax.Array) -> jax.Array:
+    """What the head makes of the residual stream at the output node, fp32."""
+    model = _model(decoding, weights)
+    final_RD = rms_norm(h_RD, model.final_norm[...]).astype(jnp.dtype(model.cfg.dtype))
+    return jnp.matmul(final_RD, model.head[...].astype(final_RD.dtype), preferred_element_type=jnp.float32)
+
+
+def start(decoding: Decoding, weights: Weights, rows: Rows, starts_R: jax.Array) -> Rows:
+    """The rows, some of them at the beginning of their token."""
+    model = _model(decoding, weights)
+    h_RD = jnp.where(starts_R[:, None], embed(model, rows.token_R), rows.h_RD)
+    stage_R = jnp.where(starts_R, 0, rows.stage_R)
+    shape = rows.choice.layer_RQ.shape
+    begun = route(
+        decoding,
+        weights,
+        h_RD[:, None],
+        rows.token_R[:, None],
+        stage_R,
+        starts_R[:, None],
+        jnp.zeros(shape),
+        model.router.no_plan(shape),
+    )
+    choice = jax.tree.map(lambda new, old: jnp.where(starts_R[:, None], new, old), begun, rows.choice)
+    return rows.replace(h_RD=h_RD, stage_R=stage_R, choice=choice)
+
+
+def _emit(decoding: Decoding, weights: Weights, rows: Rows, emits_R: jax.Array) -> Rows:
+    """Sample the next token of some rows, and let them begin with it."""
+    row_R, num_rows = jnp.arange(len(emits_R)), len(emits_R)
+    logits_RV = logits(decoding, weights, rows.h_RD)
+    token_R = sample(logits_RV, rows.seen_RV, rows.sampling, rows.place_R + 1)
+    ends_R = emits_R & (token_R == decoding.separator_id)
+    adds_R = emits_R & ~ends_R
+    to_R = jnp.where(adds_R, row_R, num_rows)
+    num_new_R = rows.num_new_R + adds_R
+    is_live_R = rows.is_live_R & ~ends_R & (num_new_R < rows.max_new_R)
+    rows = rows.replace(
+        token_R=jnp.where(adds_R, token_R, rows.token_R),
+        place_R=rows.place_R + adds_R,
+        num_new_R=num_new_R,
+        new_RN=rows.new_RN.at[to_R, rows.num_new_R].set(token_R, mode="drop"),
+        seen_RV=rows.seen_RV.at[to_R, token_R].set(True, mode="drop"),
+        is_live_R=is_live_R,
+    )
+    return start(decoding, weights, rows, emits_R & is_live_R)
+
+
+def _iterate(decoding: Decoding, weights: Weights, cache: DecodeCache, rows: Rows) -> tuple[DecodeCache, Rows]:
+    """One layer for every live row."""
+    stages, row_R = decoding.stages, jnp.arange(len(rows.token_R))
+    num_layers = _num_layers(weights)
+    choice = rows.choice.replace(layer_RQ=jnp.where(rows.is_live_R[:, None], rows.choice.layer_RQ, num_layers))
+    place_RQ = rows.place_R[:, None]
+    h_RQD, cache = execute(decoding, weights, rows.h_RD[:, None], choice, place_RQ, rows.stage_R, cache)
+    executed_R = choice.layer_RQ[:, 0] < num_layers
+    layer_RST = rows.layer_RST.at[jnp.where(executed_R, row_R, len(row_R)), rows.place_R, rows.stage_R].set(
+        choice.layer_RQ[:, 0].astype(jnp.int16), mode="drop"
+    )
+
+    stage_R = jnp.minimum(rows.stage_R + 1, stages.total)
+    active_RQ = (rows.is_live_R & (stage_R < stages.total))[:, None]
+    token_RQ, before = rows.token_R[:, None], rows.choice
+    choice = route(decoding, weights, h_RQD, token_RQ, stage_R, active_RQ, before.log_survival_RQ, before.leaves_at_RQ)
+    exits_R = choice.exits_RQ[:, 0]
+    stage_R = jnp.where(exits_R, stages.first_coda, stage_R)
+    if stages.coda:
+        first_coda = num_layers - stages.coda
+        choice = choice.replace(layer_RQ=jnp.where(exits_R[:, None], first_coda, choice.layer_RQ))
+    rows = rows.replace(h_RD=h_RQD[:, 0], stage_R=stage_R, choice=choice, layer_RST=layer_RST)
+    at_output_R = rows.is_live_R & (stage_R == stages.total)
+    emits = jnp.all(at_output_R | ~rows.is_live_R) if decoding.lockstep else jnp.any(at_output_R)
+    return cache, jax.lax.cond(emits, lambda rows: _emit(decoding, weights, rows, at_output_R), lambda rows: rows, rows)
+
+
+def decode(
+    decoding: Decoding,
+    weights: Weights,
+    cache: DecodeCache,
+    rows: Rows,
+    max_iterations: jax.Array,
+    until_done: jax.Array,
+) -> tuple[DecodeCache, Rows, jax.Array]:
+    """Go on with all live rows.
+
+    Stops after `max_iterations`, when no row is live, when the cache might not have a page for every live row, and,
+    with `until_done`, as soon as one more row is done.
+
+    Returns:
+        The cache, the rows, and the number of iterations.
+    """
+    num_live = rows.is_live_R.sum()
+
+    def goes_on(carry):
+        cache, rows, iteration = carry
+        live = rows.is_live_R.sum()
+        has_room = cache.num_free >= live
+        return (live > 0) & (iteration < max_iterations) & has_room & ~(until_done & (live < num_live))
+
+    def step(carry):
+        cache, rows, iteration = carry
+        return *_iterate(decoding, weights, cache, rows), iteration + 1
+
+    return jax.lax.while_loop(goes_on, step, (cache, rows, jnp.int32(0)))
