@@ -59,6 +59,8 @@ def get_config() -> ConfigDict:
 
     config.cache = cache = ConfigDict()
     cache.view = "latest"  # all | latest | same_step | first | same_layer.
+    cache.capacity = 0  # Entries that decoding may hold, of all rows together; 0 = as many as the memory has room for.
+    cache.when_full = "error"  # error | slide: a row gives up its oldest tokens, and goes on without them.
 
     config.data = data = ConfigDict()
     data.source = "stdlib"  # stdlib (Python's own standard library) | text (files) | jsonl | hops (generated).

@@ -90,6 +90,8 @@ class RouterConfig:
 @dataclasses.dataclass(frozen=True)
 class CacheConfig:
     view: str
+    capacity: int
+    when_full: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -250,6 +252,8 @@ def _validate_model(config: Config) -> None:
     _one_of("config.model.attention_backend", model.attention_backend, ("auto", *ATTENTION_BACKENDS))
     _one_of("config.model.remat", model.remat, ("none", "step"))
     _one_of("config.cache.view", view, VIEWS)
+    _one_of("config.cache.when_full", config.cache.when_full, ("error", "slide"))
+    _at_least("cache", config.cache, 0, "capacity")
     _require(model.rope_base > 1, f"config.model.rope_base={model.rope_base}: more than 1 is needed")
     _require(
         model.d_model % model.num_heads == 0,

@@ -276,6 +276,32 @@ class DecodeCache:
             shown_RST=shown_RST,
         )
 
+    def without_first(self, row: jax.Array) -> "DecodeCache":
+        """The cache after a row has given up its oldest tokens, about half of its pages, and given those back.
+
+        A token goes whole: what is left of its entries in pages that stay is not seen any more.
+        """
+        num_gone = self.num_pages_R()[row] // 2
+        page_M = jnp.arange(self.page_RM.shape[1])
+        # The first token with an entry in the first page that stays: what it wrote before may be gone.
+        first_slot = self.page_RM[row, num_gone] * self.page_size
+        if self.shown_RST is None:
+            # Its own last entries are gone with it, so that it is seen by none of its entries or by all.
+            first = self.token_PA.reshape(-1)[first_slot] + 1
+        else:
+            place_PA = jnp.full(self.num_pages, self.num_pages).at[self.page_RM[row]].min(page_M)
+            of_page_ST = place_PA[jnp.maximum(self.shown_RST[row], 0) // self.page_size]
+            is_gone_S = ((self.shown_RST[row] >= 0) & (of_page_ST < num_gone)).any(-1)
+            first = jnp.where(is_gone_S, jnp.arange(len(is_gone_S)) + 1, 0).max()
+        place_M = jnp.where(page_M < num_gone, self.num_free + page_M, self.num_pages)
+        return self.replace(
+            free_P=self.free_P.at[place_M].set(self.page_RM[row], mode="drop"),
+            num_free=self.num_free + num_gone,
+            page_RM=self.page_RM.at[row].set(jnp.roll(self.page_RM[row], -num_gone)),
+            num_R=self.num_R.at[row].add(-num_gone * self.page_size),
+            first_R=self.first_R.at[row].max(first),
+        )
+
     def grown(self, num_pages: int) -> "DecodeCache":
         """The cache with room for more pages."""
         more = num_pages - self.num_pages

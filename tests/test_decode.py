@@ -1,5 +1,6 @@
 """Decoding through the cache, against the forward pass that trains."""
 
+import dataclasses
 from functools import partial
 
 import jax
@@ -7,12 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from radialnet import decode_cache
+from radialnet import decode, decode_cache
 from radialnet.config import VIEWS
+from radialnet.decode import Request
 from radialnet.decode_cache import DecodeCache, Stages
 from radialnet.decode_step import Decoding, Weights, decode_step, logits, prefill
 from radialnet.router import schedule
-from tests.tiny import Model, make_config
+from radialnet.sampling import Sampling
+from radialnet.tokenizer import Tokenizer
+from radialnet.trained import TrainedModel
+from tests.tiny import VOCAB, Model, make_config
 
 SEQ, PAGE = 13, 4
 
@@ -114,3 +119,106 @@ def test_prefill_and_steps_give_the_logits_of_the_forward_pass(monkeypatch, case
     np.testing.assert_array_equal(decoder.cache.num_R, num_entries)
     num_pages = -(-num_entries // PAGE)
     assert int(decoder.cache.num_free) == 90 - num_pages.sum()
+
+
+@pytest.fixture(scope="module")
+def trained():
+    config = make_config(model__max_depth=4, router__exit_bias_init=-3.0)
+    model = Model(config).with_mixed_exits()
+    # Sharper, so that argmax is the same whatever the order of a sum is.
+    params = {**model.params, "head": model.params["head"] * 50}
+    tokenizer = Tokenizer.of_words([f"w{index}" for index in range(VOCAB - 2)])
+    return TrainedModel(config, model.graph, params, model.controllers, tokenizer, 0)
+
+
+def continued(trained, request):
+    """The greedy continuation by a whole forward pass for every token."""
+    model = Model(trained.config)
+    tokens = [trained.tokenizer.separator_id, *request.prompt]
+    at = model.at.for_evaluation()
+    for _ in range(request.max_new_tokens):
+        row = np.full((1, 40), 5, np.int32)
+        row[0, : len(tokens)] = tokens
+        index = np.arange(40, dtype=np.int32)[None]
+        batch = {"token": row, "document": np.where(index < len(tokens), 0, -1), "position": index}
+        output = model(batch, params=trained.params, controllers=trained.controllers, at=at)
+        token = int(output.logits_BSV[0, len(tokens) - 1].argmax())
+        if token == trained.tokenizer.separator_id:
+            break
+        tokens.append(token)
+    return tokens[1 + len(request.prompt) :]
+
+
+def requests_of(num, **sampling):
+    rng = np.random.default_rng(1)
+    return [
+        Request(
+            tuple(rng.integers(1, VOCAB, 1 + 3 * index % 7).tolist()),
+            3 + 5 * index % 9,
+            Sampling(seed=index, **sampling),
+        )
+        for index in range(num)
+    ]
+
+
+def test_rows_of_their_own_equal_lockstep_and_one_at_a_time_and_the_forward_pass(trained):
+    """Five requests of different lengths, in two rows: each row takes the next one when it is done."""
+    requests = requests_of(5)
+    expected = [continued(trained, request) for request in requests]
+    assert len({len(tokens) for tokens in expected}) > 2
+    together, lockstep = decode.Decoder(trained, 2), decode.Decoder(trained, 2, lockstep=True)
+    assert [done.tokens for done in together.run(requests)] == expected
+    assert [done.tokens for done in lockstep.run(requests)] == expected
+    alone = decode.Decoder(trained)
+    assert [alone.run([request])[0].tokens for request in requests] == expected
+    # Nobody waits: the iterations are those of the fuller row, where in lockstep they are those of the deeper token.
+    assert together.num_iterations < lockstep.num_iterations
+    for done in together.run(requests):
+        executed = (done.layer_ST >= 0).sum(1)
+        assert (executed[:-1] >= 1).all() and len(executed) == 1 + len(requests[done.index].prompt) + len(done.tokens)
+    assert int(together.cache.num_free) == together.cache.num_pages, "all pages are back"
+
+
+def test_draws_follow_the_seed_and_not_the_batch(trained):
+    requests = requests_of(5, temperature=2.0, top_k=9, top_p=0.95, min_p=0.01, repetition_penalty=1.1)
+    alone = decode.Decoder(trained)
+    expected = [alone.run([request])[0].tokens for request in requests]
+    assert [done.tokens for done in decode.Decoder(trained, 3).run(requests)] == expected
+    other = dataclasses.replace(requests[1], sampling=dataclasses.replace(requests[1].sampling, seed=99))
+    assert alone.run([other])[0].tokens != expected[1]
+
+
+def test_pieces_are_the_text_and_stop_strings_cut_it(trained):
+    request = dataclasses.replace(requests_of(3)[2], max_new_tokens=12)
+    decoder = decode.Decoder(trained)
+    whole = decoder.run([request])[0]
+    pieces = list(decoder.stream([request], every=1))
+    assert len(pieces) > 3 and "".join(piece.text for piece in pieces) == whole.text
+    assert [piece.completion is not None for piece in pieces] == [False] * (len(pieces) - 1) + [True]
+    assert whole.reason == "length" and len(whole.tokens) == 12
+    stop = whole.text[len(whole.text) // 2 :][:4]
+    stopped = decoder.run([dataclasses.replace(request, stop=("never", stop))])[0]
+    assert stopped.text == whole.text[: whole.text.index(stop)] and stopped.reason == "stop"
+    texts = [piece.text for piece in decoder.stream([dataclasses.replace(request, stop=(stop,))], every=1)]
+    assert "".join(texts) == stopped.text, "no part of a stop string was shown before it was whole"
+
+
+def test_the_cache_grows_to_its_capacity_and_then_says_so(trained, monkeypatch):
+    request = dataclasses.replace(requests_of(1)[0], max_new_tokens=30)
+    decoder = decode.Decoder(trained, capacity=10**6)
+    expected = decoder.run([request])[0]
+    entries = int((expected.layer_ST >= 0).sum())
+    assert decoder.peak_pages == -(-entries // decode.PAGE_SIZE)
+    monkeypatch.setattr(decode, "FIRST_PAGES", 1)
+    grown = decode.Decoder(trained, capacity=entries + 2 * decode.PAGE_SIZE)
+    assert grown.run([request])[0].tokens == expected.tokens
+    small = decode.Decoder(trained, capacity=3 * decode.PAGE_SIZE)
+    with pytest.raises(decode.CacheFullError, match="config.cache.capacity=48: .*slide"):
+        small.run([request])
+    sliding = decode.Decoder(trained, capacity=3 * decode.PAGE_SIZE, when_full="slide").run([request])[0]
+    assert len(sliding.tokens) == 30
+    # The same as long as nothing had to go.
+    num_before = (
+        int((np.cumsum((expected.layer_ST >= 0).sum(1)) <= 2 * decode.PAGE_SIZE).sum()) - 1 - len(request.prompt)
+    )
+    assert num_before > 3 and sliding.tokens[:num_before] == expected.tokens[:num_before]

@@ -1,0 +1,318 @@
+"""Decoding of many requests at a time: rows, the queue behind them, and the memory of the cache.
+
+    decoder = Decoder(load_trained(workdir), num_rows=16)
+    for piece in decoder.stream(requests):        text as it is written, row by row
+        …
+    completions = decoder.run(requests)           or all at the end
+
+What runs on the device is `decode_step`; here is what happens between its calls: a row that is done takes the next
+request of the queue, the cache grows, texts are cut at their stop strings.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from radialnet.config import ConfigError
+from radialnet.decode_cache import DecodeCache, Stages
+from radialnet.decode_step import Choice, Decoding, Rows, Weights, decode, prefill, start
+from radialnet.router import schedule
+from radialnet.sampling import Sampling, SamplingRows
+from radialnet.trained import TrainedModel
+
+# Tokens that a prompt is prefilled by at a time; shorter prompts take the next smaller bucket.
+CHUNKS = (16, 64, 256)
+PAGE_SIZE = 16
+# Pages of a row to begin with; the cache doubles when it is full.
+FIRST_PAGES = 64
+
+
+class CacheFullError(ConfigError):
+    """There is no room for the next entries, and nothing may be given up for them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What to continue, and how.
+
+    Attributes:
+        prompt: token ids, without the separator that every row begins with.
+        stop: strings at which the text ends; they are not part of it.
+    """
+
+    prompt: tuple[int, ...]
+    max_new_tokens: int
+    sampling: Sampling = dataclasses.field(default_factory=Sampling)
+    stop: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """What became of a request.
+
+    Attributes:
+        index: of the request, in the order in which they came.
+        tokens: the new ones; where a stop string cut the text, they go on to the end of the token that it was seen at.
+        reason: "length", "stop" or "end" (the model ended the document).
+        layer_ST: the layer that each token of the row executed at each stage, -1 for none; the separator is the first
+            token. Those of the last new token are none where it was not run any more.
+    """
+
+    index: int
+    text: str
+    tokens: list[int]
+    reason: str
+    layer_ST: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """A part of a text, as it is written."""
+
+    index: int
+    text: str
+    completion: Completion | None  # With the last piece.
+
+
+@dataclasses.dataclass
+class _Row:
+    """What a row of the batch is at work on."""
+
+    index: int
+    request: Request
+    shown: str = ""
+
+
+class Decoder:
+    """Decodes requests in a batch of rows. One at a time calls it; the memory it takes is kept for the next call."""
+
+    def __init__(
+        self,
+        trained: TrainedModel,
+        num_rows: int = 1,
+        max_depth: int | None = None,
+        exit_bias: float = 0.0,
+        capacity: int | None = None,
+        when_full: str | None = None,
+        lockstep: bool = False,
+    ):
+        """
+        Args:
+            max_depth: T in place of the trained one.
+            exit_bias: added to the trained exit bias: more makes tokens leave early.
+            capacity, when_full: in place of those of `config.cache`.
+            lockstep: whether rows wait for each other at every token: for comparison.
+        """
+        config = trained.config
+        self.trained, self.num_rows = trained, num_rows
+        self.capacity = config.cache.capacity if capacity is None else capacity
+        self.when_full = when_full or config.cache.when_full
+        model = config.model
+        stages = Stages(model.prelude_layers, max_depth or model.max_depth, model.coda_layers)
+        self.decoding = Decoding(config, trained.graph, stages, trained.tokenizer.separator_id, lockstep)
+        self.controllers = trained.controllers.replace(exit_bias=trained.controllers.exit_bias + exit_bias)
+        at = schedule(config.router, model.max_depth, trained.step).for_evaluation()
+        self.weights = jax.jit(partial(Weights.of, trained.graph))(trained.params, self.controllers, at)
+        # The cache and the rows are given away to each call, which writes into them in place.
+        self._prefill = jax.jit(partial(prefill, self.decoding), donate_argnums=1)
+        self._decode = jax.jit(partial(decode, self.decoding), donate_argnums=(1, 2))
+        self._begin = jax.jit(partial(_begin, self.decoding), donate_argnums=1)
+        self._release = jax.jit(DecodeCache.released, donate_argnums=0)
+        self._slide = jax.jit(DecodeCache.without_first, donate_argnums=0)
+        self.num_iterations, self.peak_pages = 0, 0
+        self.cache: DecodeCache | None = None
+        self.rows: Rows | None = None
+
+    def run(self, requests: Iterable[Request]) -> list[Completion]:
+        """All completions, in the order of the requests."""
+        completions = [piece.completion for piece in self.stream(requests, every=2**30) if piece.completion]
+        return sorted(completions, key=lambda completion: completion.index)
+
+    def stream(self, requests: Iterable[Request], every: int = 16) -> Iterator[Piece]:
+        """Pieces of text, at least every so many iterations, of all requests that are at work.
+
+        Raises:
+            ConfigError: a request is empty or too long to be.
+            CacheFullError: the cache is full, and `when_full` is "error".
+        """
+        queue = list(enumerate(requests))
+        for index, request in queue:
+            if request.max_new_tokens < 1:
+                raise ConfigError(f"request {index}: max_new_tokens={request.max_new_tokens}: at least 1 is needed")
+        if not queue:
+            return
+        longest = max(1 + len(request.prompt) + request.max_new_tokens for _, request in queue)
+        self._make_room(longest, max(request.max_new_tokens for _, request in queue))
+        at_work: dict[int, _Row] = {}
+        # Stop strings can't be seen on the device: it comes back often enough not to write far beyond one.
+        every = min(every, 16) if any(request.stop for _, request in queue) else every
+        while queue or at_work:
+            for row in range(self.num_rows):
+                if row not in at_work and queue:
+                    at_work[row] = _Row(*queue.pop(0))
+                    self._admit(row, at_work[row].request)
+            if int(self.cache.num_free) < len(at_work):
+                self._find_pages(len(at_work))
+            self.cache, self.rows, num = self._decode(self.weights, self.cache, self.rows, every, bool(queue))
+            self.num_iterations += int(num)
+            self.peak_pages = max(self.peak_pages, self.cache.num_pages - int(self.cache.num_free))
+            yield from self._collect(at_work)
+
+    def _make_room(self, max_tokens: int, max_new: int) -> None:
+        """A cache and rows for requests of these sizes, unless those that are there will do."""
+        config, tokenizer, stages = self.trained.config, self.trained.tokenizer, self.decoding.stages
+        # In steps, so that requests of about the same size share their programs.
+        max_tokens, max_new = (1 << (size - 1).bit_length() for size in (max_tokens, max_new))
+        if (
+            self.rows is not None
+            and max_tokens <= self.rows.layer_RST.shape[1]
+            and max_new <= self.rows.new_RN.shape[1]
+        ):
+            return
+        model, num_rows = config.model, self.num_rows
+        num_pages = self._num_pages_allowed(FIRST_PAGES * num_rows)
+        self.cache = DecodeCache.empty(
+            config.cache.view,
+            stages,
+            num_rows,
+            max_tokens,
+            num_pages,
+            PAGE_SIZE,
+            model.num_kv_heads,
+            model.head_size,
+            jnp.dtype(model.dtype),
+        )
+        zeros_R, no_layer = jnp.zeros(num_rows, jnp.int32), jnp.full((num_rows, 1), 0, jnp.int32)
+        plan = nnx.merge(self.trained.graph, self.trained.params).router.no_plan((num_rows, 1))
+        self.rows = Rows(
+            token_R=zeros_R,
+            place_R=zeros_R,
+            stage_R=zeros_R,
+            h_RD=jnp.zeros((num_rows, model.d_model)),
+            choice=Choice(no_layer, jnp.ones((num_rows, 1)), no_layer > 0, jnp.zeros((num_rows, 1)), plan),
+            is_live_R=zeros_R > 0,
+            num_new_R=zeros_R,
+            max_new_R=zeros_R,
+            new_RN=jnp.zeros((num_rows, max_new), jnp.int32),
+            seen_RV=jnp.zeros((num_rows, tokenizer.vocab_size), bool),
+            layer_RST=jnp.full((num_rows, max_tokens, stages.total), -1, jnp.int16),
+            sampling=SamplingRows.of([Sampling()] * num_rows),
+        )
+        # Arrays that are given away must not share their memory.
+        self.cache, self.rows = jax.tree.map(jnp.copy, (self.cache, self.rows))
+
+    def _num_pages_allowed(self, num_pages: int) -> int:
+        return min(num_pages, self.capacity // PAGE_SIZE) if self.capacity else num_pages
+
+    def _find_pages(self, num_needed: int) -> None:
+        """Make sure that so many pages are free: more memory, up to the capacity; then what `when_full` says."""
+        while (num_free := int(self.cache.num_free)) < num_needed:
+            num_pages = self.cache.num_pages
+            more = self._num_pages_allowed(max(2 * num_pages, num_pages + num_needed - num_free))
+            if more > num_pages:
+                self.cache = self.cache.grown(more)
+                continue
+            if self.when_full == "slide":
+                fullest = int(self.cache.num_R.argmax())
+                if int(self.cache.num_R[fullest]) > 2 * PAGE_SIZE:
+                    self.cache = self._slide(self.cache, fullest)
+                    continue
+            entries = int(self.cache.num_R.sum())
+            raise CacheFullError(
+                f"config.cache.capacity={self.capacity}: {entries} entries of {self.num_rows} rows are there and the "
+                f"next ones have no room; give it more, or config.cache.when_full='slide' to give up the oldest tokens"
+            )
+
+    def _admit(self, row: int, request: Request) -> None:
+        """Let a row begin with a request: all of its prompt but the last token goes into the cache."""
+        tokens = np.asarray([self.decoding.separator_id, *request.prompt], np.int32)
+        layer_ST = np.full(self.rows.layer_RST.shape[1:], -1, np.int16)
+        begin, last = 0, len(tokens) - 1
+        while begin < last:
+            chunk = next((size for size in CHUNKS if size >= last - begin), CHUNKS[-1])
+            num = min(chunk, last - begin)
+            # As many as surely have room: how deep they go is not known yet.
+            worst = self.decoding.stages.total
+            allowed = self._num_pages_allowed(2**30) * PAGE_SIZE // worst
+            num = max(min(num, allowed // 2), 1)
+            self._find_pages(-(-num * worst // PAGE_SIZE) + 1)
+            part = np.zeros(chunk, np.int32)
+            part[:num] = tokens[begin : begin + num]
+            self.cache, _, layer_QT = self._prefill(self.weights, self.cache, row, part, begin, num)
+            layer_ST[begin : begin + num] = np.asarray(layer_QT)[:num]
+            begin += num
+        seen_V = np.zeros(self.trained.tokenizer.vocab_size, bool)
+        seen_V[tokens[1:]] = True
+        sampling = SamplingRows.of([request.sampling])
+        given = tokens[last], last, request.max_new_tokens, seen_V, layer_ST, sampling
+        self.rows = self._begin(self.weights, self.rows, row, *given)
+
+    def _collect(self, at_work: dict[int, _Row]) -> Iterator[Piece]:
+        """What the rows have written since the last time; those that are done leave."""
+        rows = self.rows
+        is_live_R, num_new_R, new_RN = map(np.asarray, (rows.is_live_R, rows.num_new_R, rows.new_RN))
+        for row, work in list(at_work.items()):
+            tokens = new_RN[row, : num_new_R[row]].tolist()
+            text, is_done = self.trained.tokenizer.decode(tokens), not is_live_R[row]
+            reason = "length" if len(tokens) == work.request.max_new_tokens else "end"
+            cuts = [at for at in (text.find(stop) for stop in work.request.stop) if at >= 0]
+            if cuts:
+                text, is_done, reason = text[: min(cuts)], True, "stop"
+            # The last characters may be a part of one that more bytes belong to, or the beginning of a stop string.
+            held_back = (
+                0 if is_done else max([_incomplete(text), *(_overlap(text, stop) for stop in work.request.stop)])
+            )
+            sure = text[: len(text) - held_back]
+            completion = None
+            if is_done:
+                num_tokens = 1 + len(work.request.prompt) + len(tokens)
+                layer_ST = np.asarray(rows.layer_RST[row, :num_tokens])
+                completion = Completion(work.index, text, tokens, reason, layer_ST)
+                self.cache = self._release(self.cache, row)
+                self.rows = self.rows.replace(is_live_R=self.rows.is_live_R.at[row].set(False))
+                del at_work[row]
+            if completion or len(sure) > len(work.shown):
+                piece = Piece(work.index, sure[len(work.shown) :], completion)
+                work.shown = sure
+                yield piece
+
+
+def _begin(
+    decoding: Decoding,
+    weights: Weights,
+    rows: Rows,
+    row,
+    token,
+    place,
+    max_new,
+    seen_V,
+    layer_ST,
+    sampling: SamplingRows,
+) -> Rows:
+    """The rows, one of them at the last token of a new prompt."""
+    rows = rows.replace(
+        token_R=rows.token_R.at[row].set(token),
+        place_R=rows.place_R.at[row].set(place),
+        is_live_R=rows.is_live_R.at[row].set(True),
+        num_new_R=rows.num_new_R.at[row].set(0),
+        max_new_R=rows.max_new_R.at[row].set(max_new),
+        seen_RV=rows.seen_RV.at[row].set(seen_V),
+        layer_RST=rows.layer_RST.at[row].set(layer_ST),
+        sampling=rows.sampling.with_row(row, sampling),
+    )
+    return start(decoding, weights, rows, jnp.arange(len(rows.token_R)) == row)
+
+
+def _incomplete(text: str) -> int:
+    """Characters at the end that more bytes may still change."""
+    return len(text) - len(text.rstrip("\ufffd"))
+
+
+def _overlap(text: str, stop: str) -> int:
+    """The longest end of the text that a stop string begins with."""
+    return next((size for size in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:size])), 0)
