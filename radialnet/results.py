@@ -31,21 +31,20 @@ from radialnet.run_folder import RunFolder
 from radialnet.sweep import EXIT_FAILED_CELLS, command_of, finished, train_grid
 from radialnet.trained import load_trained
 
-_EXITS: Values = {
+_DEPTHS: Values = {
     "model.max_depth": 6,
     "model.min_depth": 2,
     "router.exit_warmup_steps": 300,
     "router.depth_ramp_steps": 700,
-    "router.exit_bias_rate": 0.2,
-    "router.z_coef": 0.02,
 }
+_EXITS: Values = {**_DEPTHS, "router.exit_training": "benefit", "router.explore": 0.05}
 # Each is to execute 4 layers per token on average, but where its name says otherwise. What differs from radial_micro.
 MODELS: dict[str, Values] = {
     "dense": {"router.form": "sequential", "model.pool_size": 4},
     "dense, 6 layers": {"router.form": "sequential", "model.pool_size": 6, "model.max_depth": 6},
     "radial, learned depth": {"model.pool_size": 24, **_EXITS},
     "radial, fixed depth": {"model.pool_size": 16},
-    "radial, T/2": {"model.pool_size": 8, "model.max_depth": 2},
+    "radial, T/2": {"model.pool_size": 12, "model.max_depth": 3},
     "early exit": {"router.form": "early_exit", "model.pool_size": 6, **_EXITS},
     "Mixture-of-Depths": {
         "router.form": "mod",
@@ -59,9 +58,10 @@ MODELS: dict[str, Values] = {
     "Mixture-of-Recursions": {
         "router.form": "recursion",
         "router.estimator": "weighted",
+        "router.z_coef": 0.02,
         "model.pool_size": 2,
         "model.init": "distinct",
-        **_EXITS,
+        **_DEPTHS,
     },
     "looped": {"router.form": "cyclic", "model.pool_size": 2, "model.init": "distinct"},
     "random": {"router.form": "random"},
