@@ -1,96 +1,168 @@
-"""Continue a prompt with a trained run.
+"""Continue prompts with a trained run, token by token through the unified cache (`decode`).
 
-    python -m radialnet.generate --workdir=DIR --prompt="def " --max_new_tokens=64 [--temperature=0.8]
+    python -m radialnet.generate --workdir=DIR --prompt="def " [--max_new_tokens=64] [--temperature=0.8] [--stream]
+    python -m radialnet.generate --workdir=DIR --prompts=FILE.jsonl [--rows=16] [--stats]
 
-The plain way: each new token is the last logit of a whole forward pass over the last S tokens, in one compiled
-program. No cache is kept between tokens.
+FILE.jsonl has a JSON object a line: "prompt" and, where it is to differ from the flags, "max_new_tokens",
+"temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed" or "stop" (a list). "-" reads them from stdin. A
+line of JSON a prompt comes out, in their order: "prompt", "text", "tokens" (new ones), "reason" (length, stop or end)
+and "depth".
 """
 
-from functools import partial
+import dataclasses
+import json
+import sys
+import time
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import flags
-from flax import nnx
 
 from radialnet import cli
-from radialnet.config import Config, ConfigError
-from radialnet.data import PADDING
-from radialnet.router import Controllers, schedule
-from radialnet.train_step import forward
+from radialnet.config import ConfigError
+from radialnet.decode import Completion, Decoder, Request
+from radialnet.sampling import Sampling
 from radialnet.trained import TrainedModel, load_trained
 
-
-@partial(jax.jit, static_argnames=("config", "graph"))
-def _next_logits(params, controllers: Controllers, step, token_S, length, *, config: Config, graph: nnx.GraphDef):
-    """Logits [V] after the first `length` tokens of a row."""
-    index_S = jnp.arange(token_S.shape[0])
-    batch = {
-        "token": token_S[None],
-        "document": jnp.where(index_S < length, 0, PADDING)[None],
-        "position": index_S[None],
-    }
-    at = schedule(config.router, config.model.max_depth, step).for_evaluation()
-    output = forward(graph, params, batch, controllers, at, jax.random.key(0))
-    return output.logits_BSV[0, length - 1]
+SETTINGS = tuple(field.name for field in dataclasses.fields(Sampling))
 
 
-def generate(trained: TrainedModel, prompt: str, max_new_tokens: int, temperature: float = 0.0, seed: int = 0) -> str:
-    """The continuation of a prompt, without the prompt; it ends early where the model ends the document.
+def generate(trained: TrainedModel, prompt: str, max_new_tokens: int) -> str:
+    """The greedy continuation of a prompt, without the prompt; it ends early where the model ends the document."""
+    request = Request(tuple(trained.tokenizer.encode(prompt)), max_new_tokens)
+    return Decoder(trained).run([request])[0].text
 
-    Args:
-        temperature: 0 takes the most likely token.
+
+def request_of(trained: TrainedModel, fields: dict, where: str) -> Request:
+    """A request from a line of a file or from flags.
+
+    Raises:
+        ConfigError: a field is unknown, missing or not of its kind.
     """
-    seq_len = trained.config.train.seq_len
-    tokens = [trained.tokenizer.separator_id, *trained.tokenizer.encode(prompt)]
-    num_prompt, rng = len(tokens), np.random.default_rng(seed)
-    for _ in range(max_new_tokens):
-        window = tokens[-seq_len:]
-        row = np.zeros(seq_len, np.int32)
-        row[: len(window)] = window
-        logits_V = np.asarray(
-            _next_logits(
-                trained.params,
-                trained.controllers,
-                trained.step,
-                row,
-                len(window),
-                config=trained.config,
-                graph=trained.graph,
-            ),
-            np.float64,
-        )
-        if temperature > 0:
-            # Adding Gumbel noise to the logits and taking the largest samples from their softmax.
-            logits_V = logits_V / temperature + rng.gumbel(size=logits_V.shape)
-        token = int(logits_V.argmax())
-        if token == trained.tokenizer.separator_id:
-            break
-        tokens.append(token)
-    return trained.tokenizer.decode(tokens[num_prompt:])
+    kinds = {"prompt": str, "max_new_tokens": int, "stop": list}
+    kinds |= {field.name: type(field.default) for field in dataclasses.fields(Sampling)}
+    unknown = sorted(set(fields) - set(kinds))
+    if unknown:
+        raise ConfigError(f"{where}: {unknown[0]!r}: unknown; one of {', '.join(kinds)} is needed")
+    for name, value in fields.items():
+        kind = (int, float) if kinds[name] is float else kinds[name]
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise ConfigError(f"{where}: {name}={value!r}: {kinds[name].__name__} is needed")
+    if "prompt" not in fields:
+        raise ConfigError(f"{where}: prompt: missing")
+    if fields["max_new_tokens"] < 1:
+        raise ConfigError(f"{where}: max_new_tokens={fields['max_new_tokens']}: at least 1 is needed")
+    if not all(isinstance(stop, str) and stop for stop in fields["stop"]):
+        raise ConfigError(f"{where}: stop={fields['stop']!r}: strings that are not empty are needed")
+    try:
+        fields["prompt"].encode()
+    except UnicodeEncodeError:
+        raise ConfigError(f"{where}: prompt={fields['prompt']!a}: not UTF-8") from None
+    try:
+        sampling = Sampling(**{name: fields[name] for name in SETTINGS})
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+    prompt = tuple(trained.tokenizer.encode(fields["prompt"]))
+    return Request(prompt, fields["max_new_tokens"], sampling, tuple(fields["stop"]))
+
+
+def read_prompts(path: str, defaults: dict) -> list[tuple[str, dict]]:
+    """The fields of each line, those of the flags filled in, and where they stand. "-" is stdin."""
+    content = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+    try:
+        lines = content.decode().splitlines()
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 ({error.reason} at byte {error.start})") from None
+    found = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            fields = json.loads(line)
+        except ValueError as error:
+            raise ConfigError(f"{where}: not JSON ({error})") from None
+        if not isinstance(fields, dict):
+            raise ConfigError(f"{where}: {fields!r}: a JSON object is needed")
+        found.append((where, {**defaults, **fields}))
+    if not found:
+        raise ConfigError(f"{path}: no prompt in it")
+    return found
+
+
+def statistics(decoder: Decoder, completions: list[Completion], seconds: float) -> dict:
+    """What decoding cost; executions are those of new tokens and prompts."""
+    stages = decoder.decoding.stages
+    routed = [done.layer_ST[:, stages.prelude : stages.first_coda] >= 0 for done in completions]
+    ran_ST = np.concatenate([row_ST[row_ST.any(1)] for row_ST in routed])
+    num_new = sum(len(done.tokens) for done in completions)
+    return {
+        "new_tokens": num_new,
+        "tokens_per_s": num_new / seconds,
+        "depth": float(ran_ST.sum(1).mean()),
+        "executed_by_step": ran_ST.mean(0).tolist(),
+        "max_depth": stages.max_depth,
+        "exit_bias": float(decoder.controllers.exit_bias),
+        "cache_bytes": decoder.peak_pages * decoder.cache.page_bytes,
+    }
+
+
+def _show(found: dict) -> None:
+    by_step = " ".join(f"{share:.2f}" for share in found["executed_by_step"])
+    print(
+        f"{found['new_tokens']} new tokens, {found['tokens_per_s']:,.1f} tokens/s with compilation; max depth "
+        f"{found['max_depth']}, exit bias {found['exit_bias']:+.3f}: depth {found['depth']:.2f}, executed by step "
+        f"{by_step}; cache {found['cache_bytes'] / 2**20:.2f} MiB in pages at most",
+        file=sys.stderr,
+    )
 
 
 def main() -> None:
-    if _MAX_NEW_TOKENS.value < 1:
-        raise ConfigError(f"--max_new_tokens={_MAX_NEW_TOKENS.value}: at least 1 is needed")
-    if not 0 <= _TEMPERATURE.value < np.inf:
-        raise ConfigError(f"--temperature={_TEMPERATURE.value}: a finite number of at least 0 is needed")
-    if not 0 <= _SEED.value < 2**32:
-        raise ConfigError(f"--seed={_SEED.value}: at least 0 and less than 2**32 is needed")
-    try:
-        _PROMPT.value.encode()
-    except UnicodeEncodeError:
-        raise ConfigError(f"--prompt={_PROMPT.value!a}: not UTF-8") from None
+    (exit_bias,) = cli.numbers("exit_bias", [str(_EXIT_BIAS.value)], float, "numbers")
     trained = load_trained(Path(_WORKDIR.value))
-    print(_PROMPT.value + generate(trained, _PROMPT.value, _MAX_NEW_TOKENS.value, _TEMPERATURE.value, _SEED.value))
+    defaults = {name: flags.FLAGS[name].value for name in (*SETTINGS, "max_new_tokens")}
+    defaults["stop"] = _STOP.value or []
+    if _PROMPTS.value:
+        lines = read_prompts(_PROMPTS.value, defaults)
+    else:
+        lines = [("the flags", {**defaults, "prompt": _PROMPT.value})]
+    requests = [request_of(trained, fields, where) for where, fields in lines]
+    decoder = Decoder(trained, min(_ROWS.value, len(requests)), _MAX_DEPTH.value, exit_bias)
+    start = time.perf_counter()
+    if _PROMPTS.value:
+        completions = decoder.run(requests)
+        for (_, fields), done in zip(lines, completions, strict=True):
+            depth = float(statistics(decoder, [done], 1.0)["depth"])
+            line = {"prompt": fields["prompt"], "text": done.text, "tokens": done.tokens, "reason": done.reason}
+            print(json.dumps({**line, "depth": depth}))
+    else:
+        print(_PROMPT.value, end="")
+        completions = []
+        for piece in decoder.stream(requests, every=1 if _STREAM.value else 2**30):
+            print(piece.text, end="", flush=True)
+            completions += [piece.completion] if piece.completion else []
+        print()
+    if _STATS.value:
+        _show(statistics(decoder, completions, time.perf_counter() - start))
 
 
 if __name__ == "__main__":
     _WORKDIR = flags.DEFINE_string("workdir", None, "The run folder.", required=True)
     _PROMPT = flags.DEFINE_string("prompt", "", "What to continue.")
-    _MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 64, "Length of the continuation at most.")
-    _TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "Of the sampling; 0 takes the most likely token.")
-    _SEED = flags.DEFINE_integer("seed", 0, "Of the sampling.")
+    _PROMPTS = flags.DEFINE_string("prompts", "", "A file of prompts as JSON lines, in place of --prompt; - is stdin.")
+    _ROWS = flags.DEFINE_integer("rows", 16, "Prompts at a time.", lower_bound=1, upper_bound=1024)
+    flags.DEFINE_integer("max_new_tokens", 64, "Length of a continuation at most.")
+    flags.DEFINE_float("temperature", 0.0, "Of the sampling; 0 takes the most likely token.")
+    flags.DEFINE_integer("top_k", 0, "Draw from the k most likely tokens only; 0 = all.")
+    flags.DEFINE_float("top_p", 1.0, "Draw from the most likely tokens that together have this probability only.")
+    flags.DEFINE_float("min_p", 0.0, "Draw from tokens that have this share of the highest probability only.")
+    flags.DEFINE_float("repetition_penalty", 1.0, "Of tokens that are in the text already.")
+    flags.DEFINE_integer("seed", 0, "Of the sampling.")
+    _STOP = flags.DEFINE_multi_string("stop", None, "A string at which the text ends; may be given more than once.")
+    _MAX_DEPTH = flags.DEFINE_integer(
+        "max_depth", None, "T in place of the trained one.", lower_bound=1, upper_bound=2**10
+    )
+    _EXIT_BIAS = flags.DEFINE_float("exit_bias", 0.0, "Added to the trained exit bias: more makes tokens leave early.")
+    _STREAM = flags.DEFINE_bool("stream", False, "Print the text as it is written.")
+    _STATS = flags.DEFINE_bool("stats", False, "Print speed, depth and cache bytes to stderr at the end.")
     cli.run(main)

@@ -11,6 +11,8 @@ import pytest
 
 from radialnet import cli
 from radialnet.config import ConfigError
+from radialnet.generate import SETTINGS, read_prompts, request_of
+from radialnet.sampling import Sampling
 
 ROOT = Path(__file__).parents[1]
 # What every line of metrics.jsonl must have.
@@ -157,6 +159,43 @@ def test_generate(trained):
     sampled = [run(*command, "--temperature=2.0", f"--seed={seed}")[0] for seed in (1, 2, 1)]
     assert sampled[0] == sampled[2]
     assert sampled[0] != sampled[1]
+    streamed, stats = run(*command, "--stream", "--stats", "--exit_bias=50")
+    assert streamed.startswith("def f")
+    assert "5 new tokens" in stats and "depth 1.00" in stats, "all leave at the first chance"
+
+
+def test_generate_for_a_file_of_prompts(trained, tmp_path):
+    workdir, _ = trained
+    command = ["-m", "radialnet.generate", f"--workdir={workdir}", "--max_new_tokens=4"]
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "def f"}\n\n{"prompt": "x", "max_new_tokens": 2, "temperature": 1}\n{"prompt": ""}\n')
+    stdout, _ = run(*command, f"--prompts={file}", "--rows=2")
+    found = [json.loads(line) for line in stdout.splitlines()]
+    assert [line["prompt"] for line in found] == ["def f", "x", ""]
+    assert [len(line["tokens"]) for line in found] == [4, 2, 4] or any(line["reason"] == "end" for line in found)
+    greedy, _ = run(*command, "--prompt=def f")
+    assert greedy == "def f" + found[0]["text"] + "\n"
+
+
+@pytest.mark.parametrize(
+    "content, named",
+    [
+        ('{"prompt": "a"}\n{', "line 2: not JSON"),
+        ('{"prompt": "a", "top_q": 1}', "line 1: 'top_q': unknown"),
+        ('{"prompt": 1}', "line 1: prompt=1: str is needed"),
+        ('{"prompt": "a", "top_p": 0}', "line 1: top_p=0"),
+        ("[1]", "line 1: [1]: a JSON object"),
+        ("", "no prompt in it"),
+    ],
+)
+def test_prompts_that_cannot_work_are_named(tmp_path, content, named):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(content)
+    with pytest.raises(ConfigError) as raised:
+        for where, fields in read_prompts(str(file), {"max_new_tokens": 3, "stop": []}):
+            sampling = {name: getattr(Sampling(), name) for name in SETTINGS}
+            request_of(None, {**sampling, **fields}, where)
+    assert named in str(raised.value) and "\n" not in str(raised.value)
 
 
 @pytest.mark.slow
