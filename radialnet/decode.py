@@ -20,7 +20,7 @@ from flax import nnx
 
 from radialnet.config import ConfigError
 from radialnet.decode_cache import DecodeCache, Stages
-from radialnet.decode_step import Choice, Decoding, Rows, Weights, decode, prefill, start
+from radialnet.decode_step import Choice, Decoding, Log, Rows, Weights, decode, prefill, start
 from radialnet.router import schedule
 from radialnet.sampling import Sampling, SamplingRows
 from radialnet.trained import TrainedModel
@@ -30,6 +30,15 @@ CHUNKS = (16, 64, 256)
 PAGE_SIZE = 16
 # Pages of a row to begin with; the cache doubles when it is full.
 FIRST_PAGES = 64
+
+
+# One of each for all decoders, so that equal ones share their programs. The cache and the rows are given away to each
+# call, which writes into them in place.
+_weights = jax.jit(Weights.of, static_argnums=0)
+_prefill = jax.jit(prefill, static_argnums=0, donate_argnums=2)
+_decode = jax.jit(decode, static_argnums=0, donate_argnums=(2, 3))
+_release = jax.jit(DecodeCache.released, donate_argnums=0)
+_slide = jax.jit(DecodeCache.without_first, donate_argnums=0)
 
 
 class CacheFullError(ConfigError):
@@ -85,6 +94,8 @@ class _Row:
 
     index: int
     request: Request
+    layer_ST: np.ndarray
+    tokens: list[int] = dataclasses.field(default_factory=list)
     shown: str = ""
 
 
@@ -117,14 +128,8 @@ class Decoder:
         self.decoding = Decoding(config, trained.graph, stages, trained.tokenizer.separator_id, lockstep)
         self.controllers = trained.controllers.replace(exit_bias=trained.controllers.exit_bias + exit_bias)
         at = schedule(config.router, model.max_depth, trained.step).for_evaluation()
-        self.weights = jax.jit(partial(Weights.of, trained.graph))(trained.params, self.controllers, at)
-        # The cache and the rows are given away to each call, which writes into them in place.
-        self._prefill = jax.jit(partial(prefill, self.decoding), donate_argnums=1)
-        self._decode = jax.jit(partial(decode, self.decoding), donate_argnums=(1, 2))
-        self._begin = jax.jit(partial(_begin, self.decoding), donate_argnums=1)
-        self._release = jax.jit(DecodeCache.released, donate_argnums=0)
-        self._slide = jax.jit(DecodeCache.without_first, donate_argnums=0)
-        self.num_iterations, self.peak_pages = 0, 0
+        self.weights = _weights(trained.graph, trained.params, self.controllers, at)
+        self.num_iterations, self.peak_pages, self._max_tokens = 0, 0, 0
         self.cache: DecodeCache | None = None
         self.rows: Rows | None = None
 
@@ -147,33 +152,29 @@ class Decoder:
         if not queue:
             return
         longest = max(1 + len(request.prompt) + request.max_new_tokens for _, request in queue)
-        self._make_room(longest, max(request.max_new_tokens for _, request in queue))
+        self._make_room(longest)
         at_work: dict[int, _Row] = {}
         # Stop strings can't be seen on the device: it comes back often enough not to write far beyond one.
         every = min(every, 16) if any(request.stop for _, request in queue) else every
         while queue or at_work:
             for row in range(self.num_rows):
                 if row not in at_work and queue:
-                    at_work[row] = _Row(*queue.pop(0))
-                    self._admit(row, at_work[row].request)
-            if int(self.cache.num_free) < len(at_work):
-                self._find_pages(len(at_work))
-            self.cache, self.rows, num = self._decode(self.weights, self.cache, self.rows, every, bool(queue))
-            self.num_iterations += int(num)
+                    at_work[row] = self._admit(row, *queue.pop(0))
+            self._find_pages(len(at_work))
+            given = self.decoding, self.weights, self.cache, self.rows, every, bool(queue)
+            self.cache, self.rows, log, num_iterations = _decode(*given)
+            self.num_iterations += int(num_iterations)
             self.peak_pages = max(self.peak_pages, self.cache.num_pages - int(self.cache.num_free))
-            yield from self._collect(at_work)
+            yield from self._collect(at_work, jax.tree.map(np.asarray, log))
 
-    def _make_room(self, max_tokens: int, max_new: int) -> None:
-        """A cache and rows for requests of these sizes, unless those that are there will do."""
+    def _make_room(self, max_tokens: int) -> None:
+        """A cache and rows for requests of this size, unless those that are there will do."""
         config, tokenizer, stages = self.trained.config, self.trained.tokenizer, self.decoding.stages
         # In steps, so that requests of about the same size share their programs.
-        max_tokens, max_new = (1 << (size - 1).bit_length() for size in (max_tokens, max_new))
-        if (
-            self.rows is not None
-            and max_tokens <= self.rows.layer_RST.shape[1]
-            and max_new <= self.rows.new_RN.shape[1]
-        ):
+        max_tokens = 1 << (max_tokens - 1).bit_length()
+        if max_tokens <= self._max_tokens:
             return
+        self._max_tokens = max_tokens
         model, num_rows = config.model, self.num_rows
         num_pages = self._num_pages_allowed(FIRST_PAGES * num_rows)
         self.cache = DecodeCache.empty(
@@ -198,9 +199,7 @@ class Decoder:
             is_live_R=zeros_R > 0,
             num_new_R=zeros_R,
             max_new_R=zeros_R,
-            new_RN=jnp.zeros((num_rows, max_new), jnp.int32),
             seen_RV=jnp.zeros((num_rows, tokenizer.vocab_size), bool),
-            layer_RST=jnp.full((num_rows, max_tokens, stages.total), -1, jnp.int16),
             sampling=SamplingRows.of([Sampling()] * num_rows),
         )
         # Arrays that are given away must not share their memory.
@@ -220,7 +219,7 @@ class Decoder:
             if self.when_full == "slide":
                 fullest = int(self.cache.num_R.argmax())
                 if int(self.cache.num_R[fullest]) > 2 * PAGE_SIZE:
-                    self.cache = self._slide(self.cache, fullest)
+                    self.cache = _slide(self.cache, fullest)
                     continue
             entries = int(self.cache.num_R.sum())
             raise CacheFullError(
@@ -228,10 +227,10 @@ class Decoder:
                 f"next ones have no room; give it more, or config.cache.when_full='slide' to give up the oldest tokens"
             )
 
-    def _admit(self, row: int, request: Request) -> None:
+    def _admit(self, row: int, index: int, request: Request) -> _Row:
         """Let a row begin with a request: all of its prompt but the last token goes into the cache."""
         tokens = np.asarray([self.decoding.separator_id, *request.prompt], np.int32)
-        layer_ST = np.full(self.rows.layer_RST.shape[1:], -1, np.int16)
+        layer_ST = np.full((len(tokens) + request.max_new_tokens, self.decoding.stages.total), -1, np.int32)
         begin, last = 0, len(tokens) - 1
         while begin < last:
             chunk = next((size for size in CHUNKS if size >= last - begin), CHUNKS[-1])
@@ -243,21 +242,23 @@ class Decoder:
             self._find_pages(-(-num * worst // PAGE_SIZE) + 1)
             part = np.zeros(chunk, np.int32)
             part[:num] = tokens[begin : begin + num]
-            self.cache, _, layer_QT = self._prefill(self.weights, self.cache, row, part, begin, num)
+            self.cache, _, layer_QT = _prefill(self.decoding, self.weights, self.cache, row, part, begin, num)
             layer_ST[begin : begin + num] = np.asarray(layer_QT)[:num]
             begin += num
         seen_V = np.zeros(self.trained.tokenizer.vocab_size, bool)
         seen_V[tokens[1:]] = True
-        sampling = SamplingRows.of([request.sampling])
-        given = tokens[last], last, request.max_new_tokens, seen_V, layer_ST, sampling
-        self.rows = self._begin(self.weights, self.rows, row, *given)
+        given = tokens[last], last, request.max_new_tokens, seen_V, SamplingRows.of([request.sampling])
+        self.rows = _begin(self.decoding, self.weights, self.rows, row, *given)
+        return _Row(index, request, layer_ST)
 
-    def _collect(self, at_work: dict[int, _Row]) -> Iterator[Piece]:
+    def _collect(self, at_work: dict[int, _Row], log: Log) -> Iterator[Piece]:
         """What the rows have written since the last time; those that are done leave."""
-        rows = self.rows
-        is_live_R, num_new_R, new_RN = map(np.asarray, (rows.is_live_R, rows.num_new_R, rows.new_RN))
+        is_live_R = np.asarray(self.rows.is_live_R)
         for row, work in list(at_work.items()):
-            tokens = new_RN[row, : num_new_R[row]].tolist()
+            ran_I = log.layer_IR[:, row] >= 0
+            work.layer_ST[log.place_IR[ran_I, row], log.stage_IR[ran_I, row]] = log.layer_IR[ran_I, row]
+            work.tokens += log.new_IR[log.new_IR[:, row] >= 0, row].tolist()
+            tokens = work.tokens
             text, is_done = self.trained.tokenizer.decode(tokens), not is_live_R[row]
             reason = "length" if len(tokens) == work.request.max_new_tokens else "end"
             cuts = [at for at in (text.find(stop) for stop in work.request.stop) if at >= 0]
@@ -270,10 +271,9 @@ class Decoder:
             sure = text[: len(text) - held_back]
             completion = None
             if is_done:
-                num_tokens = 1 + len(work.request.prompt) + len(tokens)
-                layer_ST = np.asarray(rows.layer_RST[row, :num_tokens])
+                layer_ST = work.layer_ST[: 1 + len(work.request.prompt) + len(tokens)]
                 completion = Completion(work.index, text, tokens, reason, layer_ST)
-                self.cache = self._release(self.cache, row)
+                self.cache = _release(self.cache, row)
                 self.rows = self.rows.replace(is_live_R=self.rows.is_live_R.at[row].set(False))
                 del at_work[row]
             if completion or len(sure) > len(work.shown):
@@ -282,17 +282,9 @@ class Decoder:
                 yield piece
 
 
+@partial(jax.jit, static_argnums=0, donate_argnums=2)
 def _begin(
-    decoding: Decoding,
-    weights: Weights,
-    rows: Rows,
-    row,
-    token,
-    place,
-    max_new,
-    seen_V,
-    layer_ST,
-    sampling: SamplingRows,
+    decoding: Decoding, weights: Weights, rows: Rows, row, token, place, max_new, seen_V, sampling: SamplingRows
 ) -> Rows:
     """The rows, one of them at the last token of a new prompt."""
     rows = rows.replace(
@@ -302,7 +294,6 @@ def _begin(
         num_new_R=rows.num_new_R.at[row].set(0),
         max_new_R=rows.max_new_R.at[row].set(max_new),
         seen_RV=rows.seen_RV.at[row].set(seen_V),
-        layer_RST=rows.layer_RST.at[row].set(layer_ST),
         sampling=rows.sampling.with_row(row, sampling),
     )
     return start(decoding, weights, rows, jnp.arange(len(rows.token_R)) == row)

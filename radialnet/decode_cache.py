@@ -80,10 +80,10 @@ class DecodeCache:
         pages_at_a_time = max(BLOCK // page_size, 1)
         max_pages = -(-max_tokens * stages.total // page_size)
         max_pages = -(-max_pages // pages_at_a_time) * pages_at_a_time
-        zeros_PAGK = jnp.zeros((num_pages, page_size, kv_heads, head_size), dtype)
+        zeros_PAGK = jnp.zeros((num_pages + 1, page_size, kv_heads, head_size), dtype)
         by_slot = None, None, None
         if view in APPENDING:
-            by_slot = (jnp.full((num_pages, page_size), -1, jnp.int32),) * 3
+            by_slot = (jnp.full((num_pages + 1, page_size), -1, jnp.int32),) * 3
         return cls(
             zeros_PAGK,
             zeros_PAGK,
@@ -104,7 +104,7 @@ class DecodeCache:
 
     @property
     def num_pages(self) -> int:
-        return self.k_PAGK.shape[0]
+        return self.k_PAGK.shape[0] - 1
 
     @property
     def page_bytes(self) -> int:
@@ -151,9 +151,7 @@ class DecodeCache:
         slot_RQ = jnp.where(writes_RQ, slot_RQ, self.num_pages * self.page_size)
 
         def written(x_PAX, new_RQX):
-            flat = x_PAX.reshape(-1, *x_PAX.shape[2:])
-            new = new_RQX.reshape(-1, *x_PAX.shape[2:]).astype(flat.dtype)
-            return flat.at[slot_RQ.ravel()].set(new, mode="drop").reshape(x_PAX.shape)
+            return _written(x_PAX, new_RQX.reshape(-1, *x_PAX.shape[2:]), slot_RQ.ravel())
 
         cache = self.replace(
             k_PAGK=written(self.k_PAGK, k_RQGK),
@@ -180,75 +178,81 @@ class DecodeCache:
             # Also to queries of later steps, until the token writes again.
             later_RT = (stage_T >= stage_R1) & self.stages.is_routed(stage_T)
             shows_RT |= later_RT & self.stages.is_routed(stage_R1)
-        token_RQ = jnp.where(writes_RQ, token_RQ, num_tokens)
         row_RQ = jnp.broadcast_to(jnp.arange(rows)[:, None], token_RQ.shape)
-        old_RQT = self.shown_RST.at[row_RQ, token_RQ].get(mode="fill", fill_value=-1)
-        new_RQT = jnp.where(shows_RT[:, None], slot_RQ[..., None], old_RQT)
-        return self.shown_RST.at[row_RQ, token_RQ].set(new_RQT, mode="drop")
+        token_RQ = jnp.minimum(token_RQ, num_tokens - 1)
+        old_RQT = self.shown_RST[row_RQ, token_RQ]
+        new_RQT = jnp.where(shows_RT[:, None] & writes_RQ[..., None], slot_RQ[..., None], old_RQT)
+        return _written(self.shown_RST, new_RQT.reshape(-1, num_stages), (row_RQ * num_tokens + token_RQ).ravel())
 
-    def attend(self, q_RQHK: jax.Array, token_RQ: jax.Array, stage_R: jax.Array, layer_RQ: jax.Array) -> jax.Array:
+    def attend(
+        self, q_RQHK: jax.Array, token_RQ: jax.Array, stage_R: jax.Array, layer_RQ: jax.Array, rows_at_a_time: int = 1
+    ) -> jax.Array:
         """Softmax attention of queries at a stage over the entries that they see, [R, Q, H, K]; fp32 inside.
 
         A query that sees nothing gets zeros.
+
+        Args:
+            rows_at_a_time: one, and each row takes as long as it is long; or more of them, side by side.
         """
-        rows, num_queries, _, size = q_RQHK.shape
-        kv_heads = self.k_PAGK.shape[2]
-        q_RQGXK = q_RQHK.reshape(rows, num_queries, kv_heads, -1, size).astype(jnp.float32) * size**-0.5
+
+        def of_row(given):
+            row, q_QHK, token_Q, stage, layer_Q = given
+            return self._attend_row(row, q_QHK, token_Q, stage, layer_Q)
+
+        given = jnp.arange(len(stage_R)), q_RQHK, token_RQ, stage_R, layer_RQ
+        return jax.lax.map(of_row, given, batch_size=rows_at_a_time if rows_at_a_time > 1 else None)
+
+    def _attend_row(self, row, q_QHK, token_Q, stage, layer_Q) -> jax.Array:
+        kv_heads, size = self.k_PAGK.shape[2:]
+        q_QGXK = q_QHK.reshape(len(q_QHK), kv_heads, -1, size).astype(jnp.float32) * size**-0.5
+        scores, mix = _products_of_one(q_QGXK) if len(q_QHK) == 1 else _products(q_QGXK)
         block_of = self._entries if self.view in APPENDING else self._tokens
 
         def step(block, carry):
-            highest_RQGX, total_RQGX, mixed_RQGXK = carry
-            k_RCGK, v_RCGK, visible_RQC = block_of(block, token_RQ, stage_R, layer_RQ)
-            scores = jnp.einsum("RQGXK,RCGK->RQGXC", q_RQGXK, k_RCGK.astype(jnp.float32))
-            scores = jnp.where(visible_RQC[:, :, None, None], scores, NEG_INF)
-            new_RQGX = jnp.maximum(highest_RQGX, scores.max(-1))
-            weights = jnp.where(visible_RQC[:, :, None, None], jnp.exp(scores - new_RQGX[..., None]), 0)
-            scale_RQGX = jnp.exp(highest_RQGX - new_RQGX)
-            mixed = jnp.einsum("RQGXC,RCGK->RQGXK", weights, v_RCGK.astype(jnp.float32))
-            return (
-                new_RQGX,
-                total_RQGX * scale_RQGX + weights.sum(-1),
-                mixed_RQGXK * scale_RQGX[..., None] + mixed,
-            )
+            highest_QGX, total_QGX, mixed = carry
+            k_CX, v_CX, visible_QC = block_of(row, block, token_Q, stage, layer_Q)
+            visible_QC = visible_QC[:, None, None]
+            scores_QGXC = jnp.where(visible_QC, scores(k_CX.astype(jnp.float32)), NEG_INF)
+            new_QGX = jnp.maximum(highest_QGX, scores_QGXC.max(-1))
+            weights_QGXC = jnp.where(visible_QC, jnp.exp(scores_QGXC - new_QGX[..., None]), 0)
+            fade_QGX = jnp.exp(highest_QGX - new_QGX)
+            mixed = mixed * fade_QGX[..., None] + mix(weights_QGXC, v_CX.astype(jnp.float32))
+            return new_QGX, total_QGX * fade_QGX + weights_QGXC.sum(-1), mixed
 
-        shape = q_RQGXK.shape[:-1]
-        carry = jnp.full(shape, NEG_INF), jnp.zeros(shape), jnp.zeros(q_RQGXK.shape)
-        length = self.num_R.max() if self.view in APPENDING else token_RQ.max() + 1
-        first = 0 if self.view in APPENDING else self.first_R.min() // BLOCK
-        _, total_RQGX, mixed_RQGXK = jax.lax.fori_loop(first, -(-length // BLOCK), step, carry)
-        mixed_RQGXK /= jnp.maximum(total_RQGX, 1e-30)[..., None]
-        return mixed_RQGXK.reshape(q_RQHK.shape).astype(q_RQHK.dtype)
+        shape = q_QGXK.shape[:-1]
+        carry = jnp.full(shape, NEG_INF), jnp.zeros(shape), jnp.zeros(q_QGXK.shape)
+        length = self.num_R[row] if self.view in APPENDING else token_Q.max() + 1
+        first = 0 if self.view in APPENDING else self.first_R[row] // BLOCK
+        _, total_QGX, mixed_QGXK = jax.lax.fori_loop(first, -(-length // BLOCK), step, carry)
+        mixed_QGXK /= jnp.maximum(total_QGX, 1e-30)[..., None]
+        return mixed_QGXK.reshape(q_QHK.shape).astype(q_QHK.dtype)
 
-    def _tokens(self, block, token_RQ, stage_R, layer_RQ):
-        """What a block of tokens shows: keys, values and who sees them."""
-        shown_RCT = jax.lax.dynamic_slice_in_dim(self.shown_RST, block * BLOCK, BLOCK, axis=1)
-        slot_RC = jnp.take_along_axis(shown_RCT, stage_R[:, None, None], axis=2)[..., 0]
+    def _tokens(self, row, block, token_Q, stage, layer_Q):
+        """What a block of a row's tokens shows to queries at a stage: keys, values and who sees them."""
+        slot_C = jax.lax.dynamic_slice(self.shown_RST, (row, block * BLOCK, stage), (1, BLOCK, 1)).ravel()
         token_C = block * BLOCK + jnp.arange(BLOCK)
-        is_there_RC = (slot_RC >= 0) & (token_C >= self.first_R[:, None])
-        visible_RQC = is_there_RC[:, None] & (token_C <= token_RQ[..., None])
-        k_RCGK, v_RCGK = (
-            x_PAGK.reshape(-1, *x_PAGK.shape[2:])[jnp.maximum(slot_RC, 0)] for x_PAGK in (self.k_PAGK, self.v_PAGK)
-        )
-        return k_RCGK, v_RCGK, visible_RQC
+        is_there_C = (slot_C >= 0) & (token_C >= self.first_R[row])
+        visible_QC = is_there_C & (token_C <= token_Q[:, None])
+        of_slots = (jnp.take(_flat(x_PAGK), slot_C, axis=0, mode="clip") for x_PAGK in (self.k_PAGK, self.v_PAGK))
+        return *of_slots, visible_QC
 
-    def _entries(self, block, token_RQ, stage_R, layer_RQ):
-        """A block of entries: keys, values and who sees them."""
-        rows, num_pages = self.page_RM.shape[0], max(BLOCK // self.page_size, 1)
-        page_RN = jax.lax.dynamic_slice_in_dim(self.page_RM, block * num_pages, num_pages, axis=1)
+    def _entries(self, row, block, token_Q, stage, layer_Q):
+        """A block of a row's entries: keys, values and who sees them."""
+        num_pages = max(BLOCK // self.page_size, 1)
+        page_N = jax.lax.dynamic_slice(self.page_RM, (row, block * num_pages), (1, num_pages)).ravel()
 
-        def of_pages(x_PAX):
-            return x_PAX[page_RN].reshape(rows, -1, *x_PAX.shape[2:])
+        def of_pages(x_PA):
+            return x_PA[page_N].ravel()
 
-        token_RC, entry_stage_RC, entry_layer_RC = map(of_pages, (self.token_PA, self.stage_PA, self.layer_PA))
-        place_C = block * BLOCK + jnp.arange(token_RC.shape[1])
-        is_there_RC = (place_C < self.num_R[:, None]) & (token_RC >= self.first_R[:, None])
-        is_routed_R1 = self.stages.is_routed(stage_R)[:, None]
-        earlier_RC = self.stages.is_routed(entry_stage_RC) & (entry_stage_RC <= stage_R[:, None])
-        is_there_RC &= jnp.where(is_routed_R1, earlier_RC, entry_stage_RC == stage_R[:, None])
-        visible_RQC = is_there_RC[:, None] & (token_RC[:, None] <= token_RQ[..., None])
+        token_C, entry_stage_C, entry_layer_C = map(of_pages, (self.token_PA, self.stage_PA, self.layer_PA))
+        place_C = block * BLOCK + jnp.arange(len(token_C))
+        is_there_C = (place_C < self.num_R[row]) & (token_C >= self.first_R[row])
+        earlier_C = self.stages.is_routed(entry_stage_C) & (entry_stage_C <= stage)
+        is_there_C &= jnp.where(self.stages.is_routed(stage), earlier_C, entry_stage_C == stage)
+        visible_QC = is_there_C & (token_C <= token_Q[:, None])
         if self.view == "same_layer":
-            visible_RQC &= entry_layer_RC[:, None] == layer_RQ[..., None]
-        return of_pages(self.k_PAGK), of_pages(self.v_PAGK), visible_RQC
+            visible_QC &= entry_layer_C == layer_Q[:, None]
+        return *(_flat(x_PAGK[page_N]) for x_PAGK in (self.k_PAGK, self.v_PAGK)), visible_QC
 
     def row(self, row: jax.Array) -> "DecodeCache":
         """One row as a cache of its own, over the same pages."""
@@ -315,3 +319,57 @@ class DecodeCache:
         return self.replace(
             **{name: padded(getattr(self, name)) for name in names}, free_P=free_P, num_free=self.num_free + more
         )
+
+
+def _written(x_PAX: jax.Array, new_NX: jax.Array, slot_N: jax.Array) -> jax.Array:
+    """Slots set to new values, one after the other; slot p·A + a is at [p, a].
+
+    Not by one scatter: on CPUs XLA makes a loop of it that copies the whole array several times.
+    """
+    zeros = (0,) * (x_PAX.ndim - 2)
+    new_NX = new_NX.astype(x_PAX.dtype)
+
+    def write(index, x_PAX):
+        new_11X = jax.lax.dynamic_index_in_dim(new_NX, index)[None]
+        place = *jnp.divmod(slot_N[index], x_PAX.shape[1]), *zeros
+        return jax.lax.dynamic_update_slice(x_PAX, new_11X, place)
+
+    return jax.lax.fori_loop(0, len(slot_N), write, x_PAX, unroll=len(slot_N) <= 16)
+
+
+def _flat(x_PAGK: jax.Array) -> jax.Array:
+    """Slots of pages one after the other, the heads of each side by side."""
+    return x_PAGK.reshape(-1, x_PAGK.shape[2] * x_PAGK.shape[3])
+
+
+def _products(q_QGXK: jax.Array):
+    """Queries times keys, and weights times values: functions of keys and values [C, G·K]."""
+    kv_heads, size = q_QGXK.shape[1], q_QGXK.shape[3]
+
+    def scores(k_CX):
+        return jnp.einsum("QGXK,CGK->QGXC", q_QGXK, k_CX.reshape(-1, kv_heads, size))
+
+    def mix(weights_QGXC, v_CX):
+        return jnp.einsum("QGXC,CGK->QGXK", weights_QGXC, v_CX.reshape(-1, kv_heads, size))
+
+    return scores, mix
+
+
+def _products_of_one(q_1GXK: jax.Array):
+    """`_products` of a single query, as products of matrices.
+
+    Each head's query stands among zeros for the other heads. That is G times the FLOPs, but a product for each of the
+    heads would have keys and values laid out anew before it, which takes longer than the products themselves.
+    """
+    _, kv_heads, num_shared, size = q_1GXK.shape
+    of_head_G1GK = jnp.repeat(jnp.eye(kv_heads), size, axis=1)[:, None]
+    q_GXY = jnp.tile(q_1GXK[0], (1, 1, kv_heads)) * of_head_G1GK
+
+    def scores(k_CY):
+        return (q_GXY.reshape(kv_heads * num_shared, -1) @ k_CY.T).reshape(1, kv_heads, num_shared, -1)
+
+    def mix(weights_1GXC, v_CY):
+        mixed_GXY = (weights_1GXC.reshape(kv_heads * num_shared, -1) @ v_CY).reshape(q_GXY.shape) * of_head_G1GK
+        return mixed_GXY.reshape(kv_heads, num_shared, kv_heads, size).sum(2)[None]
+
+    return scores, mix

@@ -71,7 +71,7 @@ class Choice:
 
 @flax.struct.dataclass
 class Rows:
-    """R rows, each with the one token that it is at. S tokens of a row, N of them new, T stages, V tokens in all."""
+    """R rows, each with the one token that it is at."""
 
     token_R: jax.Array
     place_R: jax.Array  # The token's index in its row.
@@ -81,10 +81,27 @@ class Rows:
     is_live_R: jax.Array
     num_new_R: jax.Array
     max_new_R: jax.Array
-    new_RN: jax.Array
-    seen_RV: jax.Array
-    layer_RST: jax.Array  # The layer that each token executed at each stage; -1 for none.
+    seen_RV: jax.Array  # Whether a row has a token of the vocabulary.
     sampling: SamplingRows
+
+
+@flax.struct.dataclass
+class Log:
+    """What the rows did in each of I iterations."""
+
+    place_IR: jax.Array  # The token that a row was at, by its index in the row,
+    stage_IR: jax.Array  # its stage,
+    layer_IR: jax.Array  # and the layer that it executed there; -1 for none.
+    new_IR: jax.Array  # The token that was sampled for the row; -1 for none.
+
+    @classmethod
+    def empty(cls, num_iterations: int, num_rows: int) -> "Log":
+        none_IR = jnp.full((num_iterations, num_rows), -1, jnp.int32)
+        return cls(none_IR, none_IR, none_IR, none_IR)
+
+
+# Iterations of a call of `decode` at most, so that its log has an end.
+MAX_ITERATIONS = 1024
 
 
 def _model(decoding: Decoding, weights: Weights) -> RadialTransformer:
@@ -141,9 +158,7 @@ def execute(
     cfg, block = model.cfg, model.pool.block
     shape, num_layers = place_RQ.shape, _num_layers(weights)
     layer_RQ = choice.layer_RQ
-    backend = cfg.grouped_backend
-    backend = grouped.default_backend(jax.default_backend()) if backend == "auto" else backend
-    groups = plan(layer_RQ.ravel(), num_layers, backend)
+    groups = plan(layer_RQ.ravel(), num_layers, model.pool.grouped_backend)
 
     def half(function, names, rows, fixed=()):
         part = {name: weights.block[name] for name in names}
@@ -156,7 +171,9 @@ def execute(
     qkv = half(block.before_attention, block.BEFORE, (h_ND,), (turned_NK,))
     q_RQHK, k_RQGK, v_RQGK = (x_NX.reshape(*shape, -1, cfg.head_size) for x_NX in qkv)
     cache = cache.append(k_RQGK, v_RQGK, place_RQ, stage_R, layer_RQ, layer_RQ < num_layers)
-    mixed_RQHK = cache.attend(q_RQHK, place_RQ, stage_R, layer_RQ)
+    # CPUs do one thing at a time, and then a short row need not wait for a long one.
+    rows_at_a_time = 1 if model.pool.attention_backend == "tiles" else len(stage_R)
+    mixed_RQHK = cache.attend(q_RQHK, place_RQ, stage_R, layer_RQ, rows_at_a_time)
     update_ND = half(block.after_attention, block.AFTER, (h_ND, mixed_RQHK.reshape(len(h_ND), -1)))
     return h_RQD + choice.gate_RQ[..., None] * update_ND.reshape(h_RQD.shape), cache
 
@@ -244,38 +261,32 @@ def start(decoding: Decoding, weights: Weights, rows: Rows, starts_R: jax.Array)
     return rows.replace(h_RD=h_RD, stage_R=stage_R, choice=choice)
 
 
-def _emit(decoding: Decoding, weights: Weights, rows: Rows, emits_R: jax.Array) -> Rows:
-    """Sample the next token of some rows, and let them begin with it."""
-    row_R, num_rows = jnp.arange(len(emits_R)), len(emits_R)
+def _emit(decoding: Decoding, weights: Weights, rows: Rows, emits_R: jax.Array) -> tuple[Rows, jax.Array]:
+    """Sample the next token of some rows, and let them begin with it: the rows and those tokens, -1 for none."""
     logits_RV = logits(decoding, weights, rows.h_RD)
     token_R = sample(logits_RV, rows.seen_RV, rows.sampling, rows.place_R + 1)
     ends_R = emits_R & (token_R == decoding.separator_id)
     adds_R = emits_R & ~ends_R
-    to_R = jnp.where(adds_R, row_R, num_rows)
     num_new_R = rows.num_new_R + adds_R
     is_live_R = rows.is_live_R & ~ends_R & (num_new_R < rows.max_new_R)
+    is_new_RV = adds_R[:, None] & (jnp.arange(rows.seen_RV.shape[1]) == token_R[:, None])
     rows = rows.replace(
         token_R=jnp.where(adds_R, token_R, rows.token_R),
         place_R=rows.place_R + adds_R,
         num_new_R=num_new_R,
-        new_RN=rows.new_RN.at[to_R, rows.num_new_R].set(token_R, mode="drop"),
-        seen_RV=rows.seen_RV.at[to_R, token_R].set(True, mode="drop"),
+        seen_RV=rows.seen_RV | is_new_RV,
         is_live_R=is_live_R,
     )
-    return start(decoding, weights, rows, emits_R & is_live_R)
+    return start(decoding, weights, rows, emits_R & is_live_R), jnp.where(adds_R, token_R, -1)
 
 
-def _iterate(decoding: Decoding, weights: Weights, cache: DecodeCache, rows: Rows) -> tuple[DecodeCache, Rows]:
-    """One layer for every live row."""
-    stages, row_R = decoding.stages, jnp.arange(len(rows.token_R))
-    num_layers = _num_layers(weights)
+def _iterate(decoding: Decoding, weights: Weights, cache: DecodeCache, rows: Rows) -> tuple[DecodeCache, Rows, Log]:
+    """One layer for every live row, and what is to be logged of it."""
+    stages, num_layers = decoding.stages, _num_layers(weights)
     choice = rows.choice.replace(layer_RQ=jnp.where(rows.is_live_R[:, None], rows.choice.layer_RQ, num_layers))
-    place_RQ = rows.place_R[:, None]
-    h_RQD, cache = execute(decoding, weights, rows.h_RD[:, None], choice, place_RQ, rows.stage_R, cache)
-    executed_R = choice.layer_RQ[:, 0] < num_layers
-    layer_RST = rows.layer_RST.at[jnp.where(executed_R, row_R, len(row_R)), rows.place_R, rows.stage_R].set(
-        choice.layer_RQ[:, 0].astype(jnp.int16), mode="drop"
-    )
+    h_RQD, cache = execute(decoding, weights, rows.h_RD[:, None], choice, rows.place_R[:, None], rows.stage_R, cache)
+    layer_R = choice.layer_RQ[:, 0]
+    log = Log(rows.place_R, rows.stage_R, jnp.where(layer_R < num_layers, layer_R, -1), jnp.full_like(layer_R, -1))
 
     stage_R = jnp.minimum(rows.stage_R + 1, stages.total)
     active_RQ = (rows.is_live_R & (stage_R < stages.total))[:, None]
@@ -286,10 +297,13 @@ def _iterate(decoding: Decoding, weights: Weights, cache: DecodeCache, rows: Row
     if stages.coda:
         first_coda = num_layers - stages.coda
         choice = choice.replace(layer_RQ=jnp.where(exits_R[:, None], first_coda, choice.layer_RQ))
-    rows = rows.replace(h_RD=h_RQD[:, 0], stage_R=stage_R, choice=choice, layer_RST=layer_RST)
+    rows = rows.replace(h_RD=h_RQD[:, 0], stage_R=stage_R, choice=choice)
     at_output_R = rows.is_live_R & (stage_R == stages.total)
     emits = jnp.all(at_output_R | ~rows.is_live_R) if decoding.lockstep else jnp.any(at_output_R)
-    return cache, jax.lax.cond(emits, lambda rows: _emit(decoding, weights, rows, at_output_R), lambda rows: rows, rows)
+    rows, new_R = jax.lax.cond(
+        emits, lambda rows: _emit(decoding, weights, rows, at_output_R), lambda rows: (rows, log.new_IR), rows
+    )
+    return cache, rows, log.replace(new_IR=new_R)
 
 
 def decode(
@@ -299,25 +313,29 @@ def decode(
     rows: Rows,
     max_iterations: jax.Array,
     until_done: jax.Array,
-) -> tuple[DecodeCache, Rows, jax.Array]:
+) -> tuple[DecodeCache, Rows, Log, jax.Array]:
     """Go on with all live rows.
 
-    Stops after `max_iterations`, when no row is live, when the cache might not have a page for every live row, and,
-    with `until_done`, as soon as one more row is done.
+    Stops after `max_iterations` or MAX_ITERATIONS, when no row is live, when the cache might not have a page for every
+    live row, and, with `until_done`, as soon as one more row is done.
 
     Returns:
-        The cache, the rows, and the number of iterations.
+        The cache, the rows, what they did, and the number of iterations.
     """
     num_live = rows.is_live_R.sum()
+    max_iterations = jnp.minimum(max_iterations, MAX_ITERATIONS)
 
     def goes_on(carry):
-        cache, rows, iteration = carry
+        cache, rows, _, iteration = carry
         live = rows.is_live_R.sum()
         has_room = cache.num_free >= live
         return (live > 0) & (iteration < max_iterations) & has_room & ~(until_done & (live < num_live))
 
     def step(carry):
-        cache, rows, iteration = carry
-        return *_iterate(decoding, weights, cache, rows), iteration + 1
+        cache, rows, log, iteration = carry
+        cache, rows, of_rows = _iterate(decoding, weights, cache, rows)
+        log = jax.tree.map(lambda x_IR, x_R: x_IR.at[iteration].set(x_R), log, of_rows)
+        return cache, rows, log, iteration + 1
 
-    return jax.lax.while_loop(goes_on, step, (cache, rows, jnp.int32(0)))
+    log = Log.empty(MAX_ITERATIONS, len(rows.token_R))
+    return jax.lax.while_loop(goes_on, step, (cache, rows, log, jnp.int32(0)))

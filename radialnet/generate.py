@@ -1,12 +1,13 @@
 """Continue prompts with a trained run, token by token through the unified cache (`decode`).
 
     python -m radialnet.generate --workdir=DIR --prompt="def " [--max_new_tokens=64] [--temperature=0.8] [--stream]
-    python -m radialnet.generate --workdir=DIR --prompts=FILE.jsonl [--rows=16] [--stats]
+    python -m radialnet.generate --workdir=DIR --prompt_file=FILE [--stats] [--trace=FILE.png]
+    python -m radialnet.generate --workdir=DIR --prompts=FILE.jsonl [--rows=16]
 
-FILE.jsonl has a JSON object a line: "prompt" and, where it is to differ from the flags, "max_new_tokens",
-"temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed" or "stop" (a list). "-" reads them from stdin. A
-line of JSON a prompt comes out, in their order: "prompt", "text", "tokens" (new ones), "reason" (length, stop or end)
-and "depth".
+--trace draws the way of every token: depth steps by tokens, in the colour of the layer. FILE.jsonl has a JSON object a
+line: "prompt" and, where it is to differ from the flags, "max_new_tokens", "temperature", "top_k", "top_p", "min_p",
+"repetition_penalty", "seed" or "stop" (a list). Either file may be "-", which is stdin. For each prompt, in order, a
+line of JSON comes out: "prompt", "text", "tokens" (new ones), "reason" (length, stop or end) and "depth".
 """
 
 import dataclasses
@@ -21,6 +22,7 @@ from absl import flags
 from radialnet import cli
 from radialnet.config import ConfigError
 from radialnet.decode import Completion, Decoder, Request
+from radialnet.plots import plot_trace
 from radialnet.sampling import Sampling
 from radialnet.trained import TrainedModel, load_trained
 
@@ -68,13 +70,8 @@ def request_of(trained: TrainedModel, fields: dict, where: str) -> Request:
 
 def read_prompts(path: str, defaults: dict) -> list[tuple[str, dict]]:
     """The fields of each line, those of the flags filled in, and where they stand. "-" is stdin."""
-    content = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
-    try:
-        lines = content.decode().splitlines()
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not UTF-8 ({error.reason} at byte {error.start})") from None
     found = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(_read(path).splitlines(), 1):
         if not line.strip():
             continue
         where = f"{path}, line {number}"
@@ -88,6 +85,14 @@ def read_prompts(path: str, defaults: dict) -> list[tuple[str, dict]]:
     if not found:
         raise ConfigError(f"{path}: no prompt in it")
     return found
+
+
+def _read(path: str) -> str:
+    content = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 ({error.reason} at byte {error.start})") from None
 
 
 def statistics(decoder: Decoder, completions: list[Completion], seconds: float) -> dict:
@@ -117,7 +122,21 @@ def _show(found: dict) -> None:
     )
 
 
+def _draw(trained: TrainedModel, decoder: Decoder, request: Request, done: Completion) -> None:
+    """The trace of a completion, into the file that the flag names."""
+    tokens = [trained.tokenizer.separator_id, *request.prompt, *done.tokens]
+    texts = ["begin", *(trained.tokenizer.decode([token]) for token in tokens[1:])]
+    stages = decoder.decoding.stages
+    layer_ST = done.layer_ST[:, stages.prelude : stages.first_coda]
+    layer_ST = np.where(layer_ST >= 0, layer_ST - stages.prelude, -1)
+    plot_trace(texts, layer_ST, trained.config.model.pool_size, Path(_TRACE.value), 1 + len(request.prompt))
+
+
 def main() -> None:
+    if sum(map(bool, (_PROMPT.value, _PROMPT_FILE.value, _PROMPTS.value))) > 1:
+        raise ConfigError("--prompt, --prompt_file, --prompts: one of them is needed, not several")
+    if _TRACE.value and _PROMPTS.value:
+        raise ConfigError(f"--trace={_TRACE.value}: of one prompt, not of --prompts={_PROMPTS.value}")
     (exit_bias,) = cli.numbers("exit_bias", [str(_EXIT_BIAS.value)], float, "numbers")
     trained = load_trained(Path(_WORKDIR.value))
     defaults = {name: flags.FLAGS[name].value for name in (*SETTINGS, "max_new_tokens")}
@@ -125,7 +144,8 @@ def main() -> None:
     if _PROMPTS.value:
         lines = read_prompts(_PROMPTS.value, defaults)
     else:
-        lines = [("the flags", {**defaults, "prompt": _PROMPT.value})]
+        prompt = _read(_PROMPT_FILE.value) if _PROMPT_FILE.value else _PROMPT.value
+        lines = [("the flags", {**defaults, "prompt": prompt})]
     requests = [request_of(trained, fields, where) for where, fields in lines]
     decoder = Decoder(trained, min(_ROWS.value, len(requests)), _MAX_DEPTH.value, exit_bias)
     start = time.perf_counter()
@@ -136,12 +156,14 @@ def main() -> None:
             line = {"prompt": fields["prompt"], "text": done.text, "tokens": done.tokens, "reason": done.reason}
             print(json.dumps({**line, "depth": depth}))
     else:
-        print(_PROMPT.value, end="")
+        print(prompt, end="")
         completions = []
         for piece in decoder.stream(requests, every=1 if _STREAM.value else 2**30):
             print(piece.text, end="", flush=True)
             completions += [piece.completion] if piece.completion else []
         print()
+        if _TRACE.value:
+            _draw(trained, decoder, requests[0], completions[0])
     if _STATS.value:
         _show(statistics(decoder, completions, time.perf_counter() - start))
 
@@ -150,6 +172,7 @@ if __name__ == "__main__":
     _WORKDIR = flags.DEFINE_string("workdir", None, "The run folder.", required=True)
     _PROMPT = flags.DEFINE_string("prompt", "", "What to continue.")
     _PROMPTS = flags.DEFINE_string("prompts", "", "A file of prompts as JSON lines, in place of --prompt; - is stdin.")
+    _PROMPT_FILE = flags.DEFINE_string("prompt_file", "", "A file of text, in place of --prompt; - is stdin.")
     _ROWS = flags.DEFINE_integer("rows", 16, "Prompts at a time.", lower_bound=1, upper_bound=1024)
     flags.DEFINE_integer("max_new_tokens", 64, "Length of a continuation at most.")
     flags.DEFINE_float("temperature", 0.0, "Of the sampling; 0 takes the most likely token.")
@@ -164,5 +187,6 @@ if __name__ == "__main__":
     )
     _EXIT_BIAS = flags.DEFINE_float("exit_bias", 0.0, "Added to the trained exit bias: more makes tokens leave early.")
     _STREAM = flags.DEFINE_bool("stream", False, "Print the text as it is written.")
+    _TRACE = flags.DEFINE_string("trace", "", "PNG file for the way of every token through the layers.")
     _STATS = flags.DEFINE_bool("stats", False, "Print speed, depth and cache bytes to stderr at the end.")
     cli.run(main)

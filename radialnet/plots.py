@@ -32,6 +32,67 @@ def plot_run(lines: list[dict], folder: Path) -> list[Path]:
     return drawn
 
 
+# Tokens in a line of a trace, and characters of one: what can still be read.
+_TRACE_WIDTH, _TRACE_CHARACTERS = 48, 10
+
+
+def plot_trace(texts: list[str], layer_ST: np.ndarray, num_layers: int, path: Path, first_new: int) -> None:
+    """Draw the way of each token: depth steps upwards, the layer in each cell, tokens in lines from left to right.
+
+    Args:
+        texts: of the S tokens.
+        layer_ST: the layer that each executed at each depth step; negative for none.
+        num_layers: L.
+        first_new: where the tokens of the prompt end.
+    """
+    plt = _pyplot()
+    num_tokens, max_depth = layer_ST.shape
+    width = min(num_tokens, _TRACE_WIDTH)
+    num_lines = -(-num_tokens // width)
+    figure, lines = plt.subplots(
+        num_lines,
+        1,
+        figsize=(1.8 + 0.27 * width, num_lines * (1.1 + 0.27 * max_depth) + 0.4),
+        squeeze=False,
+        layout="constrained",
+    )
+    colours = plt.get_cmap("turbo", num_layers)
+    for line, axes in enumerate(lines[:, 0]):
+        first = line * width
+        part_ST = layer_ST[first : first + width]
+        shown_TS = np.full((max_depth, width), np.nan)
+        shown_TS[:, : len(part_ST)] = np.where(part_ST >= 0, part_ST, np.nan).T
+        image = axes.imshow(shown_TS, cmap=colours, vmin=-0.5, vmax=num_layers - 0.5, origin="lower", aspect="auto")
+        for (step, place), layer in np.ndenumerate(shown_TS):
+            if not np.isnan(layer):
+                red, green, blue, _ = colours(int(layer))
+                # Black or white, by the brightness of what is below.
+                colour = "black" if 0.3 * red + 0.59 * green + 0.11 * blue > 0.5 else "white"
+                axes.text(place, step, int(layer), ha="center", va="center", fontsize=6.5, color=colour)
+        if first < first_new < first + width:
+            axes.axvline(first_new - first - 0.5, color="black", linewidth=1.5)
+        labels = [_shown(text) for text in texts[first : first + width]]
+        axes.set_xticks(range(len(labels)), labels, rotation=90, fontsize=8, family="monospace", parse_math=False)
+        axes.set(yticks=range(max_depth), ylabel="depth step", xlim=(-0.5, width - 0.5))
+        axes.grid(False)
+    ticks = np.unique(np.linspace(0, num_layers - 1, min(num_layers, 12)).astype(int))
+    figure.colorbar(image, ax=list(lines[:, 0]), label="layer", ticks=ticks, fraction=0.03, pad=0.01)
+    depth = (layer_ST >= 0).sum(1)
+    figure.suptitle(
+        f"Way of each token through the pool: {depth.mean():.2f} layers on average. "
+        f"Black line: the end of the prompt ({first_new} tokens)",
+        fontsize=10,
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _save(plt, figure, path)
+
+
+def _shown(text: str) -> str:
+    """A token's text, its white space visible."""
+    text = text.replace(" ", "·").encode("unicode_escape").decode().replace("\\xb7", "·")
+    return text if len(text) <= _TRACE_CHARACTERS else text[: _TRACE_CHARACTERS - 1] + "…"
+
+
 def _pyplot():
     # Here, for it takes a second to import. Agg: no display is needed.
     import matplotlib

@@ -128,7 +128,7 @@ class LayerPool(nnx.Module):
         q_BSHK = self._heads(permute(q_NX, to_packed, to_sorted), layer_BS.shape)
         cache = orders.append(cache, k_NX, v_NX, depth_step)
         mixed_BSHK = attend(
-            q_BSHK, cache.k_BCGK, cache.v_BCGK, orders.visibility(cache, positions), self._attention_backend
+            q_BSHK, cache.k_BCGK, cache.v_BCGK, orders.visibility(cache, positions), self.attention_backend
         )
         mixed_NX = permute(mixed_BSHK.reshape(q_NX.shape), to_sorted, to_packed)
         update_ND = grouped.map_rows(block.after_attention, block.weights(block.AFTER), (h_ND, mixed_NX), groups)
@@ -162,7 +162,7 @@ class LayerPool(nnx.Module):
         if not is_again:
             cache = orders.append(cache, k_NX, v_NX, depth_step)
         visibility = orders.visibility(cache, positions)
-        mixed_BSHK, lse_BSH = attend_forward(q_BSHK, cache.k_BCGK, cache.v_BCGK, visibility, self._attention_backend)
+        mixed_BSHK, lse_BSH = attend_forward(q_BSHK, cache.k_BCGK, cache.v_BCGK, visibility, self.attention_backend)
         mixed_NX = permute(mixed_BSHK.reshape(q_NX.shape), to_sorted, to_packed)
         update_ND, after = grouped.map_forward(
             block.after_attention, block.weights(block.AFTER), (h_ND, mixed_NX), groups, (), products.after, t
@@ -223,7 +223,7 @@ class LayerPool(nnx.Module):
             attended.lse_BSH,
             d_mixed_BSHK,
             *d_entries,
-            self._attention_backend,
+            self.attention_backend,
         )
         d_new, d_entries = cache.appended_gradient(*d_entries, orders.packing, depth_step)
 
@@ -299,15 +299,18 @@ class LayerPool(nnx.Module):
         return jnp.einsum("BSL,LBSD->BSD", gate_BSL, update_LBSD), cache
 
     @property
-    def _attention_backend(self) -> str:
+    def attention_backend(self) -> str:
+        """The one of the config, or what "auto" means here."""
         backend = self.cfg.attention_backend
         return attention.default_backend(jax.default_backend()) if backend == "auto" else backend
 
-    def _groups(self, layer_N: jax.Array) -> Groups:
+    @property
+    def grouped_backend(self) -> str:
         backend = self.cfg.grouped_backend
-        return plan(
-            layer_N, self.num_layers, grouped.default_backend(jax.default_backend()) if backend == "auto" else backend
-        )
+        return grouped.default_backend(jax.default_backend()) if backend == "auto" else backend
+
+    def _groups(self, layer_N: jax.Array) -> Groups:
+        return plan(layer_N, self.num_layers, self.grouped_backend)
 
     def _orders(self, layer_BS: jax.Array, cache: UnifiedCache) -> _Orders:
         packing = Packing.of(layer_BS < self.num_layers)

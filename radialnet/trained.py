@@ -32,6 +32,7 @@ def load_trained(workdir: Path) -> TrainedModel:
     """
     folder = RunFolder(workdir)
     config = Config.load(folder.config)
+    keep_programs(config)
     tokenizer = Tokenizer.load(folder.tokenizer)
     graph, params = abstract_params(config, tokenizer.vocab_size)
     controllers = jax.eval_shape(lambda: Controllers.init(config.router, config.model.pool_size))
@@ -43,6 +44,13 @@ def load_trained(workdir: Path) -> TrainedModel:
             raise ConfigError(f"{folder.checkpoints}: no checkpoint in this run folder yet")
         trees = checkpoints.restore(step, {"params": params, "controllers": controllers})
     return TrainedModel(config, graph, trees["params"], trees["controllers"], tokenizer, step)
+
+
+def keep_programs(config: Config) -> None:
+    """Keep what is compiled from now on, so that the next process need not compile it again."""
+    if not jax.config.jax_compilation_cache_dir:
+        cache = Path(config.data.cache_dir).expanduser() / "programs"
+        jax.config.update("jax_compilation_cache_dir", str(cache))
 
 
 def abstract_params(config: Config, vocab_size: int) -> tuple[nnx.GraphDef, dict]:

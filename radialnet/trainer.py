@@ -24,7 +24,7 @@ from radialnet.progress import Clock, Progress
 from radialnet.run_folder import RunFolder
 from radialnet.tokenizer import Tokenizer
 from radialnet.train_step import TrainState, eval_step, init_state, train_step
-from radialnet.trained import TrainedModel, load_trained
+from radialnet.trained import TrainedModel, keep_programs, load_trained
 from radialnet.writers import MetricsWriter
 
 # What a run folder was made with and can't be changed on resume. The rest may change, and the change is printed.
@@ -192,9 +192,7 @@ def _loop(run: Run, writer: MetricsWriter) -> None:
     config, num_steps = run.config, run.config.train.num_steps
     batches = prefetch(train_batches(run.dataset.train, config.train.batch_size, config.train.seed), run.step)
     batch = next(batches)
-    if not jax.config.jax_compilation_cache_dir:
-        cache = Path(config.data.cache_dir).expanduser() / "programs"
-        jax.config.update("jax_compilation_cache_dir", str(cache))
+    keep_programs(config)
     step_fn = jax.jit(
         partial(train_step, config=config, graph=run.graph, optimizer=make_optimizer(config)), donate_argnums=0
     )

@@ -19,7 +19,7 @@ from radialnet.tokenizer import Tokenizer
 from radialnet.trained import TrainedModel
 from tests.tiny import VOCAB, Model, make_config
 
-SEQ, PAGE = 13, 4
+SEQ, PAGE, CHUNK = 13, 4, 7
 
 
 class Decoder:
@@ -54,8 +54,9 @@ class Decoder:
         output = self.model(batch, controllers=weights.controllers, at=weights.at, max_depth=self.stages.max_depth)
         return np.asarray(output.logits_BSV), np.asarray(output.depth_BS)
 
-    def prefill(self, row, tokens, begin, num_more=0):
-        padded = np.concatenate([tokens, np.full(num_more, 5)]).astype(np.int32)
+    def prefill(self, row, tokens, begin):
+        """In a bucket of CHUNK tokens, whatever their number is."""
+        padded = np.concatenate([tokens, np.full(CHUNK - len(tokens), 5)]).astype(np.int32)
         self.cache, h_QD, layer_QT = self._prefill(self.weights, self.cache, row, padded, begin, len(tokens))
         return np.asarray(self._logits(self.weights, h_QD))[: len(tokens)], np.asarray(layer_QT)[: len(tokens)]
 
@@ -103,8 +104,8 @@ def test_prefill_and_steps_give_the_logits_of_the_forward_pass(monkeypatch, case
     same(found, expected[0, :5])
     routed = layer[:, decoder.stages.prelude : decoder.stages.first_coda]
     np.testing.assert_array_equal((routed >= 0).sum(1), depth[0, :5])
-    same(decoder.prefill(0, tokens[0, 5:9], 5, num_more=3)[0], expected[0, 5:9])
-    same(decoder.prefill(1, tokens[1, :2], 0, num_more=5)[0], expected[1, :2])
+    same(decoder.prefill(0, tokens[0, 5:9], 5)[0], expected[0, 5:9])
+    same(decoder.prefill(1, tokens[1, :2], 0)[0], expected[1, :2])
     at = np.array([9, 2])
     for _ in range(SEQ):
         is_live = at < SEQ

@@ -7,8 +7,8 @@ ORDER = [
     "files", "config", "grid", "tokenizer", "corpus", "hop_task", "grouping", "row_function", "block_loop",
     "grouped_kernels", "grouped", "visibility", "attention_kernels", "attention", "cache", "layers", "router",
     "peer_routers", "metrics", "pool", "depth", "model", "losses", "optimizer", "train_step", "checkpoint",
-    "run_folder", "data", "trained", "sampling", "decode_cache", "decode_step", "decode", "writers", "progress",
-    "cli", "evaluate", "hops", "generate", "baseline", "report", "benchmark", "aot", "plots", "trainer", "sweep",
+    "run_folder", "data", "trained", "plots", "sampling", "decode_cache", "decode_step", "decode", "writers",
+    "progress", "cli", "evaluate", "hops", "generate", "baseline", "report", "benchmark", "aot", "trainer", "sweep",
     "results",
 ]  # fmt: skip
 ROOT = Path(__file__).parents[1]
