@@ -1,8 +1,11 @@
 """What a training step costs, as ratios of things timed alternately in one process.
 
-    python -m radialnet.benchmark train|router|input [--json=FILE] [--repeats=9]
+    python -m radialnet.benchmark train|decode|cache|router|input [--json=FILE] [--repeats=9]
 
 `train`   the step against a plain dense transformer, over pool sizes, depths and views; attention; memory.
+`decode`  tokens per second over depths, against lockstep, and against `transformers` where it is installed.
+`cache`   bytes and time of a token over views and sizes; with --runs of trained runs, with their held-out loss and how
+          far the logits of decoding are from those of the parallel pass.
 `router`  the router's share of the step, over its width.
 `input`   the step on real data, read while it runs, against the step on one batch used again.
 
@@ -33,6 +36,7 @@ from radialnet.baseline import VOCAB, DenseStep, program_bytes
 from radialnet.cache import Packing, UnifiedCache
 from radialnet.config import Config, ConfigError
 from radialnet.data import prefetch, prepare, train_batches
+from radialnet.decode_benchmark import benchmark_cache, benchmark_decode
 from radialnet.depth import DepthLoop, Inputs, decide, differentiable
 from radialnet.files import write_whole
 from radialnet.metrics import figures, flops_per_token
@@ -286,7 +290,13 @@ def benchmark_input(report: Report, sizes: dict) -> None:
 
 
 def main() -> None:
-    commands = {"train": benchmark_train, "router": benchmark_router, "input": benchmark_input}
+    commands = {
+        "train": benchmark_train,
+        "decode": benchmark_decode,
+        "cache": partial(benchmark_cache, runs=Path(_RUNS.value) if _RUNS.value else None),
+        "router": benchmark_router,
+        "input": benchmark_input,
+    }
     sizes = {name: flag.value for name, flag in _SIZES.items()}
     for name, value in {**sizes, "repeats": _REPEATS.value}.items():
         if value < 1:
@@ -310,9 +320,10 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    _COMMAND = cli.command("train", "router", "input")
+    _COMMAND = cli.command("train", "decode", "cache", "router", "input")
     _JSON = flags.DEFINE_string("json", None, "File that the figures are written to.")
     _REPEATS = flags.DEFINE_integer("repeats", 9, "Times that each pair is timed.")
+    _RUNS = flags.DEFINE_string("runs", "", "Of `cache`: a folder with run folders in it.")
     _SIZES = {
         name: flags.DEFINE_integer(name, value, meaning)
         for name, value, meaning in (

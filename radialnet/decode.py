@@ -20,7 +20,7 @@ from flax import nnx
 
 from radialnet.config import ConfigError
 from radialnet.decode_cache import DecodeCache, Stages
-from radialnet.decode_step import Choice, Decoding, Log, Rows, Weights, decode, prefill, start
+from radialnet.decode_step import Choice, Decoding, Log, Rows, Weights, decode, logits, prefill, read, start
 from radialnet.router import schedule
 from radialnet.sampling import Sampling, SamplingRows
 from radialnet.trained import TrainedModel
@@ -37,7 +37,8 @@ FIRST_PAGES = 64
 _weights = jax.jit(Weights.of, static_argnums=0)
 _prefill = jax.jit(prefill, static_argnums=0, donate_argnums=2)
 _decode = jax.jit(decode, static_argnums=0, donate_argnums=(2, 3))
-_release = jax.jit(DecodeCache.released, donate_argnums=0)
+_read = jax.jit(read, static_argnums=0)
+_logits = jax.jit(logits, static_argnums=0)
 _slide = jax.jit(DecodeCache.without_first, donate_argnums=0)
 
 
@@ -129,9 +130,17 @@ class Decoder:
         self.controllers = trained.controllers.replace(exit_bias=trained.controllers.exit_bias + exit_bias)
         at = schedule(config.router, model.max_depth, trained.step).for_evaluation()
         self.weights = _weights(trained.graph, trained.params, self.controllers, at)
+        # What was run, and the pages that were needed at most.
         self.num_iterations, self.peak_pages, self._max_tokens = 0, 0, 0
         self.cache: DecodeCache | None = None
         self.rows: Rows | None = None
+
+    @property
+    def peak_bytes(self) -> int:
+        """Keys and values of the pages that were needed at most, so far."""
+        model = self.trained.config.model
+        entry_size = 2 * model.num_kv_heads * model.head_size * jnp.dtype(model.dtype).itemsize
+        return self.peak_pages * PAGE_SIZE * entry_size
 
     def run(self, requests: Iterable[Request]) -> list[Completion]:
         """All completions, in the order of the requests."""
@@ -167,27 +176,31 @@ class Decoder:
             self.peak_pages = max(self.peak_pages, self.cache.num_pages - int(self.cache.num_free))
             yield from self._collect(at_work, jax.tree.map(np.asarray, log))
 
+    def read(self, token_RS: np.ndarray, is_real_RS: np.ndarray) -> tuple[jax.Array, np.ndarray]:
+        """Run given texts token by token, each a row from its beginning, as if they had been sampled.
+
+        Args:
+            is_real_RS: False for what fills a row up.
+
+        Returns:
+            Logits [R, S, V] of what follows each token, and the layer that it executed at each stage [R, S, T], -1 for
+            none.
+        """
+        num_pages = -(-token_RS.shape[1] * self.decoding.stages.total // PAGE_SIZE) * self.num_rows
+        cache = self._empty_cache(token_RS.shape[1], num_pages)
+        cache, h_RSD, layer_RST = _read(self.decoding, self.weights, cache, token_RS, is_real_RS)
+        self.peak_pages = max(self.peak_pages, num_pages - int(cache.num_free))
+        return _logits(self.decoding, self.weights, h_RSD), np.asarray(layer_RST)
+
     def _make_room(self, max_tokens: int) -> None:
         """A cache and rows for requests of this size, unless those that are there will do."""
-        config, tokenizer, stages = self.trained.config, self.trained.tokenizer, self.decoding.stages
         # In steps, so that requests of about the same size share their programs.
         max_tokens = 1 << (max_tokens - 1).bit_length()
         if max_tokens <= self._max_tokens:
             return
         self._max_tokens = max_tokens
-        model, num_rows = config.model, self.num_rows
-        num_pages = self._num_pages_allowed(FIRST_PAGES * num_rows)
-        self.cache = DecodeCache.empty(
-            config.cache.view,
-            stages,
-            num_rows,
-            max_tokens,
-            num_pages,
-            PAGE_SIZE,
-            model.num_kv_heads,
-            model.head_size,
-            jnp.dtype(model.dtype),
-        )
+        model, num_rows = self.trained.config.model, self.num_rows
+        self.cache = self._empty_cache(max_tokens, self._num_pages_allowed(FIRST_PAGES * num_rows))
         zeros_R, no_layer = jnp.zeros(num_rows, jnp.int32), jnp.full((num_rows, 1), 0, jnp.int32)
         plan = nnx.merge(self.trained.graph, self.trained.params).router.no_plan((num_rows, 1))
         self.rows = Rows(
@@ -199,11 +212,17 @@ class Decoder:
             is_live_R=zeros_R > 0,
             num_new_R=zeros_R,
             max_new_R=zeros_R,
-            seen_RV=jnp.zeros((num_rows, tokenizer.vocab_size), bool),
+            seen_RV=jnp.zeros((num_rows, self.trained.tokenizer.vocab_size), bool),
             sampling=SamplingRows.of([Sampling()] * num_rows),
         )
         # Arrays that are given away must not share their memory.
         self.cache, self.rows = jax.tree.map(jnp.copy, (self.cache, self.rows))
+
+    def _empty_cache(self, max_tokens: int, num_pages: int) -> DecodeCache:
+        config = self.trained.config
+        model, sizes = config.model, (self.num_rows, max_tokens, num_pages, PAGE_SIZE)
+        heads = model.num_kv_heads, model.head_size, jnp.dtype(model.dtype)
+        return DecodeCache.empty(config.cache.view, self.decoding.stages, *sizes, *heads)
 
     def _num_pages_allowed(self, num_pages: int) -> int:
         return min(num_pages, self.capacity // PAGE_SIZE) if self.capacity else num_pages
@@ -273,8 +292,7 @@ class Decoder:
             if is_done:
                 layer_ST = work.layer_ST[: 1 + len(work.request.prompt) + len(tokens)]
                 completion = Completion(work.index, text, tokens, reason, layer_ST)
-                self.cache = _release(self.cache, row)
-                self.rows = self.rows.replace(is_live_R=self.rows.is_live_R.at[row].set(False))
+                self.cache, self.rows = _finish(self.cache, self.rows, row)
                 del at_work[row]
             if completion or len(sure) > len(work.shown):
                 piece = Piece(work.index, sure[len(work.shown) :], completion)
@@ -297,6 +315,12 @@ def _begin(
         sampling=rows.sampling.with_row(row, sampling),
     )
     return start(decoding, weights, rows, jnp.arange(len(rows.token_R)) == row)
+
+
+@partial(jax.jit, donate_argnums=(0, 1))
+def _finish(cache: DecodeCache, rows: Rows, row) -> tuple[DecodeCache, Rows]:
+    """Cache and rows after a row is done."""
+    return cache.released(row), rows.replace(is_live_R=rows.is_live_R.at[row].set(False))
 
 
 def _incomplete(text: str) -> int:

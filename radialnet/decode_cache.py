@@ -19,7 +19,7 @@ from radialnet.cache import APPENDING
 from radialnet.visibility import NEG_INF
 
 # Tokens or entries that attention takes at a time.
-BLOCK = 128
+BLOCK = 64
 
 
 @flax.struct.dataclass
@@ -105,11 +105,6 @@ class DecodeCache:
     @property
     def num_pages(self) -> int:
         return self.k_PAGK.shape[0] - 1
-
-    @property
-    def page_bytes(self) -> int:
-        """Keys and values of one page."""
-        return 2 * self.k_PAGK[0].size * self.k_PAGK.dtype.itemsize
 
     def num_pages_R(self) -> jax.Array:
         """Pages that each row has."""

@@ -18,7 +18,7 @@ from flax import nnx
 from radialnet import grouped
 from radialnet.config import Config
 from radialnet.decode_cache import DecodeCache, Stages
-from radialnet.grouping import gather, plan, scatter
+from radialnet.grouping import SMALLEST, gather, plan, scatter
 from radialnet.layers import rms_norm, rotation
 from radialnet.model import RadialTransformer
 from radialnet.router import Controllers, Schedule, choice_gate
@@ -45,9 +45,10 @@ class Weights:
     """A trained model, the layers of prelude, pool and coda on one axis."""
 
     params: dict
-    block: dict[str, jax.Array]
+    block: dict[str, jax.Array] | tuple[dict[str, jax.Array], ...]  # One stack, or one for each layer.
     controllers: Controllers
     at: Schedule
+    num_layers: int = flax.struct.field(pytree_node=False)
 
     @classmethod
     def of(cls, graph: nnx.GraphDef, params: dict, controllers: Controllers, at: Schedule) -> "Weights":
@@ -55,7 +56,20 @@ class Weights:
         blocks = [pool.block for pool in (model.prelude, model.pool, model.coda) if pool is not None]
         stacked = [block.weights(block.BEFORE + block.AFTER) for block in blocks]
         block = stacked[0] if len(stacked) == 1 else jax.tree.map(lambda *layers: jnp.concatenate(layers), *stacked)
-        return cls(params, block, controllers, at)
+        num_layers = len(block["qkv"])
+        if model.pool.grouped_backend == "block_loop":
+            # Each layer on its own, for the sake of single rows (`block_loop`).
+            split = {name: jnp.split(weight, num_layers) for name, weight in block.items()}
+            block = tuple({name: parts[layer] for name, parts in split.items()} for layer in range(num_layers))
+        return cls(params, block, controllers, at, num_layers)
+
+    def half(self, names: tuple[str, ...]):
+        """The weights of these names alone."""
+
+        def part(block: dict) -> dict:
+            return {name: block[name] for name in names}
+
+        return tuple(map(part, self.block)) if isinstance(self.block, tuple) else part(self.block)
 
 
 @flax.struct.dataclass
@@ -108,10 +122,6 @@ def _model(decoding: Decoding, weights: Weights) -> RadialTransformer:
     return nnx.merge(decoding.graph, weights.params)
 
 
-def _num_layers(weights: Weights) -> int:
-    return len(jax.tree.leaves(weights.block)[0])
-
-
 def embed(model: RadialTransformer, token: jax.Array) -> jax.Array:
     return model.embedding[...][token] * model.cfg.d_model**0.5
 
@@ -156,14 +166,15 @@ def execute(
     """The residual stream after each token went through its layer, and the cache with what it wrote."""
     model = _model(decoding, weights)
     cfg, block = model.cfg, model.pool.block
-    shape, num_layers = place_RQ.shape, _num_layers(weights)
+    shape, num_layers = place_RQ.shape, weights.num_layers
     layer_RQ = choice.layer_RQ
-    groups = plan(layer_RQ.ravel(), num_layers, model.pool.grouped_backend)
+    # A single row is what most layers have to do for a batch of rows that are each at a place of their own.
+    sizes = tuple(size for size in (SMALLEST, 1) if size <= shape[0]) if shape[1] == 1 else None
+    groups = plan(layer_RQ.ravel(), num_layers, model.pool.grouped_backend, sizes)
 
     def half(function, names, rows, fixed=()):
-        part = {name: weights.block[name] for name in names}
         rows, fixed = (tuple(scatter(x, groups) for x in xs) for xs in (rows, fixed))
-        outputs = grouped.map_rows(function, part, rows, groups, fixed)
+        outputs = grouped.map_rows(function, weights.half(names), rows, groups, fixed)
         return jax.tree.map(lambda y: gather(y, groups), outputs)
 
     h_ND = h_RQD.reshape(-1, cfg.d_model)
@@ -192,7 +203,7 @@ def run(
         [R, Q, T], -1 for none.
     """
     model, stages = _model(decoding, weights), decoding.stages
-    num_layers = _num_layers(weights)
+    num_layers = weights.num_layers
 
     def step(stage, carry):
         h_RQD, stays_RQ, log_survival_RQ, leaves_at_RQ, cache, layer_TRQ = carry
@@ -234,8 +245,29 @@ def decode_step(
     return cache, logits(decoding, weights, h_RQD[:, 0])
 
 
+def read(
+    decoding: Decoding, weights: Weights, cache: DecodeCache, token_RS: jax.Array, is_real_RS: jax.Array
+) -> tuple[DecodeCache, jax.Array, jax.Array]:
+    """`run` the tokens of given texts one after the other, as if each had been sampled.
+
+    Returns:
+        The cache, the residual stream at the output node [R, S, D], and the layer of each token at each stage
+        [R, S, T], -1 for none.
+    """
+
+    def step(cache, given):
+        token_R, place, is_real_R = given
+        place_RQ = jnp.full((len(token_R), 1), place)
+        cache, h_RQD, layer_RQT = run(decoding, weights, cache, token_R[:, None], place_RQ, is_real_R[:, None])
+        return cache, (h_RQD[:, 0], layer_RQT[:, 0])
+
+    given = token_RS.T, jnp.arange(token_RS.shape[1]), is_real_RS.T
+    cache, (h_SRD, layer_SRT) = jax.lax.scan(step, cache, given)
+    return cache, h_SRD.swapaxes(0, 1), layer_SRT.swapaxes(0, 1)
+
+
 def logits(decoding: Decoding, weights: Weights, h_RD: jax.Array) -> jax.Array:
-    """What the head makes of the residual stream at the output node, fp32."""
+    """What the head makes of the residual stream at the output node, fp32: [R, V]."""
     model = _model(decoding, weights)
     final_RD = rms_norm(h_RD, model.final_norm[...]).astype(jnp.dtype(model.cfg.dtype))
     return jnp.matmul(final_RD, model.head[...].astype(final_RD.dtype), preferred_element_type=jnp.float32)
@@ -282,7 +314,7 @@ def _emit(decoding: Decoding, weights: Weights, rows: Rows, emits_R: jax.Array) 
 
 def _iterate(decoding: Decoding, weights: Weights, cache: DecodeCache, rows: Rows) -> tuple[DecodeCache, Rows, Log]:
     """One layer for every live row, and what is to be logged of it."""
-    stages, num_layers = decoding.stages, _num_layers(weights)
+    stages, num_layers = decoding.stages, weights.num_layers
     choice = rows.choice.replace(layer_RQ=jnp.where(rows.is_live_R[:, None], rows.choice.layer_RQ, num_layers))
     h_RQD, cache = execute(decoding, weights, rows.h_RD[:, None], choice, rows.place_R[:, None], rows.stage_R, cache)
     layer_R = choice.layer_RQ[:, 0]

@@ -1,26 +1,33 @@
 """Evaluation of a trained run on held-out text, at any max depth and exit bias.
 
     python -m radialnet.evaluate --workdir=DIR [--max_depth=2,4,8] [--exit_bias=-1,0,1] [--data=PATH] [--json]
+                                 [--path=forward|decode] [--max_tokens=N]
 
-The last line of stdout is one JSON object (a list when several depths or biases are asked for).
+`--path=decode` runs the text token by token through the cache of decoding (`decode_step`) in place of the parallel pass
+that trains: the same figures, up to rounding, or something is wrong. The last line of stdout is one JSON object (a list
+when several depths or biases are asked for).
 """
 
 import itertools
 import json
+import math
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import optax
 from absl import flags
 
 from radialnet import cli
 from radialnet.config import ConfigError
 from radialnet.corpus import read_held_out
-from radialnet.data import Batch, PackedRows, Rows, eval_batches, prepare, write_rows
+from radialnet.data import PADDING, Batch, PackedRows, Rows, eval_batches, prepare, write_rows
+from radialnet.decode import Decoder
 from radialnet.files import finite
 from radialnet.metrics import BatchSums, add, figures, flops_per_token
 from radialnet.router import Controllers
@@ -79,6 +86,70 @@ def evaluate_trained(trained: TrainedModel, rows: Rows, max_depth: int, exit_bia
     }
 
 
+def evaluate_decoding(trained: TrainedModel, rows: Rows, max_depth: int, exit_bias: float) -> dict:
+    """`evaluate_trained` token by token through the cache, without the figures that only a whole pass knows.
+
+    A document of a row is a row of the batch here: decoding knows one text a row.
+    """
+    config, num_rows = trained.config, trained.config.train.batch_size
+    decoder = Decoder(trained, num_rows, max_depth, exit_bias)
+    stages = decoder.decoding.stages
+    texts = list(_documents(_first(rows, config.eval.num_batches * num_rows)))
+    nats, num_bytes, num_targets, ran, seconds = 0.0, 0, 0, [], 0.0
+    for begin in range(0, len(texts), num_rows):
+        batch = _side_by_side(texts[begin : begin + num_rows], num_rows, config.train.seq_len)
+        start = time.perf_counter()
+        logits_RSV, layer_RST = decoder.read(batch["token"], batch["is_real"])
+        # The first call compiles.
+        seconds += time.perf_counter() - start if begin else 0
+        is_target_RS = batch["is_target"]
+        nats_RS = optax.softmax_cross_entropy_with_integer_labels(logits_RSV, batch["target"])
+        nats += float(jnp.where(is_target_RS, nats_RS, 0).sum())
+        num_targets += int(is_target_RS.sum())
+        num_bytes += int(trained.tokenizer.bytes_per_token[batch["target"][is_target_RS]].sum())
+        ran.append(layer_RST[batch["is_real"]][:, stages.prelude : stages.first_coda] >= 0)
+    ran_NT = np.concatenate(ran)
+    depth_N, executed_by_step = ran_NT.sum(1), ran_NT.mean(0).tolist()
+    timed = len(depth_N) - len(ran[0])
+    return {
+        "step": trained.step,
+        "max_depth": max_depth,
+        "exit_bias": float(decoder.controllers.exit_bias),
+        "ce": nats / num_targets,
+        "bpb": nats / np.log(2) / num_bytes,
+        "depth": float(depth_N.mean()),
+        "depth_hist": (np.bincount(depth_N, minlength=max_depth + 1) / len(depth_N)).tolist(),
+        "executed_by_step": executed_by_step,
+        "tokens": len(depth_N),
+        "tokens_per_s": timed / seconds if timed else None,
+        "flops_per_token": flops_per_token(config, trained.tokenizer.vocab_size, executed_by_step),
+    }
+
+
+def _first(rows: Rows, num_rows: int) -> Rows:
+    """The first rows; 0 = all of them."""
+    return [rows[row] for row in range(min(num_rows, len(rows)))] if num_rows else rows
+
+
+def _documents(rows: Rows) -> Iterator[Batch]:
+    """The parts of rows that are of one document, one after the other, without the padding."""
+    for row in range(len(rows)):
+        item = rows[row]
+        for document in np.unique(item["document"][item["document"] != PADDING]):
+            is_of_it_S = item["document"] == document
+            yield {name: item[name][is_of_it_S] for name in ("token", "target", "is_target")}
+
+
+def _side_by_side(texts: list[Batch], num_rows: int, seq_len: int) -> Batch:
+    """Arrays [R, S] of some texts, filled up."""
+    batch = {"token": np.int32, "target": np.int32, "is_target": bool, "is_real": bool}
+    batch = {name: np.zeros((num_rows, seq_len), dtype) for name, dtype in batch.items()}
+    for row, text in enumerate(texts):
+        for name, values in {**text, "is_real": True}.items():
+            batch[name][row, : len(text["token"])] = values
+    return batch
+
+
 def _held_out_rows(trained: TrainedModel, workdir: Path, data: str | None, scratch: Path) -> Rows:
     folder = RunFolder(workdir)
     if not data:
@@ -101,15 +172,17 @@ def main() -> None:
         max_depths = [trained.config.model.max_depth]
     with tempfile.TemporaryDirectory() as scratch:
         rows = _held_out_rows(trained, workdir, _DATA.value, Path(scratch))
+        rows = _first(rows, -(-_MAX_TOKENS.value // trained.config.train.seq_len))
+        by_path = evaluate_decoding if _PATH.value == "decode" else evaluate_trained
         results = []
         for max_depth, exit_bias in itertools.product(max_depths, exit_biases):
-            result = evaluate_trained(trained, rows, max_depth, exit_bias)
+            result = by_path(trained, rows, max_depth, exit_bias)
             results.append(result)
             if not _JSON.value:
                 print(
                     f"step {result['step']}  max depth {max_depth}  exit bias {result['exit_bias']:+.2f}:  "
                     f"bpb {result['bpb']:.4f}  ce {result['ce']:.4f}  depth {result['depth']:.3f}  "
-                    f"{result['tokens_per_s']:,.0f} tokens/s"
+                    f"{result['tokens_per_s'] or math.nan:,.0f} tokens/s"
                 )
     print(json.dumps(finite(results[0] if len(results) == 1 else results)))
 
@@ -119,5 +192,9 @@ if __name__ == "__main__":
     _MAX_DEPTH = flags.DEFINE_list("max_depth", None, "Max depths to evaluate at; the trained one by default.")
     _EXIT_BIAS = flags.DEFINE_list("exit_bias", ["0"], "Added to the trained exit bias: more makes tokens leave early.")
     _DATA = flags.DEFINE_string("data", None, "A folder of text or a .jsonl file in place of the held-out split.")
+    _PATH = flags.DEFINE_enum("path", "forward", ["forward", "decode"], "In parallel, or token by token.")
+    _MAX_TOKENS = flags.DEFINE_integer(
+        "max_tokens", 0, "Evaluate the first rows alone, as many as have so many tokens; 0 = all.", lower_bound=0
+    )
     _JSON = flags.DEFINE_bool("json", False, "Print the JSON line alone.")
     cli.run(main)

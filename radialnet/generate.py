@@ -108,7 +108,7 @@ def statistics(decoder: Decoder, completions: list[Completion], seconds: float) 
         "executed_by_step": ran_ST.mean(0).tolist(),
         "max_depth": stages.max_depth,
         "exit_bias": float(decoder.controllers.exit_bias),
-        "cache_bytes": decoder.peak_pages * decoder.cache.page_bytes,
+        "cache_bytes": decoder.peak_bytes,
     }
 
 

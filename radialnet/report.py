@@ -30,9 +30,15 @@ class Report:
     def __init__(self, repeats: int):
         self.repeats, self.rows, self.figures = repeats, [], {}
 
-    def add(self, what: str, against: str, first, second, *, name: str | None, **more: object) -> None:
-        """Time two things against each other. A figure with a name is one that docs and users rely on."""
+    def add(self, what: str, against: str, first, second, *, name: str | None, tokens: int = 0, **more: object) -> None:
+        """Time two things against each other. A figure with a name is one that docs and users rely on.
+
+        Args:
+            tokens: that each of them gives, where it is of interest how many a second that makes.
+        """
         value, ms, other_ms = ratio(first, second, self.repeats)
+        if tokens:
+            more |= {"tokens_per_s": round(tokens / ms * 1e3), "against_tokens_per_s": round(tokens / other_ms * 1e3)}
         self._add({"what": what, "against": against, "ratio": value, "ms": ms, "against_ms": other_ms, **more}, name)
 
     def add_bytes(self, what: str, against: str, first: int, second: int, *, name: str | None) -> None:

@@ -58,16 +58,16 @@ class SamplingRows:
     top_p_R: jax.Array
     min_p_R: jax.Array
     penalty_R: jax.Array
-    key_R: jax.Array
+    seed_R: jax.Array
 
     @classmethod
     def of(cls, requests: list[Sampling]) -> "SamplingRows":
-        names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-        columns = [jnp.asarray(np.asarray([getattr(request, name) for request in requests])) for name in names]
-        dtypes = [jnp.int32 if name == "top_k" else jnp.float32 for name in names]
-        seeds = jnp.asarray(np.asarray([request.seed for request in requests], np.uint32))
-        columns = [column.astype(dtype) for column, dtype in zip(columns, dtypes, strict=True)]
-        return cls(*columns, jax.vmap(jax.random.key)(seeds))
+        names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+        dtypes = {"top_k": np.int32, "seed": np.uint32}
+        columns = ([getattr(request, name) for request in requests] for name in names)
+        return cls(
+            *(np.asarray(column, dtypes.get(name, np.float32)) for name, column in zip(names, columns, strict=True))
+        )
 
     def with_row(self, row: jax.Array, request: "SamplingRows") -> "SamplingRows":
         """These, with one row's settings replaced by those of `request`, which has one row."""
@@ -86,7 +86,9 @@ def sample(logits_RV: jax.Array, seen_RV: jax.Array, rows: SamplingRows, positio
     logits_RV = jnp.where(seen_RV, penalised_RV, logits_RV)
 
     def draw():
-        keys = jax.vmap(jax.random.fold_in)(rows.key_R, position_R)
+        keys = jax.vmap(lambda seed, position: jax.random.fold_in(jax.random.key(seed), position))(
+            rows.seed_R, position_R
+        )
         return jax.vmap(_draw)(logits_RV, rows, keys)
 
     greedy_R = jnp.argmax(logits_RV, axis=-1).astype(jnp.int32)

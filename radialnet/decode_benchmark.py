@@ -1,0 +1,219 @@
+"""What decoding costs, as ratios of things timed alternately in one process: `benchmark decode` and `benchmark cache`.
+
+The models have random weights, but for those of `benchmark cache --runs`: what they say means nothing, what it takes
+to say it is what a trained one takes.
+"""
+
+import importlib.util
+import os
+import sys
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from configs import base
+from radialnet.config import VIEWS, Config, ConfigError
+from radialnet.data import prepare
+from radialnet.decode import Completion, Decoder, Request
+from radialnet.evaluate import evaluate_trained
+from radialnet.model import init_params
+from radialnet.report import Report
+from radialnet.router import Controllers
+from radialnet.run_folder import RunFolder
+from radialnet.tokenizer import Tokenizer
+from radialnet.train_step import forward
+from radialnet.trained import TrainedModel, load_trained
+
+VOCAB = 512
+PROMPT = 8  # Tokens.
+LONG = 1000  # New tokens of the request that `cache bytes/entries` is of.
+TEXTS, LENGTH = 4, 256  # Held-out texts that trained runs are read on.
+
+
+def make_trained(sizes: dict, **overrides) -> TrainedModel:
+    """A radial network of T steps with random weights, whose routes and exits depend on the token.
+
+    It never ends a document, so that every request is as long as it may be.
+    """
+    config = base.get_config()
+    config.model.update(num_heads=4, num_kv_heads=4, init="distinct", pool_size=2 * sizes["max_depth"])
+    config.model.update({name: sizes[name] for name in ("d_model", "d_ff", "max_depth")})
+    config.model.min_depth = sizes["max_depth"]
+    config.train.seq_len = sizes["seq_len"]
+    config.router.update(hidden=sizes["d_model"] // 4, exit_warmup_steps=0, depth_ramp_steps=0, exit_bias_init=0.0)
+    config.router.depth_target = float(sizes["max_depth"])
+    for name, value in overrides.items():
+        section, field = name.split("__")
+        config[section][field] = value
+    config = Config.from_dict(config)
+    tokenizer = Tokenizer.of_words([f"w{index}" for index in range(VOCAB - 2)])
+    graph, params = init_params(config, VOCAB)
+    if config.router.is_trained:
+        # At first all layers are nearly as likely for all tokens. Larger weights make routes depend on the token.
+        params["router"]["out"] *= 30.0
+    # A logit of 0, and it is never the largest.
+    params["head"] = params["head"].at[:, tokenizer.separator_id].set(0)
+    controllers = Controllers.init(config.router, config.model.pool_size)
+    return TrainedModel(config, graph, params, controllers, tokenizer, 0)
+
+
+class Run:
+    """Requests for a number of rows. Call it to decode them all."""
+
+    def __init__(self, trained: TrainedModel, num_rows: int, num_new: int, **options):
+        rng = np.random.default_rng(0)
+        prompts = rng.integers(2, VOCAB, (num_rows, PROMPT)).tolist()
+        self.requests = [Request(tuple(prompt), num_new) for prompt in prompts]
+        self.decoder = Decoder(trained, num_rows, **options)
+
+    def __call__(self) -> list[Completion]:
+        return self.decoder.run(self.requests)
+
+    def depth(self) -> float:
+        """Mean executed layers of a token."""
+        return float(np.mean([(done.layer_ST[:-1] >= 0).sum(1).mean() for done in self()]))
+
+    def hold(self, depth: float) -> "Run":
+        """Set the exit bias, by bisection, so that the mean depth is `depth`."""
+        low, high = -100.0, 100.0
+        for _ in range(14):
+            bias = (low + high) / 2
+            controllers = self.decoder.controllers.replace(exit_bias=jnp.float32(bias))
+            self.decoder.weights = self.decoder.weights.replace(controllers=controllers)
+            low, high = (bias, high) if self.depth() > depth else (low, bias)
+        return self
+
+
+def benchmark_decode(report: Report, sizes: dict) -> None:
+    """Tokens per second against depth, against lockstep, and against `transformers`."""
+    max_depth, new = sizes["max_depth"], sizes["seq_len"] - PROMPT - 1
+    whole, exits = make_trained(sizes), make_trained(sizes, model__min_depth=1)
+    dense = make_trained(sizes, router__form="sequential", model__pool_size=max_depth)
+    for num_rows, rows, name in ((1, "1 row", "1 row depth=T÷2/depth=T"), (16, "16 rows", None)):
+        full, tokens = Run(whole, num_rows, new), num_rows * new
+        for part, its_name in ((4, None), (2, name)):
+            # Every token leaves after as many layers.
+            depth = max(max_depth // part, 1)
+            shallow = Run(make_trained(sizes, model__min_depth=depth, router__exit_bias_init=1e4), num_rows, new)
+            args = f"{rows}, every token at T/{part}", f"{rows}, depth T", shallow, full
+            report.add(*args, name=its_name, tokens=tokens, **_depths(shallow))
+        held = Run(exits, num_rows, new).hold(max_depth / 2)
+        args = f"{rows}, mean T/2 by exit bias", f"{rows}, depth T", held, full
+        report.add(*args, name=None, tokens=tokens, **_depths(held))
+        in_order = Run(dense, num_rows, new)
+        report.add(f"{rows}, T layers in order", f"{rows}, depth T", in_order, full, name=None, tokens=tokens)
+        _against_transformers(report, sizes, rows, (in_order, full), num_rows, new)
+
+    # `held` is of 16 rows now.
+    bias, more = held.decoder.weights.controllers, {"tokens": 16 * new, **_depths(held)}
+    in_step, in_step_held = Run(whole, 16, new, lockstep=True), Run(exits, 16, new, lockstep=True)
+    in_step_held.decoder.weights = held.decoder.weights
+    report.add("16 rows, lockstep, depth T", "async, mean T/2", in_step, held, name="16 rows async/lockstep", **more)
+    report.add("16 rows, lockstep, mean T/2", "async, mean T/2", in_step_held, held, name=None, **more)
+
+    long = Run(exits, 1, LONG)
+    long.decoder.weights = long.decoder.weights.replace(controllers=bias)
+    (done,) = long()
+    model = exits.config.model
+    entry_bytes = 2 * model.num_kv_heads * model.head_size * jnp.dtype(model.dtype).itemsize
+    entries_bytes = int((done.layer_ST >= 0).sum()) * entry_bytes
+    what = f"pages of {len(done.layer_ST):,} tokens"
+    report.add_bytes(what, "their entries", long.decoder.peak_bytes, entries_bytes, name="cache bytes/entries")
+
+
+def benchmark_cache(report: Report, sizes: dict, runs: Path | None) -> None:
+    """Each view: bytes and time of a token, over sizes; of trained runs their held-out loss and what decoding gives."""
+    if runs is not None:
+        return _of_runs(report, runs)
+    max_depth, new = sizes["max_depth"], sizes["seq_len"] - PROMPT - 1
+    for d_model in (sizes["d_model"] // 2, sizes["d_model"]):
+        of_size = {**sizes, "d_model": d_model, "d_ff": sizes["d_ff"] * d_model // sizes["d_model"]}
+        against = None
+        for view in ("latest", *(view for view in VIEWS if view != "latest")):
+            run = Run(make_trained(of_size, model__min_depth=1, cache__view=view), 1, new).hold(max_depth / 2)
+            against = against or run
+            report.add(f"D={d_model}, view {view}", "latest", run, against, name=None, **_bytes(run), **_depths(run))
+    return None
+
+
+def _of_runs(report: Report, runs: Path) -> None:
+    folders = sorted(path.parent for path in runs.glob("**/config.json"))
+    if not folders:
+        raise ConfigError(f"--runs={runs}: no run folder in it")
+    against = None
+    for folder in folders:
+        trained = load_trained(folder)
+        config, rows = trained.config, prepare(trained.config, RunFolder(folder)).eval
+        stream = np.concatenate([rows[row]["token"] for row in range(-(-TEXTS * LENGTH // config.train.seq_len))])
+        token_RS = stream[: TEXTS * LENGTH].reshape(TEXTS, LENGTH)
+        decoder = Decoder(trained, TEXTS)
+        read = partial(decoder.read, token_RS, np.ones_like(token_RS, bool))
+        logits_RSV, layer_RST = read()
+        against = against or read
+        found = {
+            "ce": evaluate_trained(trained, rows, config.model.max_depth, 0.0)["ce"],
+            "depth": float((layer_RST >= 0).sum(2).mean()),
+            "bytes_per_token": round(decoder.peak_bytes / token_RS.size),
+            "logits_differ_by": float(jnp.abs(logits_RSV - _forward_logits(decoder, token_RS)).max()),
+        }
+        what = f"{folder.name}: view {config.cache.view}"
+        found = {key: float(f"{value:.4g}") for key, value in found.items()}
+        report.add(what, folders[0].name, read, against, name=None, tokens=token_RS.size, **found)
+
+
+def _forward_logits(decoder: Decoder, token_RS: np.ndarray) -> jax.Array:
+    """Logits of the parallel pass that trains."""
+    trained, weights = decoder.trained, decoder.weights
+    position_RS = np.broadcast_to(np.arange(token_RS.shape[1], dtype=np.int32), token_RS.shape)
+    batch = {"token": token_RS, "document": np.zeros_like(token_RS), "position": position_RS}
+    given = trained.params, batch, weights.controllers, weights.at, jax.random.key(0)
+    return jax.jit(partial(forward, trained.graph))(*given).logits_BSV
+
+
+def _bytes(run: Run) -> dict:
+    return {"bytes_per_token": round(run.decoder.peak_bytes / sum(len(done.layer_ST) - 1 for done in run()))}
+
+
+def _depths(run: Run) -> dict:
+    depth_S = np.concatenate([(done.layer_ST[:-1] >= 0).sum(1) for done in run()])
+    return {"depth": round(float(depth_S.mean()), 2), "spread": round(float(depth_S.std()), 2)}
+
+
+def _against_transformers(report: Report, sizes: dict, rows: str, ours: tuple, num_rows: int, num_new: int) -> None:
+    """Time greedy decoding by `transformers`, of a Llama of the same dimensions and T layers, against ours."""
+    if not all(importlib.util.find_spec(name) for name in ("torch", "transformers")):
+        print("no torch and transformers here (requirements-torch.txt): not compared with", file=sys.stderr)
+        return
+    # Threads that wait busily after their work would take the cores from whatever is timed next.
+    os.environ |= {"OMP_WAIT_POLICY": "passive", "KMP_BLOCKTIME": "0"}
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=sizes["d_model"],
+        intermediate_size=sizes["d_ff"],
+        num_hidden_layers=sizes["max_depth"],
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=2 * sizes["seq_len"],
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
+    )
+    model = LlamaForCausalLM(config).eval()
+    prompt_RS = torch.from_numpy(np.random.default_rng(0).integers(2, VOCAB, (num_rows, PROMPT + 1)))
+    everything = torch.ones_like(prompt_RS)
+
+    def theirs():
+        with torch.inference_mode():
+            text_RS = model.generate(prompt_RS, attention_mask=everything, max_new_tokens=num_new, do_sample=False)
+        assert text_RS.shape == (num_rows, PROMPT + 1 + num_new)
+
+    in_order, routed = ours
+    tokens, what = num_rows * num_new, f"transformers, {rows}, T layers"
+    report.add(what, "ours, T layers in order", theirs, in_order, name=f"{rows} vs transformers", tokens=tokens)
+    report.add(what, "ours, depth T out of 2T", theirs, routed, name=None, tokens=tokens)
