@@ -89,7 +89,7 @@ def plot_trace(texts: list[str], layer_ST: np.ndarray, num_layers: int, path: Pa
 
 def _shown(text: str) -> str:
     """A token's text, its white space visible."""
-    text = text.replace(" ", "·").encode("unicode_escape").decode().replace("\\xb7", "·")
+    text = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text.replace(" ", "·"))
     return text if len(text) <= _TRACE_CHARACTERS else text[: _TRACE_CHARACTERS - 1] + "…"
 
 

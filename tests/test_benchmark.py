@@ -1,5 +1,6 @@
 """The benchmark's figures are figures of what they say; how large they are is no test's business."""
 
+import importlib.util
 import json
 
 import jax
@@ -8,9 +9,11 @@ import numpy as np
 import pytest
 
 from configs import smoke
-from radialnet import benchmark
+from radialnet import benchmark, decode_benchmark
 from radialnet.baseline import dense_logits, dense_params
 from radialnet.benchmark import RadialStep, benchmark_input, benchmark_router, make_batch, make_config
+from radialnet.config import ConfigError
+from radialnet.decode_benchmark import benchmark_cache, benchmark_decode
 from radialnet.report import Report
 from tests.test_cli import run
 from tests.test_model import plain_network
@@ -89,6 +92,45 @@ def test_command_writes_the_figures(tmp_path):
     assert all(value > 0 for value in written["figures"].values())
     assert json.loads(stdout.splitlines()[-1]) == written["figures"]
     assert all(row["ratio"] > 0 for row in written["rows"])
+
+
+DECODE_NAMES = {
+    "1 row depth=T÷2/depth=T", "16 rows async/lockstep", "1 row vs transformers", "16 rows vs transformers",
+    "cache bytes/entries",
+}  # fmt: skip
+
+
+@pytest.mark.slow
+def test_decoding_is_measured_at_the_depths_that_are_named(monkeypatch):
+    monkeypatch.setattr(decode_benchmark, "LONG", 40)
+    has_transformers = importlib.util.find_spec("torch") and importlib.util.find_spec("transformers")
+    report, sizes = Report(repeats=1), {**SIZES, "max_depth": 4, "seq_len": 32}
+    benchmark_decode(report, sizes)
+    assert set(report.figures) == {name for name in DECODE_NAMES if has_transformers or "transformers" not in name}
+    rows = {row["what"]: row for row in report.rows}
+    for rows_name in ("1 row", "16 rows"):
+        assert rows[f"{rows_name}, every token at T/2"]["depth"] == 2
+        assert rows[f"{rows_name}, every token at T/4"]["depth"] == 1
+    held = rows["16 rows, mean T/2 by exit bias"]
+    assert held["depth"] == pytest.approx(2, abs=0.5) and held["spread"] > 0.3
+    assert 1 <= report.figures["cache bytes/entries"] < 1.6
+
+
+@pytest.mark.slow
+def test_cache_is_measured_over_views_and_of_trained_runs(tmp_path, monkeypatch):
+    monkeypatch.setattr(decode_benchmark, "VIEWS", ("first", "latest"))
+    report = Report(repeats=1)
+    benchmark_cache(report, {**SIZES, "max_depth": 2, "seq_len": 32}, runs=None)
+    assert [row["what"] for row in report.rows[2:]] == ["D=16, view latest", "D=16, view first"]
+    of_view = {row["what"].split()[-1]: row for row in report.rows[2:]}
+    assert of_view["first"]["bytes_per_token"] < of_view["latest"]["bytes_per_token"]
+    run("train.py", "--config=configs/smoke.py", f"--workdir={tmp_path / 'run'}", "--config.train.num_steps=4")
+    report = Report(repeats=1)
+    benchmark_cache(report, SIZES, runs=tmp_path)
+    (row,) = report.rows
+    assert row["logits_differ_by"] < 1e-5 and row["ce"] > 0 and row["depth"] > 1
+    with pytest.raises(ConfigError, match="--runs="):
+        benchmark_cache(report, SIZES, runs=tmp_path / "nothing")
 
 
 def test_bad_arguments():

@@ -164,6 +164,31 @@ def test_generate(trained):
     assert "5 new tokens" in stats and "depth 1.00" in stats, "all leave at the first chance"
 
 
+def test_generate_from_a_text_file_with_a_trace(trained, tmp_path):
+    workdir, _ = trained
+    prompt, picture = tmp_path / "prompt.txt", tmp_path / "new" / "trace.png"
+    prompt.write_text("def f2(x):\n")
+    command = ["-m", "radialnet.generate", f"--workdir={workdir}", f"--prompt_file={prompt}", "--max_new_tokens=6"]
+    stdout, _ = run(*command, f"--trace={picture}", "--max_depth=2")
+    assert stdout.startswith(prompt.read_text())
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    for wrong, named in (("--prompt=x", "--prompt_file"), ("--trace=x.png --prompts=y", "--prompts")):
+        _, stderr = run(*command, *wrong.split(), code=2)
+        assert stderr.count("\n") == 1 and named in stderr
+
+
+def test_evaluate_token_by_token_gives_the_same_figures(trained):
+    workdir, _ = trained
+    found = {}
+    for path in ("forward", "decode"):
+        command = ["-m", "radialnet.evaluate", f"--workdir={workdir}", f"--path={path}", "--max_tokens=200", "--json"]
+        found[path] = json.loads(run(*command)[0])
+    forward, decoded = found["forward"], found["decode"]
+    assert 200 <= decoded["tokens"] == forward["tokens"] < 300
+    for name in ("ce", "bpb", "depth", "depth_hist", "executed_by_step", "exit_bias", "flops_per_token"):
+        assert decoded[name] == pytest.approx(forward[name], rel=1e-5), name
+
+
 def test_generate_for_a_file_of_prompts(trained, tmp_path):
     workdir, _ = trained
     command = ["-m", "radialnet.generate", f"--workdir={workdir}", "--max_new_tokens=4"]

@@ -122,6 +122,81 @@ def test_prefill_and_steps_give_the_logits_of_the_forward_pass(monkeypatch, case
     assert int(decoder.cache.num_free) == 90 - num_pages.sum()
 
 
+def sees(view, query, entry):
+    """The rule, and what a view makes of it. Queries and entries are (row, token, stage, layer)."""
+    (row, i, t, layer), (other_row, j, step, other_layer) = query, entry
+    if other_row != row or j > i or step > t:
+        return False
+    executed = DEPTHS[row][j]
+    return {
+        "all": True,
+        "latest": step == min(t, executed - 1),
+        "same_step": step == t,
+        "first": step == 0,
+        "same_layer": layer == other_layer,
+    }[view]
+
+
+DEPTHS = ((3, 1, 4, 2, 4), (2, 4, 1, 1, 3))  # Executed steps of the tokens of two rows.
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_a_query_sees_what_the_rule_lets_it_see_and_nothing_else(view, monkeypatch):
+    """Each entry is changed in turn, and with it what those queries give that are to see it. Tokens went deeper than
+    the query is, and later tokens are there, as in a prefill.
+    """
+    monkeypatch.setattr(decode_cache, "BLOCK", 8)
+    rng = np.random.default_rng(0)
+    stages, kv_heads, size = Stages(0, 4, 0), 2, 6
+    cache = DecodeCache.empty(view, stages, 2, 8, 20, PAGE, kv_heads, size, jnp.float32)
+    entries, slots = [], {}
+    for token in range(5):
+        for stage in range(4):
+            writes_R = np.array([stage < DEPTHS[row][token] for row in range(2)])
+            layer_R = rng.integers(0, 3, 2)
+            k, v = rng.normal(size=(2, 2, 1, kv_heads, size)).astype(np.float32)
+            before_R = np.asarray(cache.num_R)
+            token_R1 = jnp.full((2, 1), token)
+            cache = cache.append(k, v, token_R1, jnp.full(2, stage), layer_R[:, None], writes_R[:, None])
+            for row in np.flatnonzero(np.asarray(cache.num_R) > before_R):
+                page, place = divmod(int(before_R[row]), PAGE)
+                entry = int(row), token, stage, int(layer_R[row])
+                slots[entry] = int(cache.page_RM[row, page]), place
+                entries.append(entry)
+    assert len(entries) == (10 if view == "first" else np.sum(DEPTHS))
+    q = jnp.asarray(rng.normal(size=(2, 1, 4, size)), jnp.float32)
+    attend = jax.jit(lambda cache, token, stage, layer: cache.attend(
+        q, jnp.full((2, 1), token), jnp.full(2, stage), jnp.full((2, 1), layer)))  # fmt: skip
+    num_seen = 0
+    for token, stage in ((0, 0), (1, 3), (3, 1), (4, 2), (4, 3)):
+        given = token, stage, 1
+        before = np.asarray(attend(cache, *given))
+        for entry in entries:
+            changed = cache.replace(v_PAGK=cache.v_PAGK.at[slots[entry]].add(1.0))
+            moved_R = np.abs(np.asarray(attend(changed, *given)) - before).max((1, 2, 3)) > 1e-6
+            expected = [sees(view, (row, *given), entry) for row in range(2)]
+            assert moved_R.tolist() == expected, (given, entry)
+            num_seen += sum(expected)
+    assert num_seen >= 10
+
+
+def test_reading_a_given_text_is_the_forward_pass_of_it(trained):
+    """Token by token; what fills a row up changes nothing."""
+    tokens = tokens_of(3)
+    is_real = np.arange(SEQ) < np.array([[SEQ], [4], [9]])
+    logits_RSV, layer_RST = decode.Decoder(trained, 3).read(np.where(is_real, tokens, 3), is_real)
+    batch = {
+        "token": tokens,
+        "document": np.where(is_real, 0, -1),
+        "position": np.tile(np.arange(SEQ, dtype=np.int32), (3, 1)),
+    }
+    model = Model(trained.config)
+    output = model(batch, params=trained.params, controllers=trained.controllers, at=model.at.for_evaluation())
+    np.testing.assert_allclose(logits_RSV[is_real], output.logits_BSV[is_real], atol=1e-3, rtol=1e-5)
+    np.testing.assert_array_equal((layer_RST >= 0).sum(2)[is_real], output.depth_BS[is_real])
+    assert (layer_RST[~is_real] == -1).all()
+
+
 @pytest.fixture(scope="module")
 def trained():
     config = make_config(model__max_depth=4, router__exit_bias_init=-3.0)
