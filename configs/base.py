@@ -36,7 +36,8 @@ def get_config() -> ConfigDict:
     )
     router.estimator = "straight_through"  # straight_through | score | weighted | dense (costs L layers).
     router.hidden = 0  # Width of the router's hidden layer; 0 = d_model.
-    router.prior = "group"  # none | sequential (layer t mod L) | group (the L/T layers of step t's own group).
+    # none | sequential (layer t mod L) | group (the L/T layers of step t's own group) | hash (one by token and step).
+    router.prior = "group"
     router.prior_weight = 8.0  # Added to the layer logits that the prior favours.
     router.prior_steps = 0  # Training steps over which the prior fades to 0; 0 = it is kept.
     router.noise = 0.0  # Scale of the selection noise (1 samples from the router's probabilities).

@@ -293,7 +293,7 @@ def _validate_router(config: Config) -> None:
     model, router = config.model, config.router
     _one_of("config.router.form", router.form, TRAINED_FORMS + FIXED_FORMS)
     _one_of("config.router.estimator", router.estimator, ESTIMATORS)
-    _one_of("config.router.prior", router.prior, ("none", "sequential", "group"))
+    _one_of("config.router.prior", router.prior, ("none", "sequential", "group", "hash"))
     _one_of("config.router.exit_training", router.exit_training, ("gate", "benefit"))
     _one_of("config.router.depth_loss", router.depth_loss, ("price", "target"))
     non_negative = (

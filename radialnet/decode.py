@@ -28,6 +28,7 @@ from radialnet.trained import TrainedModel
 # Tokens that a prompt is prefilled by at a time; shorter prompts take the next smaller bucket.
 CHUNKS = (16, 64, 256)
 PAGE_SIZE = 16
+MAX_TOKENS = 2**20  # Of a request.
 # Pages of a row to begin with; the cache doubles when it is full.
 FIRST_PAGES = 64
 
@@ -40,6 +41,9 @@ _decode = jax.jit(decode, static_argnums=0, donate_argnums=(2, 3))
 _read = jax.jit(read, static_argnums=0)
 _logits = jax.jit(logits, static_argnums=0)
 _slide = jax.jit(DecodeCache.without_first, donate_argnums=0)
+
+
+_OR_SLIDE = ", or config.cache.when_full='slide' to give up the oldest tokens"
 
 
 class CacheFullError(ConfigError):
@@ -132,6 +136,7 @@ class Decoder:
         self.weights = _weights(trained.graph, trained.params, self.controllers, at)
         # What was run, and the pages that were needed at most.
         self.num_iterations, self.peak_pages, self._max_tokens = 0, 0, 0
+        self._in_use: set[int] = set()  # Rows that have something in the cache.
         self.cache: DecodeCache | None = None
         self.rows: Rows | None = None
 
@@ -151,15 +156,23 @@ class Decoder:
         """Pieces of text, at least every so many iterations, of all requests that are at work.
 
         Raises:
-            ConfigError: a request is empty or too long to be.
-            CacheFullError: the cache is full, and `when_full` is "error".
+            ConfigError: a request asks for no token, or is longer than MAX_TOKENS.
+            CacheFullError: the cache is full, and `when_full` is "error" or nothing is left to give up.
         """
         queue = list(enumerate(requests))
         for index, request in queue:
             if request.max_new_tokens < 1:
                 raise ConfigError(f"request {index}: max_new_tokens={request.max_new_tokens}: at least 1 is needed")
+            if (length := 1 + len(request.prompt) + request.max_new_tokens) > MAX_TOKENS:
+                raise ConfigError(
+                    f"request {index}: max_new_tokens={request.max_new_tokens}: that makes {length} tokens with the "
+                    f"prompt, and at most {MAX_TOKENS} are allowed"
+                )
         if not queue:
             return
+        # What a call that was not seen to its end has left behind.
+        for row in list(self._in_use):
+            self._finish(row)
         longest = max(1 + len(request.prompt) + request.max_new_tokens for _, request in queue)
         self._make_room(longest)
         at_work: dict[int, _Row] = {}
@@ -237,27 +250,34 @@ class Decoder:
                 continue
             if self.when_full == "slide":
                 fullest = int(self.cache.num_R.argmax())
-                if int(self.cache.num_R[fullest]) > 2 * PAGE_SIZE:
+                if int(self.cache.num_R[fullest]) > PAGE_SIZE:
                     self.cache = _slide(self.cache, fullest)
                     continue
             entries = int(self.cache.num_R.sum())
             raise CacheFullError(
                 f"config.cache.capacity={self.capacity}: {entries} entries of {self.num_rows} rows are there and the "
-                f"next ones have no room; give it more, or config.cache.when_full='slide' to give up the oldest tokens"
+                f"next ones have no room; give it more or decode fewer rows at a time"
+                f"{'' if self.when_full == 'slide' else _OR_SLIDE}"
             )
+
+    def _finish(self, row: int) -> None:
+        self.cache, self.rows = _finish(self.cache, self.rows, row)
+        self._in_use.remove(row)
 
     def _admit(self, row: int, index: int, request: Request) -> _Row:
         """Let a row begin with a request: all of its prompt but the last token goes into the cache."""
         tokens = np.asarray([self.decoding.separator_id, *request.prompt], np.int32)
         layer_ST = np.full((len(tokens) + request.max_new_tokens, self.decoding.stages.total), -1, np.int32)
         begin, last = 0, len(tokens) - 1
+        # A prefill writes the first entries of all its tokens first, so that they would all be given up together.
+        largest = CHUNKS[0] if self.when_full == "slide" else CHUNKS[-1]
+        self._in_use.add(row)
         while begin < last:
-            chunk = next((size for size in CHUNKS if size >= last - begin), CHUNKS[-1])
-            num = min(chunk, last - begin)
             # As many as surely have room: how deep they go is not known yet.
             worst = self.decoding.stages.total
-            allowed = self._num_pages_allowed(2**30) * PAGE_SIZE // worst
-            num = max(min(num, allowed // 2), 1)
+            free = int(self.cache.num_free) + self._num_pages_allowed(2**30) - self.cache.num_pages
+            num = max(min(last - begin, largest, (free - 1) * PAGE_SIZE // worst), 1)
+            chunk = next(size for size in CHUNKS if size >= num)
             self._find_pages(-(-num * worst // PAGE_SIZE) + 1)
             part = np.zeros(chunk, np.int32)
             part[:num] = tokens[begin : begin + num]
@@ -269,6 +289,13 @@ class Decoder:
         given = tokens[last], last, request.max_new_tokens, seen_V, SamplingRows.of([request.sampling])
         self.rows = _begin(self.decoding, self.weights, self.rows, row, *given)
         return _Row(index, request, layer_ST)
+
+    def _until_stop(self, work: _Row) -> list[int]:
+        """The new tokens up to the one that completes a stop string; what came after it is not wanted."""
+        num = 1
+        while not any(stop in self.trained.tokenizer.decode(work.tokens[:num]) for stop in work.request.stop):
+            num += 1
+        return work.tokens[:num]
 
     def _collect(self, at_work: dict[int, _Row], log: Log) -> Iterator[Piece]:
         """What the rows have written since the last time; those that are done leave."""
@@ -282,17 +309,18 @@ class Decoder:
             reason = "length" if len(tokens) == work.request.max_new_tokens else "end"
             cuts = [at for at in (text.find(stop) for stop in work.request.stop) if at >= 0]
             if cuts:
+                tokens = self._until_stop(work)
                 text, is_done, reason = text[: min(cuts)], True, "stop"
-            # The last characters may be a part of one that more bytes belong to, or the beginning of a stop string.
-            held_back = (
-                0 if is_done else max([_incomplete(text), *(_overlap(text, stop) for stop in work.request.stop)])
-            )
-            sure = text[: len(text) - held_back]
+            sure = text
+            if not is_done:
+                # The last characters may be a part of one that more bytes belong to, or the beginning of a stop string.
+                sure = text.rstrip("\ufffd")
+                sure = sure[: len(sure) - max((_overlap(sure, stop) for stop in work.request.stop), default=0)]
             completion = None
             if is_done:
                 layer_ST = work.layer_ST[: 1 + len(work.request.prompt) + len(tokens)]
                 completion = Completion(work.index, text, tokens, reason, layer_ST)
-                self.cache, self.rows = _finish(self.cache, self.rows, row)
+                self._finish(row)
                 del at_work[row]
             if completion or len(sure) > len(work.shown):
                 piece = Piece(work.index, sure[len(work.shown) :], completion)
@@ -321,11 +349,6 @@ def _begin(
 def _finish(cache: DecodeCache, rows: Rows, row) -> tuple[DecodeCache, Rows]:
     """Cache and rows after a row is done."""
     return cache.released(row), rows.replace(is_live_R=rows.is_live_R.at[row].set(False))
-
-
-def _incomplete(text: str) -> int:
-    """Characters at the end that more bytes may still change."""
-    return len(text) - len(text.rstrip("\ufffd"))
 
 
 def _overlap(text: str, stop: str) -> int:

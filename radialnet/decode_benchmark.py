@@ -108,14 +108,15 @@ def benchmark_decode(report: Report, sizes: dict) -> None:
         _against_transformers(report, sizes, rows, (in_order, full), num_rows, new)
 
     # `held` is of 16 rows now.
-    bias, more = held.decoder.weights.controllers, {"tokens": 16 * new, **_depths(held)}
+    controllers, more = held.decoder.weights.controllers, {"tokens": 16 * new, **_depths(held)}
+    # The named one is what unequal depths in a batch are to give: twice of what rows give that all go to T.
     in_step, in_step_held = Run(whole, 16, new, lockstep=True), Run(exits, 16, new, lockstep=True)
     in_step_held.decoder.weights = held.decoder.weights
     report.add("16 rows, lockstep, depth T", "async, mean T/2", in_step, held, name="16 rows async/lockstep", **more)
     report.add("16 rows, lockstep, mean T/2", "async, mean T/2", in_step_held, held, name=None, **more)
 
     long = Run(exits, 1, LONG)
-    long.decoder.weights = long.decoder.weights.replace(controllers=bias)
+    long.decoder.weights = long.decoder.weights.replace(controllers=controllers)
     (done,) = long()
     model = exits.config.model
     entry_bytes = 2 * model.num_kv_heads * model.head_size * jnp.dtype(model.dtype).itemsize
@@ -150,12 +151,13 @@ def _of_runs(report: Report, runs: Path) -> None:
         stream = np.concatenate([rows[row]["token"] for row in range(-(-TEXTS * LENGTH // config.train.seq_len))])
         token_RS = stream[: TEXTS * LENGTH].reshape(TEXTS, LENGTH)
         decoder = Decoder(trained, TEXTS)
+        stages = decoder.decoding.stages
         read = partial(decoder.read, token_RS, np.ones_like(token_RS, bool))
         logits_RSV, layer_RST = read()
         against = against or read
         found = {
             "ce": evaluate_trained(trained, rows, config.model.max_depth, 0.0)["ce"],
-            "depth": float((layer_RST >= 0).sum(2).mean()),
+            "depth": float((layer_RST[..., stages.prelude : stages.first_coda] >= 0).sum(2).mean()),
             "bytes_per_token": round(decoder.peak_bytes / token_RS.size),
             "logits_differ_by": float(jnp.abs(logits_RSV - _forward_logits(decoder, token_RS)).max()),
         }

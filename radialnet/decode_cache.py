@@ -76,6 +76,7 @@ class DecodeCache:
         dtype,
     ) -> "DecodeCache":
         """Room for `num_pages` pages; a row never needs more than `max_tokens` tokens of all stages do."""
+        assert max(BLOCK, page_size) % min(BLOCK, page_size) == 0
         max_tokens = -(-max_tokens // BLOCK) * BLOCK
         pages_at_a_time = max(BLOCK // page_size, 1)
         max_pages = -(-max_tokens * stages.total // page_size)
@@ -187,6 +188,7 @@ class DecodeCache:
         A query that sees nothing gets zeros.
 
         Args:
+            token_RQ: the index in its row of each query's token; negative for one that is not to look at anything.
             rows_at_a_time: one, and each row takes as long as it is long; or more of them, side by side.
         """
 
@@ -216,7 +218,9 @@ class DecodeCache:
 
         shape = q_QGXK.shape[:-1]
         carry = jnp.full(shape, NEG_INF), jnp.zeros(shape), jnp.zeros(q_QGXK.shape)
-        length = self.num_R[row] if self.view in APPENDING else token_Q.max() + 1
+        length = token_Q.max() + 1
+        if self.view in APPENDING:
+            length = jnp.where(length > 0, self.num_R[row], 0)
         first = 0 if self.view in APPENDING else self.first_R[row] // BLOCK
         _, total_QGX, mixed_QGXK = jax.lax.fori_loop(first, -(-length // BLOCK), step, carry)
         mixed_QGXK /= jnp.maximum(total_QGX, 1e-30)[..., None]
@@ -276,17 +280,16 @@ class DecodeCache:
         )
 
     def without_first(self, row: jax.Array) -> "DecodeCache":
-        """The cache after a row has given up its oldest tokens, about half of its pages, and given those back.
+        """The cache after a row has given up its oldest entries, about half of its pages, and given those back.
 
-        A token goes whole: what is left of its entries in pages that stay is not seen any more.
+        A token goes whole: what is left of its entries in pages that stay is not seen any more. So do all tokens before
+        it.
         """
         num_gone = self.num_pages_R()[row] // 2
         page_M = jnp.arange(self.page_RM.shape[1])
-        # The first token with an entry in the first page that stays: what it wrote before may be gone.
-        first_slot = self.page_RM[row, num_gone] * self.page_size
         if self.shown_RST is None:
-            # Its own last entries are gone with it, so that it is seen by none of its entries or by all.
-            first = self.token_PA.reshape(-1)[first_slot] + 1
+            token_MA = self.token_PA[self.page_RM[row]]
+            first = jnp.where((page_M < num_gone)[:, None], token_MA + 1, 0).max()
         else:
             place_PA = jnp.full(self.num_pages, self.num_pages).at[self.page_RM[row]].min(page_M)
             of_page_ST = place_PA[jnp.maximum(self.shown_RST[row], 0) // self.page_size]

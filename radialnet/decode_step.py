@@ -127,19 +127,23 @@ def embed(model: RadialTransformer, token: jax.Array) -> jax.Array:
 
 
 def route(
-    decoding: Decoding, weights: Weights, h_RQD, token_RQ, stage_R, active_RQ, log_survival_RQ, leaves_at_RQ
+    decoding: Decoding, weights: Weights, h_RQD, token_RQ, place_RQ, stage_R, active_RQ, log_survival_RQ, leaves_at_RQ
 ) -> Choice:
-    """Where each active token goes at its row's stage."""
+    """Where each active token goes at its row's stage.
+
+    Random routes are drawn by the token's place here: others than those of the parallel pass, and as random.
+    """
     model, stages = _model(decoding, weights), decoding.stages
     num_layers = model.pool.num_layers
     depth_R = jnp.clip(stage_R - stages.prelude, 0, stages.max_depth - 1)
 
-    def of_row(h_QD, token_Q, active_Q, depth_step, leaves_at_Q):
+    def of_row(h_QD, token_Q, place_Q, active_Q, depth_step, leaves_at_Q):
+        rng = jax.random.fold_in(jax.random.key(0), place_Q[0])
         leaves_at_BS = None if leaves_at_Q is None else leaves_at_Q[None]
         args = h_QD[None], token_Q[None], active_Q[None], depth_step, weights.controllers, weights.at
-        return jax.tree.map(lambda x: x[0] if jnp.ndim(x) else x, model.router(*args, jax.random.key(0), leaves_at_BS))
+        return jax.tree.map(lambda x: x[0] if jnp.ndim(x) else x, model.router(*args, rng, leaves_at_BS))
 
-    route = jax.vmap(of_row)(h_RQD, token_RQ, active_RQ, depth_R, leaves_at_RQ)
+    route = jax.vmap(of_row)(h_RQD, token_RQ, place_RQ, active_RQ, depth_R, leaves_at_RQ)
     is_routed_R1 = stages.is_routed(stage_R)[:, None]
     log_survival_RQ = jnp.where(is_routed_R1, log_survival_RQ + route.log_survive_BS, log_survival_RQ)
     gate_RQ = jnp.ones(active_RQ.shape)
@@ -182,9 +186,11 @@ def execute(
     qkv = half(block.before_attention, block.BEFORE, (h_ND,), (turned_NK,))
     q_RQHK, k_RQGK, v_RQGK = (x_NX.reshape(*shape, -1, cfg.head_size) for x_NX in qkv)
     cache = cache.append(k_RQGK, v_RQGK, place_RQ, stage_R, layer_RQ, layer_RQ < num_layers)
+    # Who executes nothing looks at nothing.
+    looks_RQ = jnp.where(layer_RQ < num_layers, place_RQ, -1)
     # CPUs do one thing at a time, and then a short row need not wait for a long one.
     rows_at_a_time = 1 if model.pool.attention_backend == "tiles" else len(stage_R)
-    mixed_RQHK = cache.attend(q_RQHK, place_RQ, stage_R, layer_RQ, rows_at_a_time)
+    mixed_RQHK = cache.attend(q_RQHK, looks_RQ, stage_R, layer_RQ, rows_at_a_time)
     update_ND = half(block.after_attention, block.AFTER, (h_ND, mixed_RQHK.reshape(len(h_ND), -1)))
     return h_RQD + choice.gate_RQ[..., None] * update_ND.reshape(h_RQD.shape), cache
 
@@ -209,7 +215,8 @@ def run(
         h_RQD, stays_RQ, log_survival_RQ, leaves_at_RQ, cache, layer_TRQ = carry
         stage_R = jnp.full(len(token_RQ), stage)
         active_RQ = is_real_RQ & (stays_RQ | ~stages.is_routed(stage))
-        choice = route(decoding, weights, h_RQD, token_RQ, stage_R, active_RQ, log_survival_RQ, leaves_at_RQ)
+        given = h_RQD, token_RQ, place_RQ, stage_R, active_RQ, log_survival_RQ, leaves_at_RQ
+        choice = route(decoding, weights, *given)
         h_RQD, cache = execute(decoding, weights, h_RQD, choice, place_RQ, stage_R, cache)
         layer_RQ = jnp.where(choice.layer_RQ < num_layers, choice.layer_RQ, -1)
         layer_TRQ = layer_TRQ.at[stage].set(layer_RQ.astype(jnp.int16))
@@ -284,13 +291,25 @@ def start(decoding: Decoding, weights: Weights, rows: Rows, starts_R: jax.Array)
         weights,
         h_RD[:, None],
         rows.token_R[:, None],
+        rows.place_R[:, None],
         stage_R,
         starts_R[:, None],
         jnp.zeros(shape),
         model.router.no_plan(shape),
     )
+    stage_R, begun = _left(decoding, weights, stage_R, begun)
     choice = jax.tree.map(lambda new, old: jnp.where(starts_R[:, None], new, old), begun, rows.choice)
     return rows.replace(h_RD=h_RD, stage_R=stage_R, choice=choice)
+
+
+def _left(decoding: Decoding, weights: Weights, stage_R, choice: Choice) -> tuple[jax.Array, Choice]:
+    """Stage and choice of tokens after those that leave the pool went on to the coda, or to the output node."""
+    stages, exits_RQ = decoding.stages, choice.exits_RQ
+    stage_R = jnp.where(exits_RQ[:, 0], stages.first_coda, stage_R)
+    first_coda = weights.num_layers - stages.coda  # Without a coda: no layer.
+    return stage_R, choice.replace(
+        layer_RQ=jnp.where(exits_RQ, first_coda, choice.layer_RQ), gate_RQ=jnp.where(exits_RQ, 1, choice.gate_RQ)
+    )
 
 
 def _emit(decoding: Decoding, weights: Weights, rows: Rows, emits_R: jax.Array) -> tuple[Rows, jax.Array]:
@@ -323,12 +342,8 @@ def _iterate(decoding: Decoding, weights: Weights, cache: DecodeCache, rows: Row
     stage_R = jnp.minimum(rows.stage_R + 1, stages.total)
     active_RQ = (rows.is_live_R & (stage_R < stages.total))[:, None]
     token_RQ, before = rows.token_R[:, None], rows.choice
-    choice = route(decoding, weights, h_RQD, token_RQ, stage_R, active_RQ, before.log_survival_RQ, before.leaves_at_RQ)
-    exits_R = choice.exits_RQ[:, 0]
-    stage_R = jnp.where(exits_R, stages.first_coda, stage_R)
-    if stages.coda:
-        first_coda = num_layers - stages.coda
-        choice = choice.replace(layer_RQ=jnp.where(exits_R[:, None], first_coda, choice.layer_RQ))
+    given = token_RQ, rows.place_R[:, None], stage_R, active_RQ, before.log_survival_RQ, before.leaves_at_RQ
+    stage_R, choice = _left(decoding, weights, stage_R, route(decoding, weights, h_RQD, *given))
     rows = rows.replace(h_RD=h_RQD[:, 0], stage_R=stage_R, choice=choice)
     at_output_R = rows.is_live_R & (stage_R == stages.total)
     emits = jnp.all(at_output_R | ~rows.is_live_R) if decoding.lockstep else jnp.any(at_output_R)

@@ -99,7 +99,7 @@ def evaluate_decoding(trained: TrainedModel, rows: Rows, max_depth: int, exit_bi
     for begin in range(0, len(texts), num_rows):
         batch = _side_by_side(texts[begin : begin + num_rows], num_rows, config.train.seq_len)
         start = time.perf_counter()
-        logits_RSV, layer_RST = decoder.read(batch["token"], batch["is_real"])
+        logits_RSV, layer_RST = jax.block_until_ready(decoder.read(batch["token"], batch["is_real"]))
         # The first call compiles.
         seconds += time.perf_counter() - start if begin else 0
         is_target_RS = batch["is_target"]

@@ -26,6 +26,7 @@ from radialnet.plots import plot_trace
 from radialnet.sampling import Sampling
 from radialnet.trained import TrainedModel, load_trained
 
+MAX_TRACE = 2000  # Tokens of a trace.
 SETTINGS = tuple(field.name for field in dataclasses.fields(Sampling))
 
 
@@ -38,6 +39,9 @@ def generate(trained: TrainedModel, prompt: str, max_new_tokens: int) -> str:
 def request_of(trained: TrainedModel, fields: dict, where: str) -> Request:
     """A request from a line of a file or from flags.
 
+    Args:
+        where: what an error message says before the name of the field.
+
     Raises:
         ConfigError: a field is unknown, missing or not of its kind.
     """
@@ -45,25 +49,25 @@ def request_of(trained: TrainedModel, fields: dict, where: str) -> Request:
     kinds |= {field.name: type(field.default) for field in dataclasses.fields(Sampling)}
     unknown = sorted(set(fields) - set(kinds))
     if unknown:
-        raise ConfigError(f"{where}: {unknown[0]!r}: unknown; one of {', '.join(kinds)} is needed")
+        raise ConfigError(f"{where}{unknown[0]!r}: unknown; one of {', '.join(kinds)} is needed")
     for name, value in fields.items():
         kind = (int, float) if kinds[name] is float else kinds[name]
         if not isinstance(value, kind) or isinstance(value, bool):
-            raise ConfigError(f"{where}: {name}={value!r}: {kinds[name].__name__} is needed")
+            raise ConfigError(f"{where}{name}={value!r}: {kinds[name].__name__} is needed")
     if "prompt" not in fields:
-        raise ConfigError(f"{where}: prompt: missing")
+        raise ConfigError(f"{where}prompt: missing")
     if fields["max_new_tokens"] < 1:
-        raise ConfigError(f"{where}: max_new_tokens={fields['max_new_tokens']}: at least 1 is needed")
+        raise ConfigError(f"{where}max_new_tokens={fields['max_new_tokens']}: at least 1 is needed")
     if not all(isinstance(stop, str) and stop for stop in fields["stop"]):
-        raise ConfigError(f"{where}: stop={fields['stop']!r}: strings that are not empty are needed")
+        raise ConfigError(f"{where}stop={fields['stop']!r}: strings that are not empty are needed")
     try:
         fields["prompt"].encode()
     except UnicodeEncodeError:
-        raise ConfigError(f"{where}: prompt={fields['prompt']!a}: not UTF-8") from None
+        raise ConfigError(f"{where}prompt={fields['prompt']!a}: not UTF-8") from None
     try:
         sampling = Sampling(**{name: fields[name] for name in SETTINGS})
     except ConfigError as error:
-        raise ConfigError(f"{where}: {error}") from None
+        raise ConfigError(f"{where}{error}") from None
     prompt = tuple(trained.tokenizer.encode(fields["prompt"]))
     return Request(prompt, fields["max_new_tokens"], sampling, tuple(fields["stop"]))
 
@@ -71,16 +75,16 @@ def request_of(trained: TrainedModel, fields: dict, where: str) -> Request:
 def read_prompts(path: str, defaults: dict) -> list[tuple[str, dict]]:
     """The fields of each line, those of the flags filled in, and where they stand. "-" is stdin."""
     found = []
-    for number, line in enumerate(_read(path).splitlines(), 1):
+    for number, line in enumerate(_read(path).split("\n"), 1):
         if not line.strip():
             continue
-        where = f"{path}, line {number}"
+        where = f"{path}, line {number}: "
         try:
             fields = json.loads(line)
-        except ValueError as error:
-            raise ConfigError(f"{where}: not JSON ({error})") from None
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"{where}not JSON ({error})") from None
         if not isinstance(fields, dict):
-            raise ConfigError(f"{where}: {fields!r}: a JSON object is needed")
+            raise ConfigError(f"{where}{fields!r}: a JSON object is needed")
         found.append((where, {**defaults, **fields}))
     if not found:
         raise ConfigError(f"{path}: no prompt in it")
@@ -137,6 +141,8 @@ def main() -> None:
         raise ConfigError("--prompt, --prompt_file, --prompts: one of them is needed, not several")
     if _TRACE.value and _PROMPTS.value:
         raise ConfigError(f"--trace={_TRACE.value}: of one prompt, not of --prompts={_PROMPTS.value}")
+    if _TRACE.value and not (_TRACE.value.endswith(".png") and Path(_TRACE.value).parent.is_dir()):
+        raise ConfigError(f"--trace={_TRACE.value}: a .png file in a folder that exists is needed")
     (exit_bias,) = cli.numbers("exit_bias", [str(_EXIT_BIAS.value)], float, "numbers")
     trained = load_trained(Path(_WORKDIR.value))
     defaults = {name: flags.FLAGS[name].value for name in (*SETTINGS, "max_new_tokens")}
@@ -145,8 +151,10 @@ def main() -> None:
         lines = read_prompts(_PROMPTS.value, defaults)
     else:
         prompt = _read(_PROMPT_FILE.value) if _PROMPT_FILE.value else _PROMPT.value
-        lines = [("the flags", {**defaults, "prompt": prompt})]
+        lines = [("--", {**defaults, "prompt": prompt})]
     requests = [request_of(trained, fields, where) for where, fields in lines]
+    if _TRACE.value and (length := len(requests[0].prompt) + requests[0].max_new_tokens) > MAX_TRACE:
+        raise ConfigError(f"--trace={_TRACE.value}: {length} tokens; at most {MAX_TRACE} can be drawn")
     decoder = Decoder(trained, min(_ROWS.value, len(requests)), _MAX_DEPTH.value, exit_bias)
     start = time.perf_counter()
     if _PROMPTS.value:
@@ -156,12 +164,16 @@ def main() -> None:
             line = {"prompt": fields["prompt"], "text": done.text, "tokens": done.tokens, "reason": done.reason}
             print(json.dumps({**line, "depth": depth}))
     else:
-        print(prompt, end="")
-        completions = []
-        for piece in decoder.stream(requests, every=1 if _STREAM.value else 2**30):
-            print(piece.text, end="", flush=True)
-            completions += [piece.completion] if piece.completion else []
-        print()
+        if _STREAM.value:
+            completions = []
+            print(prompt, end="")
+            for piece in decoder.stream(requests, every=1):
+                print(piece.text, end="", flush=True)
+                completions += [piece.completion] if piece.completion else []
+            print()
+        else:
+            completions = decoder.run(requests)
+            print(prompt + completions[0].text)
         if _TRACE.value:
             _draw(trained, decoder, requests[0], completions[0])
     if _STATS.value:

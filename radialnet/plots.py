@@ -69,7 +69,7 @@ def plot_trace(texts: list[str], layer_ST: np.ndarray, num_layers: int, path: Pa
                 # Black or white, by the brightness of what is below.
                 colour = "black" if 0.3 * red + 0.59 * green + 0.11 * blue > 0.5 else "white"
                 axes.text(place, step, int(layer), ha="center", va="center", fontsize=6.5, color=colour)
-        if first < first_new < first + width:
+        if first < first_new <= first + width:
             axes.axvline(first_new - first - 0.5, color="black", linewidth=1.5)
         labels = [_shown(text) for text in texts[first : first + width]]
         axes.set_xticks(range(len(labels)), labels, rotation=90, fontsize=8, family="monospace", parse_math=False)
@@ -83,7 +83,6 @@ def plot_trace(texts: list[str], layer_ST: np.ndarray, num_layers: int, path: Pa
         f"Black line: the end of the prompt ({first_new} tokens)",
         fontsize=10,
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
     _save(plt, figure, path)
 
 

@@ -193,8 +193,7 @@ class Router(nnx.Module):
             in_turn_L = jnp.arange(self.num_layers) == depth_step % self.num_layers
             layer_logits_BSL = jnp.broadcast_to(jnp.where(in_turn_L, 0, -1e9), layer_logits_BSL.shape)
 
-        prior_L = at.prior_weight * prior_logits(self.cfg.prior, self.num_layers, self.max_depth, trained_step)
-        biased_BSL = layer_logits_BSL + prior_L
+        biased_BSL = layer_logits_BSL + at.prior_weight * self._prior(token_BS, trained_step)
         leave_BS = exit_logit_BS + controllers.exit_bias
         # The logit of leaving: against 0 in the factored form, against all layers together in the flat one.
         odds_BS = leave_BS if self.cfg.form != "flat" else leave_BS - jax.nn.logsumexp(biased_BSL, axis=-1)
@@ -230,6 +229,12 @@ class Router(nnx.Module):
 
     def _inputs(self, h_BSD: jax.Array, trained_step: jax.Array) -> jax.Array:
         return rms_norm(h_BSD.astype(jnp.float32), self.norm[...]) + self.step_embedding[...][trained_step]
+
+    def _prior(self, token_BS: jax.Array, depth_step: jax.Array) -> jax.Array:
+        """1 for the layers that the prior favours, else 0: [L], or [B, S, L] where it goes by the token."""
+        if self.cfg.prior == "hash":
+            return jax.nn.one_hot(_hash(token_BS, depth_step, self.num_layers), self.num_layers)
+        return prior_logits(self.cfg.prior, self.num_layers, self.max_depth, depth_step)
 
     def _logits(self, x_BSD: jax.Array) -> jax.Array:
         return mlp(x_BSD, self.hidden[...], self.out[...]) + self.out_bias[...]

@@ -38,11 +38,11 @@ class Sampling:
     def __post_init__(self):
         """Raises ConfigError, naming the setting as the flag or field it was given by."""
         for name, is_right, allowed in (
-            ("temperature", 0 <= self.temperature < np.inf, "a finite number of at least 0"),
+            ("temperature", 0 <= self.temperature <= 1e6, "0 to 1e6"),
             ("top_k", 0 <= self.top_k < 2**31, "at least 0 (all)"),
             ("top_p", 0 < self.top_p <= 1, "more than 0 and at most 1"),
             ("min_p", 0 <= self.min_p <= 1, "0 to 1"),
-            ("repetition_penalty", 0 < self.repetition_penalty < np.inf, "a finite number of more than 0"),
+            ("repetition_penalty", 1e-6 <= self.repetition_penalty <= 1e6, "1e-6 to 1e6"),
             ("seed", 0 <= self.seed < 2**32, "at least 0 and less than 2**32"),
         ):
             if not is_right:

@@ -166,13 +166,18 @@ def test_generate(trained):
 
 def test_generate_from_a_text_file_with_a_trace(trained, tmp_path):
     workdir, _ = trained
-    prompt, picture = tmp_path / "prompt.txt", tmp_path / "new" / "trace.png"
+    prompt, picture = tmp_path / "prompt.txt", tmp_path / "trace.png"
     prompt.write_text("def f2(x):\n")
     command = ["-m", "radialnet.generate", f"--workdir={workdir}", f"--prompt_file={prompt}", "--max_new_tokens=6"]
     stdout, _ = run(*command, f"--trace={picture}", "--max_depth=2")
     assert stdout.startswith(prompt.read_text())
     assert picture.read_bytes().startswith(b"\x89PNG")
-    for wrong, named in (("--prompt=x", "--prompt_file"), ("--trace=x.png --prompts=y", "--prompts")):
+    for wrong, named in (
+        ("--prompt=x", "--prompt_file"),
+        ("--trace=x.txt", "--trace=x.txt"),
+        ("--trace=none/x.png", "--trace=none/x.png"),
+        ("--max_new_tokens=1000000000", "max_new_tokens=1000000000"),
+    ):
         _, stderr = run(*command, *wrong.split(), code=2)
         assert stderr.count("\n") == 1 and named in stderr
 
@@ -193,10 +198,12 @@ def test_generate_for_a_file_of_prompts(trained, tmp_path):
     workdir, _ = trained
     command = ["-m", "radialnet.generate", f"--workdir={workdir}", "--max_new_tokens=4"]
     file = tmp_path / "prompts.jsonl"
-    file.write_text('{"prompt": "def f"}\n\n{"prompt": "x", "max_new_tokens": 2, "temperature": 1}\n{"prompt": ""}\n')
+    file.write_text(
+        '{"prompt": "def f"}\n\n{"prompt": "\u2028", "max_new_tokens": 2, "temperature": 1}\n{"prompt": ""}\n'
+    )
     stdout, _ = run(*command, f"--prompts={file}", "--rows=2")
     found = [json.loads(line) for line in stdout.splitlines()]
-    assert [line["prompt"] for line in found] == ["def f", "x", ""]
+    assert [line["prompt"] for line in found] == ["def f", "\u2028", ""]
     assert [len(line["tokens"]) for line in found] == [4, 2, 4] or any(line["reason"] == "end" for line in found)
     greedy, _ = run(*command, "--prompt=def f")
     assert greedy == "def f" + found[0]["text"] + "\n"
@@ -207,6 +214,8 @@ def test_generate_for_a_file_of_prompts(trained, tmp_path):
     [
         ('{"prompt": "a"}\n{', "line 2: not JSON"),
         ('{"prompt": "a", "top_q": 1}', "line 1: 'top_q': unknown"),
+        ("[" * 100_000, "line 1: not JSON"),
+        ('{"prompt": "a", "temperature": 1' + "0" * 400 + "}", "line 1: temperature=1000"),
         ('{"prompt": 1}', "line 1: prompt=1: str is needed"),
         ('{"prompt": "a", "top_p": 0}', "line 1: top_p=0"),
         ("[1]", "line 1: [1]: a JSON object"),

@@ -197,14 +197,18 @@ def test_reading_a_given_text_is_the_forward_pass_of_it(trained):
     assert (layer_RST[~is_real] == -1).all()
 
 
-@pytest.fixture(scope="module")
-def trained():
-    config = make_config(model__max_depth=4, router__exit_bias_init=-3.0)
+def make_trained(**overrides):
+    config = make_config(**{"model__max_depth": 4, "router__exit_bias_init": -3.0, **overrides})
     model = Model(config).with_mixed_exits()
     # Sharper, so that argmax is the same whatever the order of a sum is.
     params = {**model.params, "head": model.params["head"] * 50}
     tokenizer = Tokenizer.of_words([f"w{index}" for index in range(VOCAB - 2)])
     return TrainedModel(config, model.graph, params, model.controllers, tokenizer, 0)
+
+
+@pytest.fixture(scope="module")
+def trained():
+    return make_trained()
 
 
 @pytest.fixture(scope="module")
@@ -265,6 +269,34 @@ def test_rows_of_their_own_equal_lockstep_and_one_at_a_time_and_the_forward_pass
     assert int(together.cache.num_free) == together.cache.num_pages, "all pages are back"
 
 
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"router__estimator": "weighted", "model__coda_layers": 1, "router__exit_bias_init": -0.5},
+        {"model__min_depth": 0, "router__exit_bias_init": 0.0},
+        {"model__prelude_layers": 1, "cache__view": "same_layer"},
+        {"cache__view": "all"},
+    ],
+    ids=str,
+)
+def test_the_loop_is_the_forward_pass_and_a_call_that_was_given_up_leaves_nothing_behind(overrides):
+    """Once the first layer of a coda was scaled by the gate of the step at which a token left, and an exit before the
+    first step was not seen; and the next request saw the entries of one that nobody had waited for.
+    """
+    model = make_trained(**overrides)
+    requests = requests_of(3)
+    expected = [continued(model, request) for request in requests]
+    decoder = decode.Decoder(model, 2)
+    for _ in decoder.stream(requests[1:], every=1):
+        break
+    done = decoder.run(requests)
+    assert [one.tokens for one in done] == expected
+    stages = decoder.decoding.stages
+    depth = np.concatenate([(one.layer_ST[:-1, stages.prelude : stages.first_coda] >= 0).sum(1) for one in done])
+    assert len(np.unique(depth)) > 1
+    assert int(decoder.cache.num_free) == decoder.cache.num_pages
+
+
 def test_draws_follow_the_seed_and_not_the_batch(endless):
     requests = requests_of(5, temperature=2.0, top_k=9, top_p=0.95, min_p=0.01, repetition_penalty=1.1)
     alone = decode.Decoder(endless)
@@ -298,6 +330,8 @@ def test_the_cache_grows_to_its_capacity_and_then_says_so(endless, monkeypatch):
     monkeypatch.setattr(decode, "FIRST_PAGES", 1)
     grown = decode.Decoder(endless, capacity=entries + 2 * decode.PAGE_SIZE)
     assert grown.run([request])[0].tokens == expected.tokens
+    long = dataclasses.replace(request, prompt=tuple(range(1, 11)))
+    assert len(decode.Decoder(endless, capacity=48, when_full="slide").run([long])[0].tokens) == 30
     small = decode.Decoder(endless, capacity=3 * decode.PAGE_SIZE)
     with pytest.raises(decode.CacheFullError, match="config.cache.capacity=48: .*slide"):
         small.run([request])
