@@ -231,7 +231,8 @@ def plot_sweep(points: list[SweepPoint], path: Path) -> None:
     _save(plt, figure, path)
 
 
-_MARKERS = "osD^vPX<>*"
+# One more than colours, so that no two of many series look the same.
+_MARKERS = "osD^vPX<>*h"
 _MEANINGS = {"T": "T: max depth", "d*": "d*: target of the mean depth"}
 # More labels than this are not legible beside their points.
 _MAX_LABELLED = 40

@@ -43,6 +43,14 @@ MODELS: dict[str, Values] = {
     "dense": {"router.form": "sequential", "model.pool_size": 4},
     "dense, 6 layers": {"router.form": "sequential", "model.pool_size": 6, "model.max_depth": 6},
     "radial, learned depth": {"model.pool_size": 24, **_EXITS},
+    # A weight that leaves the router no choice but when to leave.
+    "radial, hash routes, learned depth": {
+        "model.pool_size": 24,
+        **_EXITS,
+        "router.prior": "hash",
+        "router.prior_weight": 1000.0,
+        "router.load_coef": 0.0,
+    },
     "radial, fixed depth": {"model.pool_size": 16},
     "radial, T/2": {"model.pool_size": 12, "model.max_depth": 3},
     "early exit": {"router.form": "early_exit", "model.pool_size": 6, **_EXITS},
@@ -120,6 +128,7 @@ def figures_of(models: dict[str, dict], curve: list[dict], hop_runs: list[dict])
     correlations = [run["spearman"] for run in hop_runs if run["spearman"] is not None]
     return {
         "radial/dense equal depth": radial / dense,
+        "radial hash routes, learned depth/dense": ce["radial, hash routes, learned depth"] / dense,
         "depth radial/dense": models["radial, learned depth"]["depth"] / models["dense"]["depth"],
         "radial fixed depth/dense": ce["radial, fixed depth"] / dense,
         "radial T÷2/dense T": ce["radial, T/2"] / ce["dense, 6 layers"],

@@ -64,6 +64,7 @@ def test_figures_compare_what_they_say():
     found = results.figures_of(models, CURVE, hop_runs["hops, radial"])
     ce = {name: summary["ce"] for name, summary in models.items()}
     assert found["radial/dense equal depth"] == ce["radial, learned depth"] / ce["dense"]
+    assert found["radial hash routes, learned depth/dense"] == ce["radial, hash routes, learned depth"] / ce["dense"]
     assert found["radial T÷2/dense T"] == ce["radial, T/2"] / ce["dense, 6 layers"]
     assert found["radial/best baseline"] == ce["radial, learned depth"] / ce["early exit"]
     assert found["hops spearman"] == 0.5

@@ -13,7 +13,7 @@ from radialnet.router import (
     update_exit_bias,
     update_load_bias,
 )
-from tests.tiny import VOCAB, make_config
+from tests.tiny import VOCAB, Model, make_batch, make_config
 
 L, T = 5, 3
 
@@ -192,3 +192,18 @@ def test_load_bias_controller_raises_the_layers_that_are_used_too_little():
     cfg = make_config(router__load_bias_rate=0.01).router
     after = update_load_bias(Controllers.init(cfg, 4), cfg, jnp.array([0.5, 0.25, 0.25, 0.0]))
     np.testing.assert_allclose(after.load_bias, [-0.01, 0, 0, 0.01], atol=1e-7)
+
+
+def test_a_heavy_hash_prior_is_the_hash_route():
+    """With learned exits; a light one is not, or the comparison says nothing."""
+    fields = {"model__min_depth": 3, "router__estimator": "straight_through"}
+    hashed, heavy, light = (
+        Model(make_config(**fields, **more))(make_batch(make_config()))
+        for more in (
+            {"router__form": "hash"},
+            {"router__prior": "hash", "router__prior_weight": 1000.0},
+            {"router__prior": "hash", "router__prior_weight": 0.01},
+        )
+    )
+    np.testing.assert_array_equal(heavy.layer_TBS, hashed.layer_TBS)
+    assert (light.layer_TBS != hashed.layer_TBS).any()
