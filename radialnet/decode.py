@@ -141,11 +141,15 @@ class Decoder:
         self.rows: Rows | None = None
 
     @property
+    def entry_bytes(self) -> int:
+        """Key and value of an entry."""
+        model = self.trained.config.model
+        return 2 * model.num_kv_heads * model.head_size * jnp.dtype(model.dtype).itemsize
+
+    @property
     def peak_bytes(self) -> int:
         """Keys and values of the pages that were needed at most, so far."""
-        model = self.trained.config.model
-        entry_size = 2 * model.num_kv_heads * model.head_size * jnp.dtype(model.dtype).itemsize
-        return self.peak_pages * PAGE_SIZE * entry_size
+        return self.peak_pages * PAGE_SIZE * self.entry_bytes
 
     def run(self, requests: Iterable[Request]) -> list[Completion]:
         """All completions, in the order of the requests."""

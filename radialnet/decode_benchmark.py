@@ -118,9 +118,7 @@ def benchmark_decode(report: Report, sizes: dict) -> None:
     long = Run(exits, 1, LONG)
     long.decoder.weights = long.decoder.weights.replace(controllers=controllers)
     (done,) = long()
-    model = exits.config.model
-    entry_bytes = 2 * model.num_kv_heads * model.head_size * jnp.dtype(model.dtype).itemsize
-    entries_bytes = int((done.layer_ST >= 0).sum()) * entry_bytes
+    entries_bytes = int((done.layer_ST >= 0).sum()) * long.decoder.entry_bytes
     what = f"pages of {len(done.layer_ST):,} tokens"
     report.add_bytes(what, "their entries", long.decoder.peak_bytes, entries_bytes, name="cache bytes/entries")
 
