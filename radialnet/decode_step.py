@@ -188,9 +188,7 @@ def execute(
     cache = cache.append(k_RQGK, v_RQGK, place_RQ, stage_R, layer_RQ, layer_RQ < num_layers)
     # Who executes nothing looks at nothing.
     looks_RQ = jnp.where(layer_RQ < num_layers, place_RQ, -1)
-    # CPUs do one thing at a time, and then a short row need not wait for a long one.
-    rows_at_a_time = 1 if model.pool.attention_backend == "tiles" else len(stage_R)
-    mixed_RQHK = cache.attend(q_RQHK, looks_RQ, stage_R, layer_RQ, rows_at_a_time)
+    mixed_RQHK = cache.attend(q_RQHK, looks_RQ, stage_R, layer_RQ)
     update_ND = half(block.after_attention, block.AFTER, (h_ND, mixed_RQHK.reshape(len(h_ND), -1)))
     return h_RQD + choice.gate_RQ[..., None] * update_ND.reshape(h_RQD.shape), cache
 
