@@ -128,6 +128,8 @@ class Decoder:
         self.trained, self.num_rows = trained, num_rows
         self.capacity = config.cache.capacity if capacity is None else capacity
         self.when_full = when_full or config.cache.when_full
+        if 0 < self.capacity < PAGE_SIZE:
+            raise ConfigError(f"config.cache.capacity={self.capacity}: 0 or at least {PAGE_SIZE} is needed, a page")
         model = config.model
         stages = Stages(model.prelude_layers, max_depth or model.max_depth, model.coda_layers)
         self.decoding = Decoding(config, trained.graph, stages, trained.tokenizer.separator_id, lockstep)
@@ -159,9 +161,11 @@ class Decoder:
     def stream(self, requests: Iterable[Request], every: int = 16) -> Iterator[Piece]:
         """Pieces of text, at least every so many iterations, of all requests that are at work.
 
+        A request waits for a row, and for room in the cache that is enough for its last token at full depth.
+
         Raises:
             ConfigError: a request asks for no token, or is longer than MAX_TOKENS.
-            CacheFullError: the cache is full, and `when_full` is "error" or nothing is left to give up.
+            CacheFullError: a request alone fills the cache and `when_full` is "error"; or nothing is left to give up.
         """
         queue = list(enumerate(requests))
         for index, request in queue:
@@ -184,7 +188,7 @@ class Decoder:
         every = min(every, 16) if any(request.stop for _, request in queue) else every
         while queue or at_work:
             for row in range(self.num_rows):
-                if row not in at_work and queue:
+                if row not in at_work and queue and self._has_room(at_work.values(), queue[0][1]):
                     at_work[row] = self._admit(row, *queue.pop(0))
             self._find_pages(len(at_work))
             given = self.decoding, self.weights, self.cache, self.rows, every, bool(queue)
@@ -243,6 +247,18 @@ class Decoder:
 
     def _num_pages_allowed(self, num_pages: int) -> int:
         return min(num_pages, self.capacity // PAGE_SIZE) if self.capacity else num_pages
+
+    def _has_room(self, at_work: Iterable[_Row], request: Request) -> bool:
+        """Whether a request surely fits in beside those at work. One that is alone has all the room there is."""
+
+        def most_pages(request: Request) -> int:
+            length = 1 + len(request.prompt) + request.max_new_tokens
+            return -(-length * self.decoding.stages.total // PAGE_SIZE)
+
+        pages = [most_pages(work.request) for work in at_work]
+        if not pages or not self.capacity or self.when_full == "slide":
+            return True
+        return sum(pages) + most_pages(request) <= self.capacity // PAGE_SIZE
 
     def _find_pages(self, num_needed: int) -> None:
         """Make sure that so many pages are free: more memory, up to the capacity; then what `when_full` says."""

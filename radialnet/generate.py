@@ -14,6 +14,7 @@ import dataclasses
 import json
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -99,6 +100,18 @@ def _read(path: str) -> str:
         raise ConfigError(f"{path}: not UTF-8 ({error.reason} at byte {error.start})") from None
 
 
+def _in_order(decoder: Decoder, requests: list[Request]) -> Iterator[Completion]:
+    """Each completion as soon as it and all before it are done."""
+    waiting: dict[int, Completion] = {}
+    wanted = 0
+    for piece in decoder.stream(requests, every=64):
+        if piece.completion:
+            waiting[piece.index] = piece.completion
+        while wanted in waiting:
+            yield waiting.pop(wanted)
+            wanted += 1
+
+
 def statistics(decoder: Decoder, completions: list[Completion], seconds: float) -> dict:
     """What decoding cost; executions are those of new tokens and prompts."""
     stages = decoder.decoding.stages
@@ -158,11 +171,12 @@ def main() -> None:
     decoder = Decoder(trained, min(_ROWS.value, len(requests)), _MAX_DEPTH.value, exit_bias)
     start = time.perf_counter()
     if _PROMPTS.value:
-        completions = decoder.run(requests)
-        for (_, fields), done in zip(lines, completions, strict=True):
+        completions = []
+        for done in _in_order(decoder, requests):
             depth = float(statistics(decoder, [done], 1.0)["depth"])
-            line = {"prompt": fields["prompt"], "text": done.text, "tokens": done.tokens, "reason": done.reason}
-            print(json.dumps({**line, "depth": depth}))
+            line = {"prompt": lines[done.index][1]["prompt"], "text": done.text, "tokens": done.tokens}
+            print(json.dumps({**line, "reason": done.reason, "depth": depth}), flush=True)
+            completions.append(done)
     else:
         if _STREAM.value:
             completions = []
