@@ -70,7 +70,7 @@ def get_config() -> ConfigDict:
     data.tokenizer = "bpe"  # bpe (byte-level, trained on the training split) | byte.
     data.vocab_size = 4096  # V: of the BPE, special token included. The byte tokenizer has 257.
     data.eval_fraction = 0.05  # Share of the documents held out, chosen by the hash of their content.
-    data.hops_symbols = 16  # n: symbols of a row of `hops`, drawn from 64. Path and tokenizer are not used.
+    data.hops_symbols = 16  # n: symbols of a held-out row of `hops`, of an alphabet of 16; in training 2…n.
     data.hops_max = 8  # K: a query of `hops` needs 1…K look-ups; K < n. Beyond n/2 they are fewer backwards.
     data.cache_dir = "~/.cache/radialnet"  # Tokenizers, packed rows and compiled programs; shared by runs.
 

@@ -21,7 +21,7 @@ GROUPED_BACKENDS = ("block_loop", "ragged_dot", "pallas", "masked_dense")
 ATTENTION_BACKENDS = ("tiles", "pallas")
 ESTIMATORS = ("straight_through", "score", "weighted", "dense")
 # Symbols that rows of the hop task are made of (`hop_task`).
-HOPS_ALPHABET = 64
+HOPS_ALPHABET = 16
 
 
 class ConfigError(ValueError):

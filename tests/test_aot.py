@@ -34,7 +34,7 @@ def test_head_is_as_wide_as_the_vocabulary_of_the_run():
     for fields, vocab_size in (
         ({}, 4096),
         ({"data__tokenizer": "byte"}, 257),
-        ({"data__source": "hops", "data__hops_symbols": 3, "data__hops_max": 2}, 130),
+        ({"data__source": "hops", "data__hops_symbols": 3, "data__hops_max": 2}, 34),
     ):
         lowered = aot.lower(make_config(**fields), jax.devices()[0])
         assert lowered.in_avals[0][0].params["head"].shape == (24, vocab_size)

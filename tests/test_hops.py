@@ -15,8 +15,8 @@ from radialnet.tokenizer import SEPARATOR, UNKNOWN, Tokenizer
 from tests.test_cli import run
 from tests.tiny import make_config
 
-N, K, S = 7, 5, 50  # Room for nine queries.
-SIZES = [(N, K, S), (2, 1, 9), (64, 63, 214), (5, 2, 18), (5, 4, 19), (5, 4, 20), (3, 1, 43)]
+N, K, S = 7, 5, 50  # Room for 14 queries, where all symbols are used.
+SIZES = [(N, K, S), (2, 1, 9), (16, 15, 70), (5, 2, 18), (5, 4, 19), (5, 4, 20), (3, 1, 43)]
 
 
 def rows_of(split="train", symbols=N, max_hops=K, seq_len=S):
@@ -28,15 +28,19 @@ def words_of(tokens):
     return make_tokenizer().decode(tokens.tolist()).split(" ")
 
 
-def parse(item, symbols):
+def parse(item):
     """The pairs of a row and its whole queries (x, k, answer), read back from the words."""
-    tokens = np.append(item["token"], item["target"][-1])
-    np.testing.assert_array_equal(tokens[1:], item["target"])
-    words = words_of(tokens)
-    pairs, queries = words[: 3 * symbols], words[3 * symbols :]
+    words = words_of(item["token"])
+    symbols = words.count(PAIR)
+    pairs = words[: 3 * symbols]
     assert set(pairs[::3]) == {PAIR}
-    whole = len(queries) // 3 * 3
-    return list(zip(pairs[1::3], pairs[2::3], strict=True)), np.reshape(queries[:whole], (-1, 3)).tolist()
+    asks_S = item["is_target"]
+    places = np.flatnonzero(asks_S)
+    assert places.tolist() == list(range(3 * symbols + 2, len(asks_S), 2)), "every second token after the pairs"
+    answers = words_of(item["target"][asks_S])
+    # The separator is no word.
+    queries = [(words[at - 2], words[at - 1], answer) for at, answer in zip(places, answers, strict=True)]
+    return list(zip(pairs[1::3], pairs[2::3], strict=True)), queries
 
 
 @pytest.mark.parametrize("symbols, max_hops, seq_len", SIZES)
@@ -45,10 +49,11 @@ def test_every_answer_is_right_by_following_the_pairs(split, symbols, max_hops, 
     rows = rows_of(split, symbols, max_hops, seq_len)
     for row in (0, 1, 57, len(rows) - 1):
         item = rows[row]
-        pairs, queries = parse(item, symbols)
+        pairs, queries = parse(item)
         table = dict(pairs)
-        assert len(table) == symbols and set(table) == set(table.values()), "a permutation"
-        assert set(table) <= {f"s{i}" for i in range(64)}
+        assert set(table) == set(table.values()) and len(table) == len(pairs), "a permutation"
+        assert len(table) == symbols or (split == "train" and 2 <= len(table) < symbols)
+        assert set(table) <= {f"s{i}" for i in range(16)}
         for x, k, answer in queries:
             assert 1 <= int(k) <= max_hops
             walk = [x]
@@ -57,19 +62,22 @@ def test_every_answer_is_right_by_following_the_pairs(split, symbols, max_hops, 
             assert walk[-1] == answer
             assert len(set(walk)) == len(walk), "no walk comes round to a shorter one"
         # As many queries as there is room for.
-        assert len(queries) == (seq_len - 3 * symbols) // 3 >= 1
+        assert len(queries) == (seq_len - 1 - 3 * len(table)) // 2 >= 1
+        assert item["token"][0] == make_tokenizer().separator_id
+        assert {array.shape for array in item.values()} == {(seq_len,)}
+        assert (item["document"] == 0).all() and (item["target"][~item["is_target"]] == 0).all()
+        np.testing.assert_array_equal(item["position"], range(seq_len))
 
 
-@pytest.mark.parametrize("symbols, max_hops, seq_len", SIZES)
-def test_targets_are_the_answers_and_nothing_else(symbols, max_hops, seq_len):
-    item = rows_of("train", symbols, max_hops, seq_len)[3]
-    _, queries = parse(item, symbols)
-    assert words_of(item["target"][item["is_target"]]) == [answer for _, _, answer in queries]
-    assert words_of(item["token"][item["is_target"]]) == [k for _, k, _ in queries], "it is k that answers"
-    assert item["token"][0] == make_tokenizer().separator_id
-    assert {array.shape for array in item.values()} == {(seq_len,)}
-    assert (item["document"] == 0).all()
-    np.testing.assert_array_equal(item["position"], range(seq_len))
+def test_rows_of_training_have_sizes_of_their_own():
+    parsed = [parse(rows_of()[row]) for row in range(1200)]
+    sizes = np.array([len(pairs) for pairs, _ in parsed])
+    counts = np.unique(sizes, return_counts=True)
+    assert counts[0].tolist() == [2, 3, 4, 5, 6, 7] and abs(counts[1] / 1200 - 1 / 6).max() < 0.04
+    # Of seven symbols: a largest k of 1 to 5, each as often.
+    largest = [max(int(k) for _, k, _ in queries) for pairs, queries in parsed if len(pairs) == N]
+    counts = np.unique(largest, return_counts=True)
+    assert counts[0].tolist() == [1, 2, 3, 4, 5] and abs(counts[1] / len(largest) - 1 / 5).max() < 0.1
 
 
 def test_a_row_is_a_pure_function_of_split_and_row():
@@ -82,17 +90,18 @@ def test_a_row_is_a_pure_function_of_split_and_row():
         first[len(first)]
 
 
-def test_no_two_rows_are_the_same_of_one_split_or_of_both():
-    seen = {rows_of(split)[row]["token"].tobytes() for split in ("train", "eval") for row in range(200)}
-    assert len(seen) == 400
+def test_no_two_held_out_rows_are_the_same_and_none_is_trained_on():
+    held_out = {rows_of("eval")[row]["token"].tobytes() for row in range(200)}
+    assert len(held_out) == 200
+    assert not held_out & {rows_of("train")[row]["token"].tobytes() for row in range(1000)}
 
 
 def test_symbols_and_queries_are_drawn_evenly():
-    """Each symbol of the alphabet in n of 64 rows; each (place on the cycle, k) as often as any other."""
-    num_rows, rows = 1500, rows_of()
-    parsed = [parse(rows[row], N) for row in range(num_rows)]
+    """Each symbol of the alphabet in n of 16 rows; each (place on the cycle, k) as often as any other."""
+    num_rows, rows = 1000, rows_of("eval")
+    parsed = [parse(rows[row]) for row in range(num_rows)]
     used = np.unique([x for pairs, _ in parsed for x, _ in pairs], return_counts=True)[1]
-    assert len(used) == 64 and abs(used / num_rows - N / 64).max() < 0.04
+    assert len(used) == 16 and abs(used / num_rows - N / 16).max() < 0.06
     first = np.unique([pairs[0][0] == queries[0][0] for pairs, queries in parsed], return_counts=True)[1]
     assert abs(first[1] / num_rows - 1 / N) < 0.04, "the order of the pairs tells nothing"
     hops = np.unique([k for _, queries in parsed for _, k, _ in queries], return_counts=True)[1]
@@ -100,9 +109,9 @@ def test_symbols_and_queries_are_drawn_evenly():
 
 
 def test_no_query_comes_again_before_all_have_come():
-    _, queries = parse(rows_of()[2], N)
+    _, queries = parse(rows_of("eval")[2])
     assert len({(x, k) for x, k, _ in queries}) == len(queries)
-    _, queries = parse(rows_of(symbols=3, max_hops=2, seq_len=60)[2], 3)
+    _, queries = parse(rows_of("eval", symbols=3, max_hops=2, seq_len=60)[2])
     assert len({(x, k) for x, k, _ in queries}) == 6 < len(queries)
 
 
@@ -129,7 +138,7 @@ def test_held_out_rows_have_thousands_of_queries_of_each_k():
 
 def test_tokenizer_of_words(tmp_path):
     tokenizer = make_tokenizer()
-    text = "s3 s63 s63 s3 s3 2 s3"
+    text = "s3 s15 s15 s3 s3 2 s3"
     assert tokenizer.decode(tokenizer.encode(text)) == text
     assert len(set(tokenizer.encode(" ".join(WORDS)))) == len(WORDS) == tokenizer.vocab_size - 2
     assert tokenizer.decode(tokenizer.encode("def s3")) == f"{UNKNOWN} s3"
@@ -145,7 +154,7 @@ def test_tokenizer_of_words(tmp_path):
 @pytest.mark.parametrize(
     "overrides, named",
     [
-        ({"data__hops_symbols": 65}, ("config.data.hops_symbols=65", "64")),
+        ({"data__hops_symbols": 17}, ("config.data.hops_symbols=17", "16")),
         ({"data__hops_max": 5}, ("config.data.hops_max=5", "config.data.hops_symbols=5")),
         ({"data__hops_max": 0}, ("config.data.hops_max=0", "at least 1")),
         ({"train__seq_len": 17}, ("config.train.seq_len=17", "config.data.hops_symbols=5", "18")),
@@ -231,7 +240,7 @@ def test_report_of_a_run(trained):
     found, stdout = report(workdir)
     evaluated = json.loads(run("-m", "radialnet.evaluate", f"--workdir={workdir}")[0].splitlines()[-1])
     assert [line["k"] for line in found["by_k"]] == [1, 2]
-    assert sum(line["queries"] for line in found["by_k"]) == found["queries"] == 11 * NUM_ROWS["eval"]
+    assert sum(line["queries"] for line in found["by_k"]) == found["queries"] == 17 * NUM_ROWS["eval"]
     assert 0 <= found["accuracy"] <= 1 and "k not trained" not in stdout
     assert found["step"] == evaluated["step"] == 6
     assert found["depth"] == pytest.approx(evaluated["depth"])
@@ -242,7 +251,7 @@ def test_report_with_more_symbols_and_hops_than_trained(trained):
     found, stdout = report(workdir, "--symbols=13", "--max_hops=4", "--exit_bias=50")
     assert (found["symbols"], found["max_hops"], found["trained_symbols"], found["trained_max_hops"]) == (13, 4, 5, 2)
     assert [line["queries"] > 0 for line in found["by_k"]] == [True] * 4
-    assert found["queries"] == 3 * NUM_ROWS["eval"]
+    assert found["queries"] == 5 * NUM_ROWS["eval"]
     assert found["depth"] == found["answer_depth"] == 1 and found["spearman"] is None, "all leave at the first chance"
     assert stdout.count("k not trained") == 2
     found, stdout = report(workdir, "--max_depth=5", "--exit_bias=-50", "--json")
