@@ -9,8 +9,8 @@ a token at k needs the more depth the larger k is. (As long as it works alone. T
 them: a part of the way may have been gone already.)
 
 Held-out rows have the n and K of the config. Each row of training has its own n, of 2 to that, and its own largest k:
-a look-up among eight pairs has no gradient to begin with, among two or three it has, and four in a row are learned after
-one (docs/LOG.md).
+a look-up among eight pairs has no gradient to begin with, among two or three it has, and four in a row are learned
+after one (docs/LOG.md).
 
 Every symbol of a row is the first of one pair and the second of another. The sign before each pair tells them apart by
 the token just before, where otherwise a model with relative positions would have to count from the start of the row.

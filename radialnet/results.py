@@ -2,7 +2,7 @@
 
     python -m radialnet.results --workdir=runs/results [--seeds=0,1,2] [--jobs=1] [--out=docs]
 
-Trains what is missing of `MODELS` (from configs/radial_micro.py) and of the hop task (configs/hops.py), each with every
+Trains what is missing of `MODELS` (from configs/dense_micro.py) and of the hop task (configs/hops.py), each with every
 seed, as `radialnet.sweep` does: the same command again goes on, and finished runs are not trained again. Then writes
 RESULTS.json, RESULTS.md and results.png into --out. Exit code 1 when a run failed; nothing is written then.
 """
@@ -19,7 +19,7 @@ import jax
 from absl import flags
 from rich.console import Console
 
-from configs import hops, radial_micro
+from configs import dense_micro, hops
 from radialnet import cli
 from radialnet.data import prepare
 from radialnet.evaluate import evaluate_trained
@@ -38,21 +38,19 @@ _DEPTHS: Values = {
     "router.depth_ramp_steps": 700,
 }
 _EXITS: Values = {**_DEPTHS, "router.exit_training": "benefit", "router.explore": 0.05}
-# Each is to execute 4 layers per token on average, but where its name says otherwise. What differs from radial_micro.
+_LEARNED: Values = {"router.form": "factored"}
+_HASH: Values = {**_LEARNED, "router.prior": "hash", "router.prior_weight": 1000.0, "router.load_coef": 0.0}
+# Each is to execute 4 layers per token on average, but where its name says otherwise. What differs from dense_micro.
 MODELS: dict[str, Values] = {
-    "dense": {"router.form": "sequential", "model.pool_size": 4},
-    "dense, 6 layers": {"router.form": "sequential", "model.pool_size": 6, "model.max_depth": 6},
-    "radial, learned depth": {"model.pool_size": 24, **_EXITS},
-    # A weight that leaves the router no choice but when to leave.
-    "radial, hash routes, learned depth": {
-        "model.pool_size": 24,
-        **_EXITS,
-        "router.prior": "hash",
-        "router.prior_weight": 1000.0,
-        "router.load_coef": 0.0,
-    },
-    "radial, fixed depth": {"model.pool_size": 16},
-    "radial, T/2": {"model.pool_size": 12, "model.max_depth": 3},
+    "dense": {},
+    "dense, 6 layers": {"model.pool_size": 6, "model.max_depth": 6, "model.min_depth": 6},
+    # configs/radial_micro.py.
+    "radial": {**_HASH, "model.pool_size": 48, **_EXITS},
+    "radial, pool of 24": {**_HASH, "model.pool_size": 24, **_EXITS},
+    "radial, pool of 16": {**_HASH, "model.pool_size": 16, **_EXITS},
+    "radial, T/2": {**_HASH, "model.pool_size": 48, **_EXITS, "router.depth_target": 3.0},
+    "radial, learned routes": {**_LEARNED, "model.pool_size": 24, **_EXITS},
+    "radial, learned routes, fixed depth": {**_LEARNED, "model.pool_size": 16},
     "early exit": {"router.form": "early_exit", "model.pool_size": 6, **_EXITS},
     "Mixture-of-Depths": {
         "router.form": "mod",
@@ -61,6 +59,7 @@ MODELS: dict[str, Values] = {
         "router.capacity": 0.3334,
         "model.pool_size": 6,
         "model.max_depth": 6,
+        "model.min_depth": 6,
         "cache.view": "same_step",
     },
     "Mixture-of-Recursions": {
@@ -72,10 +71,21 @@ MODELS: dict[str, Values] = {
         **_DEPTHS,
     },
     "looped": {"router.form": "cyclic", "model.pool_size": 2, "model.init": "distinct"},
-    "random": {"router.form": "random"},
-    "hash": {"router.form": "hash"},
+    "random": {"router.form": "random", "model.pool_size": 16},
+    "hash": {"router.form": "hash", "model.pool_size": 16},
+    "hash, pool of 24": {"router.form": "hash", "model.pool_size": 24},
+    "hash, pool of 48": {"router.form": "hash", "model.pool_size": 48},
 }
-BASELINES = ("early exit", "Mixture-of-Depths", "Mixture-of-Recursions", "looped", "random", "hash")
+BASELINES = (
+    "early exit",
+    "Mixture-of-Depths",
+    "Mixture-of-Recursions",
+    "looped",
+    "random",
+    "hash",
+    "hash, pool of 24",
+    "hash, pool of 48",
+)
 # Added to the trained exit bias (nats that another layer must take off the loss) to read one model at many depths. The
 # first one switches exits off.
 EXIT_BIASES = (-1e9, -0.1, -0.05, -0.03, -0.02, -0.01, 0.0, 0.01, 0.02, 0.03, 0.05)
@@ -124,19 +134,18 @@ def figures_of(models: dict[str, dict], curve: list[dict], hop_runs: list[dict])
         hop_runs: the reports of radial networks on the hop task.
     """
     ce = {name: found["ce"] for name, found in models.items()}
-    radial, dense = ce["radial, learned depth"], ce["dense"]
+    radial, dense = ce["radial"], ce["dense"]
     correlations = [run["spearman"] for run in hop_runs if run["spearman"] is not None]
     return {
         "radial/dense equal depth": radial / dense,
-        "radial hash routes, learned depth/dense": ce["radial, hash routes, learned depth"] / dense,
-        "depth radial/dense": models["radial, learned depth"]["depth"] / models["dense"]["depth"],
-        "radial fixed depth/dense": ce["radial, fixed depth"] / dense,
+        "depth radial/dense": models["radial"]["depth"] / models["dense"]["depth"],
+        "radial learned routes/dense": ce["radial, learned routes"] / dense,
         "radial T÷2/dense T": ce["radial, T/2"] / ce["dense, 6 layers"],
         "layers saved at 0.5 % loss": layers_saved(curve, 0.005),
         "radial/best baseline": radial / min(ce[name] for name in BASELINES),
         "hops spearman": statistics.fmean(correlations) if correlations else None,
-        "load entropy": models["radial, learned depth"]["load_entropy"],
-        "route_mi": models["radial, learned depth"]["route_mi"],
+        "load entropy": models["radial"]["load_entropy"],
+        "route_mi": models["radial"]["route_mi"],
     }
 
 
@@ -170,7 +179,7 @@ def markdown(result: dict) -> str:
         "",
         "## One model, many depths",
         "",
-        "The radial network with learned depth, read with other exit biases than the trained one (+0.00).",
+        "The model `radial`, read with other exit biases than the trained one (+0.00).",
         "",
         "| exit bias | depth | MFLOP per token | loss |",
         "|---|---|---|---|",
@@ -219,11 +228,11 @@ def _commit() -> str:
 
 def main() -> None:
     text = ",".join(_SEEDS.value)
-    seeds = parse_axis(f"train.seed={text}", radial_micro.get_config().to_dict(), f"--seeds={text}")
+    seeds = parse_axis(f"train.seed={text}", dense_micro.get_config().to_dict(), f"--seeds={text}")
     workdir, out, console = Path(_WORKDIR.value), Path(_OUT.value), Console(highlight=False, soft_wrap=True)
     commit, studies = _commit(), {}
     cells_by_file = {
-        "radial_micro": cells_of(radial_micro.get_config().to_dict(), MODELS, seeds),
+        "dense_micro": cells_of(dense_micro.get_config().to_dict(), MODELS, seeds),
         "hops": cells_of(hops.get_config().to_dict(), HOP_MODELS, seeds),
     }
     # Before anything is trained: what is there already must be of these configs.
@@ -239,14 +248,14 @@ def main() -> None:
         if num_failed or lost:
             sys.exit(EXIT_FAILED_CELLS)
         studies[file] = cells, {row["cell"]: row for row in rows}
-    cells, rows = studies["radial_micro"]
+    cells, rows = studies["dense_micro"]
     of_model = {name: [rows[cell.name] for cell in runs] for name, runs in cells.items()}
     hop_runs = {
         name: [_hop_report(workdir / "hops" / cell.name) for cell in runs] for name, runs in studies["hops"][0].items()
     }
     models = {name: summary(runs) for name, runs in of_model.items()}
-    learned = cells["radial, learned depth"]
-    curve = mean_curve([_read_depths(workdir / "radial_micro" / cell.name) for cell in learned])
+    learned = cells["radial"]
+    curve = mean_curve([_read_depths(workdir / "dense_micro" / cell.name) for cell in learned])
     result = {
         "figures": figures_of(models, curve, hop_runs["hops, radial"]),
         "models": models,

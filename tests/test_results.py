@@ -2,15 +2,16 @@ import json
 
 import pytest
 
-from configs import hops, radial_micro
+from configs import dense_micro, hops, radial_micro
 from radialnet import results
+from radialnet.config import Config
 from tests.test_cli import run
 
 SEEDS = [{"train.seed": 0}, {"train.seed": 3}]
 
 
 def test_every_model_is_a_config_that_works_with_each_seed():
-    for config, models in ((radial_micro, results.MODELS), (hops, results.HOP_MODELS)):
+    for config, models in ((dense_micro, results.MODELS), (hops, results.HOP_MODELS)):
         cells = results.cells_of(config.get_config().to_dict(), models, SEEDS)
         assert list(cells) == list(models)
         for name, runs in cells.items():
@@ -19,6 +20,8 @@ def test_every_model_is_a_config_that_works_with_each_seed():
                 section, key = field.split(".")
                 assert all(getattr(getattr(cell.config, section), key) == value for cell in runs), field
     assert set(results.BASELINES) < set(results.MODELS)
+    cells = results.cells_of(dense_micro.get_config().to_dict(), results.MODELS, SEEDS[:1])
+    assert cells["radial"][0].config == Config.from_dict(radial_micro.get_config())
 
 
 def row(ce, **more):
@@ -63,10 +66,10 @@ def test_figures_compare_what_they_say():
     models, hop_runs = example()
     found = results.figures_of(models, CURVE, hop_runs["hops, radial"])
     ce = {name: summary["ce"] for name, summary in models.items()}
-    assert found["radial/dense equal depth"] == ce["radial, learned depth"] / ce["dense"]
-    assert found["radial hash routes, learned depth/dense"] == ce["radial, hash routes, learned depth"] / ce["dense"]
+    assert found["radial/dense equal depth"] == ce["radial"] / ce["dense"]
+    assert found["radial learned routes/dense"] == ce["radial, learned routes"] / ce["dense"]
     assert found["radial T÷2/dense T"] == ce["radial, T/2"] / ce["dense, 6 layers"]
-    assert found["radial/best baseline"] == ce["radial, learned depth"] / ce["early exit"]
+    assert found["radial/best baseline"] == ce["radial"] / ce["early exit"]
     assert found["hops spearman"] == 0.5
     assert results.figures_of(models, CURVE, [])["hops spearman"] is None
 
