@@ -48,6 +48,9 @@ from radialnet.router import Controllers, Router, schedule
 from radialnet.run_folder import RunFolder
 from radialnet.train_step import TrainState, init_state, train_step
 
+# Of `decode` and `cache`; the others' are the flags' own: the width of configs/radial_nano.py, whose programs take
+# minutes to compile and to run.
+DECODE_SIZES = {"d_model": 128, "d_ff": 384, "seq_len": 140, "repeats": 3}
 # Steps that are timed together for `input`: several times as many as batches are read ahead.
 INPUT_STEPS = 32
 
@@ -298,10 +301,12 @@ def main() -> None:
         "input": benchmark_input,
     }
     sizes = {name: flag.value for name, flag in _SIZES.items()}
-    for name, value in {**sizes, "repeats": _REPEATS.value}.items():
+    if _COMMAND in ("decode", "cache"):
+        sizes |= {name: value for name, value in DECODE_SIZES.items() if not _SIZES[name].present}
+    for name, value in sizes.items():
         if value < 1:
             raise ConfigError(f"--{name}={value}: at least 1 is needed")
-    report = Report(_REPEATS.value)
+    report = Report(sizes.pop("repeats"))
     commands[_COMMAND](report, sizes)
     device = jax.devices()[0]
     machine = {
@@ -322,16 +327,16 @@ def main() -> None:
 if __name__ == "__main__":
     _COMMAND = cli.command("train", "decode", "cache", "router", "input")
     _JSON = flags.DEFINE_string("json", None, "File that the figures are written to.")
-    _REPEATS = flags.DEFINE_integer("repeats", 9, "Times that each pair is timed.")
     _RUNS = flags.DEFINE_string("runs", "", "Of `cache`: a folder with run folders in it.")
     _SIZES = {
         name: flags.DEFINE_integer(name, value, meaning)
         for name, value, meaning in (
-            ("d_model", 256, "D"),
-            ("d_ff", 1024, "F"),
-            ("seq_len", 256, "S"),
-            ("batch_size", 16, "B, rows"),
-            ("max_depth", 6, "T"),
+            ("d_model", 256, "D; 128 for decode and cache."),
+            ("d_ff", 1024, "F; 384 for decode and cache."),
+            ("seq_len", 256, "S; 140 for decode and cache."),
+            ("batch_size", 16, "B, rows."),
+            ("max_depth", 6, "T."),
+            ("repeats", 9, "Times that each pair is timed; 3 for decode and cache."),
         )
     }
     cli.run(main)
