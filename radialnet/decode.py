@@ -5,8 +5,8 @@
         …
     completions = decoder.run(requests)           or all at the end
 
-What runs on the device is `decode_step`; here is what happens between its calls: a row that is done takes the next
-request of the queue, the cache grows, texts are cut at their stop strings.
+What runs on the device is `decode_loop` and `decode_step`; here is what happens between their calls: a row that is done
+takes the next request of the queue, the cache grows, texts are cut at their stop strings.
 """
 
 import dataclasses
@@ -20,7 +20,8 @@ from flax import nnx
 
 from radialnet.config import ConfigError
 from radialnet.decode_cache import DecodeCache, Stages
-from radialnet.decode_step import Choice, Decoding, Log, Rows, Weights, decode, logits, prefill, read, start
+from radialnet.decode_loop import Log, Rows, decode, start
+from radialnet.decode_step import Choice, Decoding, Weights, logits, prefill, read
 from radialnet.router import schedule
 from radialnet.sampling import Sampling, SamplingRows
 from radialnet.trained import TrainedModel

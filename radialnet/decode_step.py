@@ -1,11 +1,11 @@
-"""Decoding as pure functions: prefill of a prompt, and the loop in which every row goes its own way.
+"""Tokens through the stages of a model, over the decode cache, as pure functions.
 
-    prefill      tokens of one row in parallel, stage by stage, into the cache
-    decode       a `lax.while_loop`; each iteration executes one layer for every row, through its own layer of the pool
-                 and at its own depth. A row whose token leaves samples the next one and starts again at once.
+    prefill      tokens of one row side by side
+    decode_step  one token of each row
+    read         given texts token by token
 
-Both read and write the unified cache through the same `append` and `attend`, by the same `route` and `execute`: what
-differs is the number of tokens a row has at a time.
+They route and execute as training does, through the same router and the same layers; `decode_loop` is made of the same
+`route` and `execute`, for rows that are each at a depth of their own.
 """
 
 import dataclasses
@@ -17,12 +17,12 @@ from flax import nnx
 
 from radialnet import grouped
 from radialnet.config import Config
+from radialnet.decode_attention import attend
 from radialnet.decode_cache import DecodeCache, Stages
 from radialnet.grouping import SMALLEST, gather, plan, scatter
 from radialnet.layers import rms_norm, rotation
 from radialnet.model import RadialTransformer
 from radialnet.router import Controllers, Schedule, choice_gate
-from radialnet.sampling import SamplingRows, sample
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,42 +83,7 @@ class Choice:
     leaves_at_RQ: jax.Array | None
 
 
-@flax.struct.dataclass
-class Rows:
-    """R rows, each with the one token that it is at."""
-
-    token_R: jax.Array
-    place_R: jax.Array  # The token's index in its row.
-    stage_R: jax.Array
-    h_RD: jax.Array
-    choice: Choice  # What the token does at its stage; Q = 1.
-    is_live_R: jax.Array
-    num_new_R: jax.Array
-    max_new_R: jax.Array
-    seen_RV: jax.Array  # Whether a row has a token of the vocabulary.
-    sampling: SamplingRows
-
-
-@flax.struct.dataclass
-class Log:
-    """What the rows did in each of I iterations."""
-
-    place_IR: jax.Array  # The token that a row was at, by its index in the row,
-    stage_IR: jax.Array  # its stage,
-    layer_IR: jax.Array  # and the layer that it executed there; -1 for none.
-    new_IR: jax.Array  # The token that was sampled for the row; -1 for none.
-
-    @classmethod
-    def empty(cls, num_iterations: int, num_rows: int) -> "Log":
-        none_IR = jnp.full((num_iterations, num_rows), -1, jnp.int32)
-        return cls(none_IR, none_IR, none_IR, none_IR)
-
-
-# Iterations of a call of `decode` at most, so that its log has an end.
-MAX_ITERATIONS = 1024
-
-
-def _model(decoding: Decoding, weights: Weights) -> RadialTransformer:
+def model_of(decoding: Decoding, weights: Weights) -> RadialTransformer:
     return nnx.merge(decoding.graph, weights.params)
 
 
@@ -133,7 +98,7 @@ def route(
 
     Random routes are drawn by the token's place here: others than those of the parallel pass, and as random.
     """
-    model, stages = _model(decoding, weights), decoding.stages
+    model, stages = model_of(decoding, weights), decoding.stages
     num_layers = model.pool.num_layers
     depth_R = jnp.clip(stage_R - stages.prelude, 0, stages.max_depth - 1)
 
@@ -168,7 +133,7 @@ def execute(
     decoding: Decoding, weights: Weights, h_RQD, choice: Choice, place_RQ, stage_R, cache: DecodeCache
 ) -> tuple[jax.Array, DecodeCache]:
     """The residual stream after each token went through its layer, and the cache with what it wrote."""
-    model = _model(decoding, weights)
+    model = model_of(decoding, weights)
     cfg, block = model.cfg, model.pool.block
     shape, num_layers = place_RQ.shape, weights.num_layers
     layer_RQ = choice.layer_RQ
@@ -188,7 +153,7 @@ def execute(
     cache = cache.append(k_RQGK, v_RQGK, place_RQ, stage_R, layer_RQ, layer_RQ < num_layers)
     # Who executes nothing looks at nothing.
     looks_RQ = jnp.where(layer_RQ < num_layers, place_RQ, -1)
-    mixed_RQHK = cache.attend(q_RQHK, looks_RQ, stage_R, layer_RQ)
+    mixed_RQHK = attend(cache, q_RQHK, looks_RQ, stage_R, layer_RQ)
     update_ND = half(block.after_attention, block.AFTER, (h_ND, mixed_RQHK.reshape(len(h_ND), -1)))
     return h_RQD + choice.gate_RQ[..., None] * update_ND.reshape(h_RQD.shape), cache
 
@@ -206,7 +171,7 @@ def run(
         The cache, the residual stream at the output node [R, Q, D], and the layer of each token at each stage
         [R, Q, T], -1 for none.
     """
-    model, stages = _model(decoding, weights), decoding.stages
+    model, stages = model_of(decoding, weights), decoding.stages
     num_layers = weights.num_layers
 
     def step(stage, carry):
@@ -273,114 +238,6 @@ def read(
 
 def logits(decoding: Decoding, weights: Weights, h_RD: jax.Array) -> jax.Array:
     """What the head makes of the residual stream at the output node, fp32: [R, V]."""
-    model = _model(decoding, weights)
+    model = model_of(decoding, weights)
     final_RD = rms_norm(h_RD, model.final_norm[...]).astype(jnp.dtype(model.cfg.dtype))
     return jnp.matmul(final_RD, model.head[...].astype(final_RD.dtype), preferred_element_type=jnp.float32)
-
-
-def start(decoding: Decoding, weights: Weights, rows: Rows, starts_R: jax.Array) -> Rows:
-    """The rows, some of them at the beginning of their token."""
-    model = _model(decoding, weights)
-    h_RD = jnp.where(starts_R[:, None], embed(model, rows.token_R), rows.h_RD)
-    stage_R = jnp.where(starts_R, 0, rows.stage_R)
-    shape = rows.choice.layer_RQ.shape
-    begun = route(
-        decoding,
-        weights,
-        h_RD[:, None],
-        rows.token_R[:, None],
-        rows.place_R[:, None],
-        stage_R,
-        starts_R[:, None],
-        jnp.zeros(shape),
-        model.router.no_plan(shape),
-    )
-    stage_R, begun = _left(decoding, weights, stage_R, begun)
-    choice = jax.tree.map(lambda new, old: jnp.where(starts_R[:, None], new, old), begun, rows.choice)
-    return rows.replace(h_RD=h_RD, stage_R=stage_R, choice=choice)
-
-
-def _left(decoding: Decoding, weights: Weights, stage_R, choice: Choice) -> tuple[jax.Array, Choice]:
-    """Stage and choice of tokens after those that leave the pool went on to the coda, or to the output node."""
-    stages, exits_RQ = decoding.stages, choice.exits_RQ
-    stage_R = jnp.where(exits_RQ[:, 0], stages.first_coda, stage_R)
-    first_coda = weights.num_layers - stages.coda  # Without a coda: no layer.
-    return stage_R, choice.replace(
-        layer_RQ=jnp.where(exits_RQ, first_coda, choice.layer_RQ), gate_RQ=jnp.where(exits_RQ, 1, choice.gate_RQ)
-    )
-
-
-def _emit(decoding: Decoding, weights: Weights, rows: Rows, emits_R: jax.Array) -> tuple[Rows, jax.Array]:
-    """Sample the next token of some rows, and let them begin with it: the rows and those tokens, -1 for none."""
-    logits_RV = logits(decoding, weights, rows.h_RD)
-    token_R = sample(logits_RV, rows.seen_RV, rows.sampling, rows.place_R + 1)
-    ends_R = emits_R & (token_R == decoding.separator_id)
-    adds_R = emits_R & ~ends_R
-    num_new_R = rows.num_new_R + adds_R
-    is_live_R = rows.is_live_R & ~ends_R & (num_new_R < rows.max_new_R)
-    is_new_RV = adds_R[:, None] & (jnp.arange(rows.seen_RV.shape[1]) == token_R[:, None])
-    rows = rows.replace(
-        token_R=jnp.where(adds_R, token_R, rows.token_R),
-        place_R=rows.place_R + adds_R,
-        num_new_R=num_new_R,
-        seen_RV=rows.seen_RV | is_new_RV,
-        is_live_R=is_live_R,
-    )
-    return start(decoding, weights, rows, emits_R & is_live_R), jnp.where(adds_R, token_R, -1)
-
-
-def _iterate(decoding: Decoding, weights: Weights, cache: DecodeCache, rows: Rows) -> tuple[DecodeCache, Rows, Log]:
-    """One layer for every live row, and what is to be logged of it."""
-    stages, num_layers = decoding.stages, weights.num_layers
-    choice = rows.choice.replace(layer_RQ=jnp.where(rows.is_live_R[:, None], rows.choice.layer_RQ, num_layers))
-    h_RQD, cache = execute(decoding, weights, rows.h_RD[:, None], choice, rows.place_R[:, None], rows.stage_R, cache)
-    layer_R = choice.layer_RQ[:, 0]
-    log = Log(rows.place_R, rows.stage_R, jnp.where(layer_R < num_layers, layer_R, -1), jnp.full_like(layer_R, -1))
-
-    stage_R = jnp.minimum(rows.stage_R + 1, stages.total)
-    active_RQ = (rows.is_live_R & (stage_R < stages.total))[:, None]
-    token_RQ, before = rows.token_R[:, None], rows.choice
-    given = token_RQ, rows.place_R[:, None], stage_R, active_RQ, before.log_survival_RQ, before.leaves_at_RQ
-    stage_R, choice = _left(decoding, weights, stage_R, route(decoding, weights, h_RQD, *given))
-    rows = rows.replace(h_RD=h_RQD[:, 0], stage_R=stage_R, choice=choice)
-    at_output_R = rows.is_live_R & (stage_R == stages.total)
-    emits = jnp.all(at_output_R | ~rows.is_live_R) if decoding.lockstep else jnp.any(at_output_R)
-    rows, new_R = jax.lax.cond(
-        emits, lambda rows: _emit(decoding, weights, rows, at_output_R), lambda rows: (rows, log.new_IR), rows
-    )
-    return cache, rows, log.replace(new_IR=new_R)
-
-
-def decode(
-    decoding: Decoding,
-    weights: Weights,
-    cache: DecodeCache,
-    rows: Rows,
-    max_iterations: jax.Array,
-    until_done: jax.Array,
-) -> tuple[DecodeCache, Rows, Log, jax.Array]:
-    """Go on with all live rows.
-
-    Stops after `max_iterations` or MAX_ITERATIONS, when no row is live, when the cache might not have a page for every
-    live row, and, with `until_done`, as soon as one more row is done.
-
-    Returns:
-        The cache, the rows, what they did, and the number of iterations.
-    """
-    num_live = rows.is_live_R.sum()
-    max_iterations = jnp.minimum(max_iterations, MAX_ITERATIONS)
-
-    def goes_on(carry):
-        cache, rows, _, iteration = carry
-        live = rows.is_live_R.sum()
-        has_room = cache.num_free >= live
-        return (live > 0) & (iteration < max_iterations) & has_room & ~(until_done & (live < num_live))
-
-    def step(carry):
-        cache, rows, log, iteration = carry
-        cache, rows, of_rows = _iterate(decoding, weights, cache, rows)
-        log = jax.tree.map(lambda x_IR, x_R: x_IR.at[iteration].set(x_R), log, of_rows)
-        return cache, rows, log, iteration + 1
-
-    log = Log.empty(MAX_ITERATIONS, len(rows.token_R))
-    return jax.lax.while_loop(goes_on, step, (cache, rows, log, jnp.int32(0)))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from radialnet import decode, decode_cache
+from radialnet import decode, decode_attention, decode_cache
 from radialnet.config import VIEWS, ConfigError
 from radialnet.decode import Request
 from radialnet.decode_cache import DecodeCache, Stages
@@ -93,7 +93,8 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_prefill_and_steps_give_the_logits_of_the_forward_pass(monkeypatch, case):
     """Rows of different lengths, one prompt in two parts, and a page boundary within tokens."""
-    monkeypatch.setattr(decode_cache, "BLOCK", 8)
+    for module in (decode_cache, decode_attention):
+        monkeypatch.setattr(module, "BLOCK", 8)
     decoder, tokens = Decoder(**CASES[case]), tokens_of()
     expected, depth = decoder.whole(tokens)
     if decoder.decoding.config.router.is_trained and "mod" not in case:
@@ -145,7 +146,8 @@ def test_a_query_sees_what_the_rule_lets_it_see_and_nothing_else(view, monkeypat
     """Each entry is changed in turn, and with it what those queries give that are to see it. Tokens went deeper than
     the query is, and later tokens are there, as in a prefill.
     """
-    monkeypatch.setattr(decode_cache, "BLOCK", 8)
+    for module in (decode_cache, decode_attention):
+        monkeypatch.setattr(module, "BLOCK", 8)
     rng = np.random.default_rng(0)
     stages, kv_heads, size = Stages(0, 4, 0), 2, 6
     cache = DecodeCache.empty(view, stages, 2, 8, 20, PAGE, kv_heads, size, jnp.float32)
@@ -165,8 +167,8 @@ def test_a_query_sees_what_the_rule_lets_it_see_and_nothing_else(view, monkeypat
                 entries.append(entry)
     assert len(entries) == (10 if view == "first" else np.sum(DEPTHS))
     q = jnp.asarray(rng.normal(size=(2, 1, 4, size)), jnp.float32)
-    attend = jax.jit(lambda cache, token, stage, layer: cache.attend(
-        q, jnp.full((2, 1), token), jnp.full(2, stage), jnp.full((2, 1), layer)))  # fmt: skip
+    attend = jax.jit(lambda cache, token, stage, layer: decode_attention.attend(
+        cache, q, jnp.full((2, 1), token), jnp.full(2, stage), jnp.full((2, 1), layer)))  # fmt: skip
     num_seen = 0
     for token, stage in ((0, 0), (1, 3), (3, 1), (4, 2), (4, 3)):
         given = token, stage, 1
