@@ -97,6 +97,7 @@ def get_config() -> ConfigDict:
     config.checkpoint = checkpoint = ConfigDict()
     checkpoint.every_steps = 500  # The end of the run is always saved. 0 = only then.
     checkpoint.keep = 2  # Newest checkpoints kept.
+    checkpoint.keep_every = 0  # Besides, those of each so many steps are kept for good; 0 = none.
 
     config.log = log = ConfigDict()
     log.every_steps = 10  # Training lines in metrics.jsonl.

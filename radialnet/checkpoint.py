@@ -1,40 +1,96 @@
-"""Checkpoints by Orbax: named pytrees, one folder per step. Knows no model."""
+"""Checkpoints by Orbax: named pytrees, one folder per step, with the checksum of every file. Knows no model.
 
+Orbax writes a step aside and renames it at the end, so that a kill leaves a whole step or none. But it loads flipped
+bits without a word, takes an empty folder for the newest step, and never turns to an older one. So a step counts here
+when it has its `checksums.json`, which is written when all the rest is on disk, and every file is what that says.
+"""
+
+import hashlib
+import json
+import shutil
 import textwrap
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import jax
 from orbax.checkpoint import v1 as ocp
 
 from radialnet.config import ConfigError
+from radialnet.files import write_whole
 
 PyTree = object
+
+CHECKSUMS = "checksums.json"
+
+
+def saved_steps(folder: Path) -> list[int]:
+    """The steps whose save was finished, the newest first; whether they are still whole is not looked at."""
+    if not folder.is_dir():
+        return []
+    return sorted((int(path.parent.name) for path in folder.glob(f"[0-9]*/{CHECKSUMS}")), reverse=True)
 
 
 class Checkpoints:
     """The checkpoints of a run, `folder/<step>/`. Use as a context manager: leaving it waits for the last save."""
 
-    def __init__(self, folder: Path, keep: int | None = None):
-        """Open the folder; `keep` newest checkpoints survive a save (None: all)."""
-        self._folder = folder
-        policies = ocp.training.preservation_policies
-        policy = policies.PreserveAll() if keep is None else policies.LatestN(keep)
-        self._checkpointer = ocp.training.Checkpointer(folder.resolve(), preservation_policy=policy)
+    def __init__(self, folder: Path, keep: int | None = None, keep_every: int = 0):
+        """Open the folder; the newest `keep` survive a save (None: all), and those of each `keep_every`-th step."""
+        self._folder, self._keep, self._keep_every = folder.resolve(), keep, keep_every
+        self._worker = ThreadPoolExecutor(max_workers=1)
+        self._saving: Future | None = None
+        self._saving_step = 0
 
     def __enter__(self) -> "Checkpoints":
         return self
 
     def __exit__(self, *_) -> None:
-        self._checkpointer.close()
+        try:
+            self.check(wait=True)
+        finally:
+            self._worker.shutdown()
 
-    def latest_step(self) -> int | None:
-        """The step of the newest checkpoint, None without any."""
-        latest = self._checkpointer.latest
-        return None if latest is None else latest.step
+    def newest(self, report: Callable[[str], None]) -> int | None:
+        """The newest step that is whole; None where no save was ever finished.
+
+        Args:
+            report: is told of newer ones that are not, a line for each.
+
+        Raises:
+            ConfigError: saves were finished, and what is left of each of them is broken.
+        """
+        steps = sorted((int(path.name) for path in self._folder.glob("[0-9]*") if path.name.isdigit()), reverse=True)
+        broken = []
+        for step in steps:
+            reason = self._what_is_wrong(step)
+            if reason is None:
+                for line in broken:
+                    report(f"{line}; step {step} is taken instead")
+                return step
+            broken.append(f"{self._folder / str(step)}: {reason}")
+        if saved_steps(self._folder):
+            raise ConfigError(f"{broken[0]}, and there is no older checkpoint that is whole")
+        for line in broken:
+            report(f"{line}; there is no older one")
+        return None
 
     def save(self, step: int, trees: dict[str, PyTree]) -> None:
-        """Save in the background. An earlier save that failed raises here."""
-        self._checkpointer.save_checkpointables_async(step, trees, force=True)
+        """Save in the background. Raises ConfigError when an earlier save failed."""
+        self.check(wait=True)
+        # What is there of this step already was not whole, or it would have been gone on from.
+        (self._folder / str(step) / CHECKSUMS).unlink(missing_ok=True)
+        saving = ocp.save_checkpointables_async(self._folder / str(step), trees, overwrite=True)
+        self._saving, self._saving_step = self._worker.submit(self._finish, saving, step), step
+
+    def check(self, wait: bool = False) -> None:
+        """Raise ConfigError when the save under way has failed; with `wait`, as soon as it is done."""
+        if self._saving is None or not (wait or self._saving.done()):
+            return
+        saving, self._saving = self._saving, None
+        try:
+            saving.result()
+        except Exception as error:
+            raise ConfigError(f"{self._folder / str(self._saving_step)}: can't be saved ({_short(error)})") from error
 
     def restore(self, step: int, abstract_trees: dict[str, PyTree]) -> dict[str, PyTree]:
         """Restore the named trees with the structure, shapes and dtypes given; others that were saved are left alone.
@@ -46,13 +102,53 @@ class Checkpoints:
         here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), abstract_trees)
         try:
-            trees = self._checkpointer.load_checkpointables(step, placed)
+            trees = ocp.load_checkpointables(self._folder / str(step), placed)
         except (FileNotFoundError, KeyError, TypeError, ValueError) as error:
-            # Orbax may list all that it knows.
-            reason = textwrap.shorten(str(error) or type(error).__name__, 200)
-            raise ConfigError(f"{self._folder / str(step)}: can't be restored ({reason})") from error
+            raise ConfigError(f"{self._folder / str(step)}: can't be restored ({_short(error)})") from error
         jax.tree.map_with_path(_check, abstract_trees, {name: trees[name] for name in abstract_trees})
         return trees
+
+    def _finish(self, saving: ocp.AsyncResponse, step: int) -> None:
+        """Wait until a step is on disk, add its checksums, and let go of steps that are not kept."""
+        saving.result()
+        folder = self._folder / str(step)
+        sums = {str(path.relative_to(folder)): _sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+        write_whole(folder / CHECKSUMS, json.dumps(sums, indent=1) + "\n")
+        if self._keep is None:
+            return
+        # What a kill in the middle of a save has left.
+        for rest in self._folder.glob("*.orbax-checkpoint-tmp*"):
+            shutil.rmtree(rest)
+        for old in saved_steps(self._folder)[self._keep :]:
+            if old != step and not (self._keep_every and old % self._keep_every == 0):
+                # First what makes it count, so that a kill leaves nothing that looks whole.
+                (self._folder / str(old) / CHECKSUMS).unlink()
+                shutil.rmtree(self._folder / str(old))
+
+    def _what_is_wrong(self, step: int) -> str | None:
+        folder = self._folder / str(step)
+        if not (folder / CHECKSUMS).is_file():
+            return "its save was not finished"
+        try:
+            sums = json.loads((folder / CHECKSUMS).read_bytes())
+            for name, digest in sums.items():
+                if _sha256(folder / name) != digest:
+                    return f"{name} is not what was saved"
+        except FileNotFoundError as error:
+            return f"{Path(error.filename).relative_to(folder)} is gone"
+        except (ValueError, AttributeError, TypeError, OSError):
+            return f"{CHECKSUMS} is not what was saved"
+        return None
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _short(error: Exception) -> str:
+    # Orbax may list all that it knows.
+    return textwrap.shorten(str(error) or type(error).__name__, 200)
 
 
 def _check(path: tuple, want: jax.ShapeDtypeStruct, have: jax.Array) -> None:

@@ -10,14 +10,20 @@ from radialnet.config import Config, ConfigError
 
 EXIT_BAD_INPUT = 2
 EXIT_NON_FINITE = 3
+EXIT_PREEMPTED = 75
 
 
 class NonFiniteError(RuntimeError):
     """Too many updates in a row that were not finite."""
 
 
+class PreemptedError(RuntimeError):
+    """The process was asked to end, and the state is saved."""
+
+
 def run(main: Callable[[], None]) -> None:
-    """Parse the flags and call `main`; end with exit code 0, 2 (bad configuration or input) or 3 (non-finite)."""
+    """Parse the flags and call `main`; end with exit code 0, 2 (bad configuration or input), 3 (non-finite) or 75
+    (asked to end, run me again)."""
     app.run(lambda _: _guarded(main), flags_parser=_parse)
 
 
@@ -104,6 +110,9 @@ def _guarded(main: Callable[[], None]) -> None:
         _fail(ConfigError(f"{error.filename}: {error.strerror}"), EXIT_BAD_INPUT)
     except NonFiniteError as error:
         _fail(error, EXIT_NON_FINITE)
+    except PreemptedError as error:
+        print(error, file=sys.stderr)
+        sys.exit(EXIT_PREEMPTED)
 
 
 def _fail(error: Exception, code: int) -> None:

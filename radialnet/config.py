@@ -137,6 +137,7 @@ class EvalConfig:
 class CheckpointConfig:
     every_steps: int
     keep: int
+    keep_every: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -408,7 +409,7 @@ def _validate_run(config: Config) -> None:
     if data.source == "hops":
         check_hops(data.hops_symbols, data.hops_max, train.seq_len)
     _at_least("eval", config.eval, 0, "every_steps", "num_batches")
-    _at_least("checkpoint", config.checkpoint, 0, "every_steps")
+    _at_least("checkpoint", config.checkpoint, 0, "every_steps", "keep_every")
     _at_least("checkpoint", config.checkpoint, 1, "keep")
     _at_least("log", config.log, 1, "every_steps")
     _at_least("log", config.log, 0, "sample_tokens")

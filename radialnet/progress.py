@@ -11,8 +11,9 @@ import rich.progress
 class Clock:
     """Seconds and steps since the last line of metrics, pauses for evaluation and saving left out."""
 
-    def __init__(self):
-        self.restart()
+    def __init__(self, seconds: float = 0.0):
+        """With the seconds that have passed already, before the run went on."""
+        self._start, self._paused = time.perf_counter(), -seconds
 
     def restart(self) -> None:
         self._start, self._paused = time.perf_counter(), 0.0

@@ -1,6 +1,6 @@
 """Does routing pay? All models of docs/RESULTS.md trained and compared, by one command.
 
-    python -m radialnet.results --workdir=runs/results [--seeds=0,1,2] [--jobs=1] [--out=docs]
+    python -m radialnet.results --workdir=runs/results [--seeds=0,1,2] [--jobs=1] [--out=docs] [--hops=True]
 
 Trains what is missing of `MODELS` (from configs/dense_micro.py) and of the hop task (configs/hops.py), each with every
 seed, as `radialnet.sweep` does: the same command again goes on, and finished runs are not trained again. Then writes
@@ -155,7 +155,8 @@ def markdown(result: dict) -> str:
     lines = [
         "# Results",
         "",
-        f"    python -m radialnet.results --workdir=runs/results --seeds={seeds.replace(' ', '')}",
+        f"    python -m radialnet.results --workdir=runs/results --seeds={seeds.replace(' ', '')}"
+        + ("" if result["hops"] else " --hops=False"),
         "",
         f"Written by this command at commit {result['commit']}, {result['date']}; seeds {seeds}; {result['machine']}.",
         "Held-out loss in nats per byte of Python's standard library, means over seeds ± their standard deviation.",
@@ -189,13 +190,14 @@ def markdown(result: dict) -> str:
         f"| {row['flops_per_token'] / 1e6:.3f} | {row['ce']:.4f} |"
         for row in result["curve"]
     ]
-    lines += [
-        "",
-        "## Hop task",
-        "",
-        "Accuracy and executed depth of the token that answers, by the number of look-ups k (`radialnet.hops`).",
-        "",
-    ]
+    if result["hops"]:
+        lines += [
+            "",
+            "## Hop task",
+            "",
+            "Accuracy and executed depth of the token that answers, by the number of look-ups k (`radialnet.hops`).",
+            "",
+        ]
     for name, runs in result["hops"].items():
         lines += [f"**{name}**", "", "| k | accuracy | depth |", "|---|---|---|"]
         for at in zip(*(run["by_k"] for run in runs), strict=True):
@@ -231,10 +233,9 @@ def main() -> None:
     seeds = parse_axis(f"train.seed={text}", dense_micro.get_config().to_dict(), f"--seeds={text}")
     workdir, out, console = Path(_WORKDIR.value), Path(_OUT.value), Console(highlight=False, soft_wrap=True)
     commit, studies = _commit(), {}
-    cells_by_file = {
-        "dense_micro": cells_of(dense_micro.get_config().to_dict(), MODELS, seeds),
-        "hops": cells_of(hops.get_config().to_dict(), HOP_MODELS, seeds),
-    }
+    cells_by_file = {"dense_micro": cells_of(dense_micro.get_config().to_dict(), MODELS, seeds)}
+    if _HOPS.value:
+        cells_by_file["hops"] = cells_of(hops.get_config().to_dict(), HOP_MODELS, seeds)
     # Before anything is trained: what is there already must be of these configs.
     for file, cells in cells_by_file.items():
         finished([cell for runs in cells.values() for cell in runs], workdir / file)
@@ -250,14 +251,13 @@ def main() -> None:
         studies[file] = cells, {row["cell"]: row for row in rows}
     cells, rows = studies["dense_micro"]
     of_model = {name: [rows[cell.name] for cell in runs] for name, runs in cells.items()}
-    hop_runs = {
-        name: [_hop_report(workdir / "hops" / cell.name) for cell in runs] for name, runs in studies["hops"][0].items()
-    }
+    hop_cells = studies["hops"][0] if _HOPS.value else {}
+    hop_runs = {name: [_hop_report(workdir / "hops" / cell.name) for cell in runs] for name, runs in hop_cells.items()}
     models = {name: summary(runs) for name, runs in of_model.items()}
     learned = cells["radial"]
     curve = mean_curve([_read_depths(workdir / "dense_micro" / cell.name) for cell in learned])
     result = {
-        "figures": figures_of(models, curve, hop_runs["hops, radial"]),
+        "figures": figures_of(models, curve, hop_runs.get("hops, radial", [])),
         "models": models,
         "curve": curve,
         "hops": hop_runs,
@@ -280,5 +280,6 @@ if __name__ == "__main__":
     _WORKDIR = flags.DEFINE_string("workdir", None, "Where the runs go.", required=True)
     _SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "config.train.seed of the runs of each model.")
     _JOBS = flags.DEFINE_integer("jobs", 1, "Runs at a time.")
+    _HOPS = flags.DEFINE_bool("hops", True, "Train the hop task too, for which two runs take an hour.")
     _OUT = flags.DEFINE_string("out", "docs", "Where the results are written to.")
     cli.run(main)

@@ -4,6 +4,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+from radialnet.checkpoint import saved_steps
 from radialnet.config import ConfigError
 from radialnet.files import write_whole
 
@@ -41,7 +42,7 @@ class RunFolder:
         return self.root / "tensorboard"
 
     def has_checkpoint(self) -> bool:
-        return self.checkpoints.is_dir() and any(path.name.isdigit() for path in self.checkpoints.iterdir())
+        return bool(saved_steps(self.checkpoints))
 
     def write_manifest(self, manifest: dict) -> None:
         """Write the manifest of the corpus, whole or not at all."""

@@ -1,6 +1,7 @@
 """The trained model of a run, restored from its folder: what evaluation and generation work with."""
 
 import dataclasses
+import sys
 from pathlib import Path
 
 import jax
@@ -25,7 +26,7 @@ class TrainedModel:
 
 
 def load_trained(workdir: Path) -> TrainedModel:
-    """Restore the newest checkpoint of a run by the run's own config and tokenizer.
+    """Restore the newest checkpoint of a run that is whole, by the run's own config and tokenizer.
 
     Raises:
         ConfigError: the folder is not a run folder, or holds no checkpoint.
@@ -39,11 +40,15 @@ def load_trained(workdir: Path) -> TrainedModel:
     if not folder.checkpoints.is_dir():
         raise ConfigError(f"{folder.checkpoints}: no checkpoint in this run folder yet")
     with Checkpoints(folder.checkpoints) as checkpoints:
-        step = checkpoints.latest_step()
+        step = checkpoints.newest(report=warn)
         if step is None:
             raise ConfigError(f"{folder.checkpoints}: no checkpoint in this run folder yet")
         trees = checkpoints.restore(step, {"params": params, "controllers": controllers})
     return TrainedModel(config, graph, trees["params"], trees["controllers"], tokenizer, step)
+
+
+def warn(line: str) -> None:
+    print(f"warning: {line}", file=sys.stderr, flush=True)
 
 
 def keep_programs(config: Config) -> None:

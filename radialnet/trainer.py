@@ -1,6 +1,7 @@
 """Training a run: build, resume, loop."""
 
 import dataclasses
+import signal
 import time
 from functools import partial
 from pathlib import Path
@@ -11,7 +12,7 @@ import rich.console
 from flax import nnx
 
 from radialnet.checkpoint import Checkpoints
-from radialnet.cli import NonFiniteError
+from radialnet.cli import NonFiniteError, PreemptedError
 from radialnet.config import Config, ConfigError
 from radialnet.data import Dataset, eval_batches, prefetch, prepare, train_batches
 from radialnet.evaluate import EvalStep, evaluate
@@ -24,7 +25,7 @@ from radialnet.progress import Clock, Progress
 from radialnet.run_folder import RunFolder
 from radialnet.tokenizer import Tokenizer
 from radialnet.train_step import TrainState, eval_step, init_state, train_step
-from radialnet.trained import TrainedModel, keep_programs, load_trained
+from radialnet.trained import TrainedModel, keep_programs, load_trained, warn
 from radialnet.writers import MetricsWriter
 
 # What a run folder was made with and can't be changed on resume. The rest may change, and the change is printed.
@@ -63,6 +64,7 @@ def train(config: Config, workdir: Path) -> None:
     Raises:
         ConfigError: the folder belongs to a run with another shape or other data, or the data can't be read.
         NonFiniteError: `train.max_skipped_steps` updates in a row were not finite.
+        PreemptedError: SIGTERM or SIGINT came; the state is saved.
     """
     console = rich.console.Console(highlight=False, markup=False, soft_wrap=True)
     # The order in which a run is built and resumed; nothing is written before 4.
@@ -75,8 +77,8 @@ def train(config: Config, workdir: Path) -> None:
     graph, state = _fresh_state(config, dataset.tokenizer, is_new=not folder.has_checkpoint())
     # 4. All of them from the newest checkpoint.
     workdir.mkdir(parents=True, exist_ok=True)
-    with Checkpoints(folder.checkpoints, config.checkpoint.keep) as checkpoints:
-        step = checkpoints.latest_step() or 0
+    with Checkpoints(folder.checkpoints, config.checkpoint.keep, config.checkpoint.keep_every) as checkpoints:
+        step = checkpoints.newest(report=warn) or 0
         if step:
             state = _restore(checkpoints, step, state)
         if step < config.train.num_steps:
@@ -197,12 +199,18 @@ def _loop(run: Run, writer: MetricsWriter) -> None:
         partial(train_step, config=config, graph=run.graph, optimizer=make_optimizer(config)), donate_argnums=0
     )
     start = time.perf_counter()
-    compiled = step_fn.lower(run.state, batch, run.bytes_V).compile()
+    lowered = step_fn.lower(run.state, batch, run.bytes_V)
+    compiled = lowered.compile()
+    no_sums = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), lowered.out_info[1])
+    # What belongs to a line of metrics that wasn't due yet when the checkpoint was saved.
+    window = {"sums": no_sums, "num_steps": jnp.int32(0), "seconds": jnp.float32(0)}
+    if run.step:
+        window = run.checkpoints.restore(run.step, {"window": window})["window"]
     run.console.print(f"compiled the training step in {time.perf_counter() - start:.1f} s")
     eval_fn = jax.jit(partial(eval_step, config=config, graph=run.graph))
 
-    with Progress(run.console, run.step, config.train.num_steps) as progress:
-        log = _TrainLog(run, writer, progress)
+    with _Preemption() as preemption, Progress(run.console, run.step, config.train.num_steps) as progress:
+        log = _TrainLog(run, writer, progress, no_sums, window)
         while run.step < num_steps:
             run.state, sums, scalars = compiled(run.state, batch, run.bytes_V)
             run.step += 1
@@ -210,8 +218,11 @@ def _loop(run: Run, writer: MetricsWriter) -> None:
             # While the device works on the step, the next batch is fetched and the figures of the step before are read.
             batch = None if is_last else next(batches)
             log.add(sums, scalars, is_last)
+            run.checkpoints.check()
             must_evaluate = is_last or _is_due(run.step, config.eval.every_steps)
-            must_save = is_last or _is_due(run.step, config.checkpoint.every_steps)
+            # Asked now and not again below, so that what is saved is what is left by.
+            is_asked_to_end = preemption.signal is not None
+            must_save = is_last or is_asked_to_end or _is_due(run.step, config.checkpoint.every_steps)
             if must_evaluate or must_save:
                 # Steps still under way are time of training, and a line must not be younger than its checkpoint.
                 jax.block_until_ready(run.state)
@@ -222,11 +233,39 @@ def _loop(run: Run, writer: MetricsWriter) -> None:
                     writer.write(line)
                     progress.show(line)
                 if must_save:
-                    run.checkpoints.save(run.step, _trees(run.state))
+                    run.checkpoints.save(run.step, {**_trees(run.state), "window": log.window()})
+            if is_asked_to_end and not is_last:
+                run.checkpoints.check(wait=True)
+                name = signal.Signals(preemption.signal).name
+                raise PreemptedError(
+                    f"{name}: saved at step {run.step} of {num_steps}; the same command goes on from it"
+                )
     if config.log.sample_prompt and config.log.sample_tokens:
         text = config.log.sample_prompt + generate(run.trained(), config.log.sample_prompt, config.log.sample_tokens)
         writer.write_text("sample", text, run.step)
         run.console.print("a sample, greedily:\n" + text)
+
+
+class _Preemption:
+    """SIGTERM and SIGINT ask for the end; a second one ends the process as it would without us."""
+
+    _SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+    def __init__(self):
+        self.signal: int | None = None
+
+    def __enter__(self) -> "_Preemption":
+        self._before = {number: signal.signal(number, self._ask) for number in self._SIGNALS}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, _) -> None:
+        self.signal = number
+        for each in self._SIGNALS:
+            signal.signal(each, signal.SIG_DFL)
 
 
 def _is_due(step: int, every: int) -> bool:
@@ -236,22 +275,33 @@ def _is_due(step: int, every: int) -> bool:
 class _TrainLog:
     """Sums up steps and writes their lines, each after the next step was dispatched, so that the device never waits."""
 
-    def __init__(self, run: Run, writer: MetricsWriter, progress: Progress):
-        self.clock = Clock()
+    def __init__(self, run: Run, writer: MetricsWriter, progress: Progress, no_sums: BatchSums, window: dict):
+        """
+        Args:
+            no_sums: zeros.
+            window: what another process had summed up since its last line.
+        """
+        self.clock = Clock(float(window["seconds"]))
         self._run, self._writer, self._progress = run, writer, progress
-        self._sums, self._num_steps = None, 0
+        self._no_sums, self._sums, self._num_steps = no_sums, window["sums"], int(window["num_steps"])
         self._pending = None
+
+    def window(self) -> dict:
+        """What was summed up since the last line, for a checkpoint. No line may be due."""
+        assert self._pending is None
+        seconds = jnp.float32(self.clock.seconds())
+        return {"sums": self._sums, "num_steps": jnp.int32(self._num_steps), "seconds": seconds}
 
     def add(self, sums: BatchSums, scalars: dict[str, jax.Array], is_last: bool) -> None:
         """Add the step that was just dispatched; write the line of the step before if one is due."""
         self.flush()
-        self._sums = sums if self._sums is None else add(self._sums, sums)
+        self._sums = add(self._sums, sums)
         self._num_steps += 1
         step = self._run.step
         self._progress.move(step)
         if is_last or _is_due(step, self._run.config.log.every_steps):
             self._pending = (step, self._sums, scalars, self._num_steps)
-            self._sums, self._num_steps = None, 0
+            self._sums, self._num_steps = self._no_sums, 0
 
     def flush(self) -> None:
         """Write the line that is due, if any. Waits for its steps."""

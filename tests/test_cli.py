@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from radialnet import cli
+from radialnet.checkpoint import CHECKSUMS
 from radialnet.config import ConfigError
 from radialnet.generate import SETTINGS, read_prompts, request_of
 from radialnet.sampling import Sampling
@@ -283,6 +284,7 @@ def test_config_is_required_and_must_exist(tmp_path):
 def test_folders_that_no_run_can_be_in(tmp_path, text):
     (tmp_path / "file").write_text("")
     (tmp_path / "lost" / "checkpoints" / "5").mkdir(parents=True)
+    (tmp_path / "lost" / "checkpoints" / "5" / CHECKSUMS).write_text("{}")
     (tmp_path / "odd").mkdir()
     (tmp_path / "odd" / "checkpoints").write_text("")
     for name in ("file", "lost", "odd"):

@@ -83,7 +83,9 @@ def test_markdown_has_a_line_for_each_model_and_figure():
     for name in (*results.MODELS, *figures):
         assert sum(line.startswith(f"| {name} |") for line in text.splitlines()) == 1, name
     assert "| 2 | 0.800 | 4.00 |" in text
-    assert "Mean depth of all tokens 3.50." in text
+    assert "Mean depth of all tokens 3.50." in text and "--hops=False" not in text
+    text = results.markdown({"figures": figures, "models": models, "curve": CURVE, "hops": {}, **rest})
+    assert "--seeds=0,3 --hops=False" in text and "Hop task" not in text
 
 
 def test_bad_seeds():

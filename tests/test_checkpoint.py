@@ -1,0 +1,130 @@
+"""Checkpoints that are broken in every way, with real files."""
+
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from radialnet.checkpoint import CHECKSUMS, Checkpoints, saved_steps
+from radialnet.config import ConfigError
+
+
+def trees_of(step):
+    return {
+        "params": {"w": jnp.arange(35, dtype=jnp.float32).reshape(5, 7) * step, "b": jnp.full(3, step, jnp.bfloat16)},
+        "counts": {"step": jnp.int32(step)},
+    }
+
+
+def save(folder, *steps, **options):
+    with Checkpoints(folder, **options) as checkpoints:
+        for step in steps:
+            checkpoints.save(step, trees_of(step))
+
+
+def newest(folder):
+    """The newest step that is whole, after it was restored and found to be what was saved; and what was reported."""
+    lines = []
+    with Checkpoints(folder) as checkpoints:
+        step = checkpoints.newest(lines.append)
+        if step is not None:
+            restored = checkpoints.restore(step, trees_of(0))
+            jax.tree.map(np.testing.assert_array_equal, restored, trees_of(step))
+    return step, lines
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved") / "checkpoints"
+    save(folder, 3, 5)
+    return folder
+
+
+@pytest.fixture
+def folder(saved, tmp_path):
+    return shutil.copytree(saved, tmp_path / "checkpoints")
+
+
+def test_what_was_saved_is_restored(folder):
+    assert newest(folder) == (5, []) and saved_steps(folder) == [5, 3]
+
+
+def test_a_flipped_bit_in_any_file_and_any_file_that_is_gone_or_cut_short_are_found(saved, tmp_path, caplog):
+    files = sorted(path.relative_to(saved) for path in (saved / "5").rglob("*") if path.is_file())
+    assert len(files) > 10 and Path("5") / CHECKSUMS in files
+    rng = np.random.default_rng(0)
+    for number, file in enumerate(files):
+        for kind in ("bit", "gone", "short"):
+            folder = shutil.copytree(saved, tmp_path / f"{number}{kind}")
+            content = bytearray((folder / file).read_bytes())
+            if kind == "gone":
+                (folder / file).unlink()
+            elif not content:
+                (folder / file).write_text("x")
+            elif kind == "short":
+                (folder / file).write_bytes(content[: len(content) // 2])
+            else:
+                at = int(rng.integers(len(content)))
+                content[at] ^= 1 << int(rng.integers(8))
+                (folder / file).write_bytes(content)
+            step, lines = newest(folder)
+            assert step == 3 and len(lines) == 1 and lines[0].endswith("; step 3 is taken instead"), (file, kind)
+            what = "is gone" if kind == "gone" else "is not what was saved"
+            # A bit of the checksums themselves may be one of any file's name or checksum.
+            named = "" if file.name == CHECKSUMS else str(Path(*file.parts[1:]))
+            assert f"{folder / '5'}: {named}" in lines[0]
+            assert (what if named or kind != "gone" else "not finished") in lines[0]
+    assert not caplog.records, "one line for each, and Orbax adds nothing"
+
+
+def test_folders_that_are_no_checkpoint(folder, tmp_path):
+    (folder / "9").mkdir()
+    (folder / "7").write_text("a file")
+    (folder / "notes").mkdir()
+    step, lines = newest(folder)
+    assert step == 5 and [line.count("not finished") for line in lines] == [1, 1]
+    # Nothing was ever saved to the end: a run that was killed in its first save starts anew.
+    shutil.rmtree(folder / "5")
+    shutil.rmtree(folder / "3")
+    step, lines = newest(folder)
+    assert step is None and all("there is no older one" in line for line in lines)
+    assert newest(tmp_path / "nothing") == (None, [])
+
+
+def test_nothing_is_gone_on_from_when_nothing_is_whole(folder):
+    for step in (3, 5):
+        (folder / str(step) / "params" / "_METADATA").write_text("{}")
+    with pytest.raises(ConfigError, match="5: params/_METADATA is not what was saved, and there is no older"):
+        newest(folder)
+
+
+def test_a_broken_step_is_saved_again(folder):
+    (folder / "5" / "params" / "_METADATA").write_text("{}")
+    (folder / "6").mkdir()
+    save(folder, 5, 6)
+    assert newest(folder) == (6, []) and saved_steps(folder) == [6, 5, 3]
+
+
+def test_which_steps_are_kept(tmp_path):
+    save(tmp_path / "a", 10, 20, 25, 30, 35, keep=2, keep_every=20)
+    assert saved_steps(tmp_path / "a") == [35, 30, 20] and not (tmp_path / "a" / "10").exists()
+    save(tmp_path / "a", 40, keep=1)
+    assert saved_steps(tmp_path / "a") == [40]
+
+
+def test_a_save_that_fails_is_told_at_the_next_look(folder, monkeypatch):
+    with Checkpoints(folder) as checkpoints:
+        monkeypatch.setattr("radialnet.checkpoint.write_whole", failing)
+        checkpoints.save(8, trees_of(8))
+        with pytest.raises(ConfigError, match=r"8: can't be saved \(\[Errno 28\] No space left on device"):
+            checkpoints.check(wait=True)
+        monkeypatch.undo()
+    step, lines = newest(folder)
+    assert step == 5 and "8: its save was not finished" in lines[0]
+
+
+def failing(path, text):
+    raise OSError(28, "No space left on device", str(path))

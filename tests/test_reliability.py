@@ -1,0 +1,153 @@
+"""Runs that are killed, asked to end, or whose checkpoints are broken, against the run that nothing happened to."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from radialnet.checkpoint import Checkpoints, saved_steps
+from tests.test_cli import ROOT, lines_of, run
+
+STEPS = 12
+TIMED = {"tokens_per_s", "step_ms", "mfu"}
+
+
+@pytest.fixture(scope="module")
+def flags(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("text")
+    for index in range(40):
+        (folder / f"{index}.py").write_text("".join(f"def f{i}(x):\n    return x + {i * index}\n" for i in range(40)))
+    return [
+        "train.py",
+        "--config=configs/smoke.py",
+        "--config.data.source=text",
+        f"--config.data.path={folder}",
+        "--config.data.eval_fraction=0.2",
+        f"--config.data.cache_dir={tmp_path_factory.mktemp('cache')}",
+        f"--config.train.num_steps={STEPS}",
+        "--config.eval.every_steps=6",
+        "--config.eval.num_batches=1",
+        "--config.checkpoint.every_steps=2",
+        # No multiple of the saves: a line's steps may be of two processes.
+        "--config.log.every_steps=3",
+        "--config.log.sample_prompt=",
+    ]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, flags):
+    """The run that nothing happened to."""
+    workdir = tmp_path_factory.mktemp("runs") / "whole"
+    run(*flags, f"--workdir={workdir}")
+    return outcome(workdir)
+
+
+def outcome(workdir):
+    """All that a run leaves: the lines of its metrics but for times, and what is in its newest checkpoint."""
+    lines = [{key: value for key, value in line.items() if key not in TIMED} for line in lines_of(workdir)]
+    (step, *_) = saved_steps(workdir / "checkpoints")
+    with Checkpoints(workdir / "checkpoints") as checkpoints:
+        assert checkpoints.newest(report=print) == step
+    return step, lines, arrays_of(workdir / "checkpoints" / str(step))
+
+
+def arrays_of(folder):
+    from orbax.checkpoint import v1 as ocp
+
+    names = ("params", "controllers", "optimizer", "counts")
+    found = ocp.load_checkpointables(folder, dict.fromkeys(names))
+    import jax
+
+    return {jax.tree_util.keystr(path): np.asarray(x) for path, x in jax.tree.leaves_with_path(found)}
+
+
+def assert_same(workdir, whole):
+    step, lines, arrays = outcome(workdir)
+    assert step == whole[0] == STEPS
+    assert [(line["step"], line["split"]) for line in lines] == [(line["step"], line["split"]) for line in whole[1]]
+    assert lines == whole[1]
+    assert arrays.keys() == whole[2].keys() and len(arrays) > 30
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(array, whole[2][name], err_msg=name)
+
+
+class Started:
+    """A run in the background, and how far it is."""
+
+    def __init__(self, flags, workdir):
+        self.workdir = workdir
+        self.process = subprocess.Popen(
+            [sys.executable, *flags, f"--workdir={workdir}"],
+            cwd=ROOT,
+            env={**os.environ, "JAX_PLATFORMS": "cpu"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def wait_for(self, is_there, seconds=300):
+        end = time.monotonic() + seconds
+        while not is_there():
+            assert self.process.poll() is None, self.process.communicate()
+            assert time.monotonic() < end, "nothing happened"
+            time.sleep(0.01)
+
+    def send(self, number):
+        self.process.send_signal(number)
+        stdout, stderr = self.process.communicate(timeout=300)
+        return self.process.returncode, stdout, stderr
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_again_and_again_ends_as_if_it_was_not(tmp_path, flags, whole):
+    """At moments from the start of a save to the steps after it, and once before anything was saved."""
+    workdir, rng = tmp_path / "run", np.random.default_rng(0)
+    for kill in range(5):
+        started, folder = Started(flags, workdir), workdir / "checkpoints"
+        before = saved_steps(folder)[:1]
+        if kill:
+            started.wait_for(lambda: any(folder.glob("*tmp*")) or saved_steps(folder)[:1] != before)  # noqa: B023
+        else:
+            started.wait_for(lambda: (workdir / "config.json").exists())
+        time.sleep(rng.uniform(0, 0.3))
+        code, stdout, stderr = started.send(signal.SIGKILL)
+        if code == 0:
+            break
+        assert code == -signal.SIGKILL, stdout + stderr
+    run(*flags, f"--workdir={workdir}")
+    assert_same(workdir, whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_run_that_is_asked_to_end_saves_and_says_so(tmp_path, flags, whole, number):
+    workdir = tmp_path / "run"
+    started = Started([*flags, "--config.train.num_steps=100000"], workdir)
+    started.wait_for(lambda: bool(saved_steps(workdir / "checkpoints")))
+    code, _, stderr = started.send(number)
+    assert code == 75
+    (step, *_) = saved_steps(workdir / "checkpoints")
+    assert f"{signal.Signals(number).name}: saved at step {step} of 100000" in stderr and "Traceback" not in stderr
+    assert all(line["step"] <= step for line in lines_of(workdir))
+
+
+def test_a_broken_checkpoint_costs_the_steps_after_the_one_before(tmp_path, flags, whole):
+    workdir = tmp_path / "run"
+    # The same schedules as the whole run's: killed, in place of a smaller number of steps.
+    started = Started(flags, workdir)
+    started.wait_for(lambda: len(saved_steps(workdir / "checkpoints")) == 2)
+    started.send(signal.SIGKILL)
+    newest, older = saved_steps(workdir / "checkpoints")
+    path = max((workdir / "checkpoints" / str(newest)).rglob("d/*"), key=lambda path: path.stat().st_size)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    stdout, stderr = run(*flags, f"--workdir={workdir}")
+    (warning,) = [line for line in stderr.splitlines() if "warning" in line]
+    assert f"{newest}: " in warning and f"is not what was saved; step {older} is taken instead" in warning
+    assert f"step {older} of {STEPS}" in stdout
+    assert_same(workdir, whole)
