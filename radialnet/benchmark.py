@@ -1,6 +1,6 @@
 """What a training step costs, as ratios of things timed alternately in one process.
 
-    python -m radialnet.benchmark train|decode|cache|router|input [--json=FILE] [--repeats=9]
+    python -m radialnet.benchmark train|decode|cache|router|input [--json=FILE] [--repeats=N]
 
 `train`   the step against a plain dense transformer, over pool sizes, depths and views; attention; memory.
 `decode`  tokens per second over depths, against lockstep, and against `transformers` where it is installed.

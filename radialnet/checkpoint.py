@@ -28,7 +28,12 @@ def saved_steps(folder: Path) -> list[int]:
     """The steps whose save was finished, the newest first; whether they are still whole is not looked at."""
     if not folder.is_dir():
         return []
-    return sorted((int(path.parent.name) for path in folder.glob(f"[0-9]*/{CHECKSUMS}")), reverse=True)
+    return [step for step in _steps(folder) if (folder / str(step) / CHECKSUMS).exists()]
+
+
+def _steps(folder: Path) -> list[int]:
+    """The steps that there is anything of, the newest first."""
+    return sorted((int(path.name) for path in folder.glob("[0-9]*") if path.name.isdigit()), reverse=True)
 
 
 class Checkpoints:
@@ -59,9 +64,8 @@ class Checkpoints:
         Raises:
             ConfigError: saves were finished, and what is left of each of them is broken.
         """
-        steps = sorted((int(path.name) for path in self._folder.glob("[0-9]*") if path.name.isdigit()), reverse=True)
         broken = []
-        for step in steps:
+        for step in _steps(self._folder):
             reason = self._what_is_wrong(step)
             if reason is None:
                 for line in broken:
@@ -116,28 +120,35 @@ class Checkpoints:
         write_whole(folder / CHECKSUMS, json.dumps(sums, indent=1) + "\n")
         if self._keep is None:
             return
+        # Later steps were not whole, or this one would not have been done again.
+        whole = [saved for saved in saved_steps(self._folder) if saved <= step]
+        kept = {saved for saved in whole if self._keep_every and saved % self._keep_every == 0} | {*whole[: self._keep]}
+        for old in _steps(self._folder):
+            if old not in kept:
+                # First what makes it count, so that a kill leaves nothing that looks whole.
+                (self._folder / str(old) / CHECKSUMS).unlink(missing_ok=True)
+                shutil.rmtree(self._folder / str(old), ignore_errors=True)
         # What a kill in the middle of a save has left.
         for rest in self._folder.glob("*.orbax-checkpoint-tmp*"):
-            shutil.rmtree(rest)
-        for old in saved_steps(self._folder)[self._keep :]:
-            if old != step and not (self._keep_every and old % self._keep_every == 0):
-                # First what makes it count, so that a kill leaves nothing that looks whole.
-                (self._folder / str(old) / CHECKSUMS).unlink()
-                shutil.rmtree(self._folder / str(old))
+            shutil.rmtree(rest, ignore_errors=True)
 
     def _what_is_wrong(self, step: int) -> str | None:
         folder = self._folder / str(step)
         if not (folder / CHECKSUMS).is_file():
             return "its save was not finished"
         try:
-            sums = json.loads((folder / CHECKSUMS).read_bytes())
-            for name, digest in sums.items():
-                if _sha256(folder / name) != digest:
-                    return f"{name} is not what was saved"
-        except FileNotFoundError as error:
-            return f"{Path(error.filename).relative_to(folder)} is gone"
-        except (ValueError, AttributeError, TypeError, OSError):
+            sums = dict(json.loads((folder / CHECKSUMS).read_bytes()))
+        except (ValueError, TypeError, OSError):
             return f"{CHECKSUMS} is not what was saved"
+        for name, digest in sums.items():
+            try:
+                found = _sha256(folder / name)
+            except FileNotFoundError:
+                return f"{name} is gone"
+            except (OSError, ValueError):
+                return f"{name} can't be read"
+            if found != digest:
+                return f"{name} is not what was saved"
         return None
 
 

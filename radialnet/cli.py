@@ -1,5 +1,6 @@
 """What all commands share: flags, and errors of the user as one line and an exit code."""
 
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from radialnet.config import Config, ConfigError
 EXIT_BAD_INPUT = 2
 EXIT_NON_FINITE = 3
 EXIT_PREEMPTED = 75
+EXIT_INTERRUPTED = 130  # By SIGINT, where nothing was to be saved; what shells expect.
 
 
 class NonFiniteError(RuntimeError):
@@ -103,6 +105,9 @@ def _guarded(main: Callable[[], None]) -> None:
         main()
     except ConfigError as error:
         _fail(error, EXIT_BAD_INPUT)
+    except BrokenPipeError:
+        # Whoever read our output has seen enough. Nothing is left to be flushed at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
         if error.filename is None:
             raise
@@ -110,6 +115,8 @@ def _guarded(main: Callable[[], None]) -> None:
         _fail(ConfigError(f"{error.filename}: {error.strerror}"), EXIT_BAD_INPUT)
     except NonFiniteError as error:
         _fail(error, EXIT_NON_FINITE)
+    except KeyboardInterrupt:
+        sys.exit(EXIT_INTERRUPTED)
     except PreemptedError as error:
         print(error, file=sys.stderr)
         sys.exit(EXIT_PREEMPTED)

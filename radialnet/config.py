@@ -20,6 +20,8 @@ FIXED_FORMS = ("sequential", "cyclic", "random", "hash")
 GROUPED_BACKENDS = ("block_loop", "ragged_dot", "pallas", "masked_dense")
 ATTENTION_BACKENDS = ("tiles", "pallas")
 ESTIMATORS = ("straight_through", "score", "weighted", "dense")
+# Entries of a page of the decode cache.
+PAGE_SIZE = 16
 # Symbols that rows of the hop task are made of (`hop_task`).
 HOPS_ALPHABET = 16
 
@@ -254,7 +256,11 @@ def _validate_model(config: Config) -> None:
     _one_of("config.model.remat", model.remat, ("none", "step"))
     _one_of("config.cache.view", view, VIEWS)
     _one_of("config.cache.when_full", config.cache.when_full, ("error", "slide"))
-    _at_least("cache", config.cache, 0, "capacity")
+    capacity = config.cache.capacity
+    _require(
+        capacity == 0 or capacity >= PAGE_SIZE,
+        f"config.cache.capacity={capacity}: 0 or at least {PAGE_SIZE}, a page, is needed",
+    )
     _require(model.rope_base > 1, f"config.model.rope_base={model.rope_base}: more than 1 is needed")
     _require(
         model.d_model % model.num_heads == 0,

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from radialnet.config import ConfigError
+from radialnet.config import PAGE_SIZE, ConfigError
 from radialnet.decode_cache import DecodeCache, Stages
 from radialnet.decode_loop import Log, Rows, decode, start
 from radialnet.decode_step import Choice, Decoding, Weights, logits, prefill, read
@@ -28,7 +28,6 @@ from radialnet.trained import TrainedModel
 
 # Tokens that a prompt is prefilled by at a time; shorter prompts take the next smaller bucket.
 CHUNKS = (16, 64, 256)
-PAGE_SIZE = 16
 MAX_TOKENS = 2**20  # Of a request.
 # Pages of a row to begin with; the cache doubles when it is full.
 FIRST_PAGES = 64
@@ -129,8 +128,6 @@ class Decoder:
         self.trained, self.num_rows = trained, num_rows
         self.capacity = config.cache.capacity if capacity is None else capacity
         self.when_full = when_full or config.cache.when_full
-        if 0 < self.capacity < PAGE_SIZE:
-            raise ConfigError(f"config.cache.capacity={self.capacity}: 0 or at least {PAGE_SIZE} is needed, a page")
         model = config.model
         stages = Stages(model.prelude_layers, max_depth or model.max_depth, model.coda_layers)
         self.decoding = Decoding(config, trained.graph, stages, trained.tokenizer.separator_id, lockstep)
@@ -254,7 +251,8 @@ class Decoder:
 
         def most_pages(request: Request) -> int:
             length = 1 + len(request.prompt) + request.max_new_tokens
-            return -(-length * self.decoding.stages.total // PAGE_SIZE)
+            # One more: each row at work has a free page before it, always.
+            return -(-length * self.decoding.stages.total // PAGE_SIZE) + 1
 
         pages = [most_pages(work.request) for work in at_work]
         if not pages or not self.capacity or self.when_full == "slide":

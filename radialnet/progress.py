@@ -9,7 +9,7 @@ import rich.progress
 
 
 class Clock:
-    """Seconds and steps since the last line of metrics, pauses for evaluation and saving left out."""
+    """Seconds since the last line of metrics, pauses for evaluation and saving left out."""
 
     def __init__(self, seconds: float = 0.0):
         """With the seconds that have passed already, before the run went on."""

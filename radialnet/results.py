@@ -130,7 +130,7 @@ def figures_of(models: dict[str, dict], curve: list[dict], hop_runs: list[dict])
 
     Args:
         models: their summaries.
-        curve: `mean_curve` of the radial network with learned depth.
+        curve: `mean_curve` of `radial`.
         hop_runs: the reports of radial networks on the hop task.
     """
     ce = {name: found["ce"] for name, found in models.items()}
@@ -254,8 +254,7 @@ def main() -> None:
     hop_cells = studies["hops"][0] if _HOPS.value else {}
     hop_runs = {name: [_hop_report(workdir / "hops" / cell.name) for cell in runs] for name, runs in hop_cells.items()}
     models = {name: summary(runs) for name, runs in of_model.items()}
-    learned = cells["radial"]
-    curve = mean_curve([_read_depths(workdir / "dense_micro" / cell.name) for cell in learned])
+    curve = mean_curve([_read_depths(workdir / "dense_micro" / cell.name) for cell in cells["radial"]])
     result = {
         "figures": figures_of(models, curve, hop_runs.get("hops, radial", [])),
         "models": models,
@@ -280,6 +279,6 @@ if __name__ == "__main__":
     _WORKDIR = flags.DEFINE_string("workdir", None, "Where the runs go.", required=True)
     _SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "config.train.seed of the runs of each model.")
     _JOBS = flags.DEFINE_integer("jobs", 1, "Runs at a time.")
-    _HOPS = flags.DEFINE_bool("hops", True, "Train the hop task too, for which two runs take an hour.")
+    _HOPS = flags.DEFINE_bool("hops", True, "Train the hop task too: two runs of 40 minutes for each seed.")
     _OUT = flags.DEFINE_string("out", "docs", "Where the results are written to.")
     cli.run(main)

@@ -124,7 +124,10 @@ def run_all(
             while waiting and len(running) < jobs:
                 log = waiting.pop(0)
                 with log.open("ab") as output:
-                    running[log] = subprocess.Popen(commands[log], stdout=output, stderr=subprocess.STDOUT)
+                    # Out of reach of Ctrl-C, which a terminal sends to all: a run that is asked twice ends unsaved.
+                    running[log] = subprocess.Popen(
+                        commands[log], stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+                    )
                 on_start(log)
             ended = [log for log, child in running.items() if child.poll() is not None]
             for log in ended:

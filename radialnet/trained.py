@@ -26,10 +26,10 @@ class TrainedModel:
 
 
 def load_trained(workdir: Path) -> TrainedModel:
-    """Restore the newest checkpoint of a run that is whole, by the run's own config and tokenizer.
+    """Restore the newest whole checkpoint of a run, by the run's own config and tokenizer.
 
     Raises:
-        ConfigError: the folder is not a run folder, or holds no checkpoint.
+        ConfigError: the folder is not a run folder, or holds no checkpoint, or none that is whole.
     """
     folder = RunFolder(workdir)
     config = Config.load(folder.config)

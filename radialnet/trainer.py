@@ -15,6 +15,7 @@ from radialnet.checkpoint import Checkpoints
 from radialnet.cli import NonFiniteError, PreemptedError
 from radialnet.config import Config, ConfigError
 from radialnet.data import Dataset, eval_batches, prefetch, prepare, train_batches
+from radialnet.decode import CacheFullError
 from radialnet.evaluate import EvalStep, evaluate
 from radialnet.generate import generate
 from radialnet.metrics import BatchSums, add, figures, flops_per_token, peak_flops
@@ -90,8 +91,8 @@ def train(config: Config, workdir: Path) -> None:
             run = Run(config, folder, dataset, graph, state, step, checkpoints, bytes_V, console)
             _print_start(run)
             # 6. The metrics of steps that will be done again go; 7. the data goes on from the step.
-            with MetricsWriter(folder, resumed_step=step) as writer:
-                _loop(run, writer)
+            with MetricsWriter(folder, resumed_step=step) as writer, _Preemption() as preemption:
+                _loop(run, writer, preemption)
         else:
             console.print(f"{workdir}: done, {step} of {config.train.num_steps} steps")
     # 8. What is made of the finished run, also when a kill came between its last step and here.
@@ -190,7 +191,7 @@ def _print_start(run: Run) -> None:
     )
 
 
-def _loop(run: Run, writer: MetricsWriter) -> None:
+def _loop(run: Run, writer: MetricsWriter, preemption: "_Preemption") -> None:
     config, num_steps = run.config, run.config.train.num_steps
     batches = prefetch(train_batches(run.dataset.train, config.train.batch_size, config.train.seed), run.step)
     batch = next(batches)
@@ -209,7 +210,7 @@ def _loop(run: Run, writer: MetricsWriter) -> None:
     run.console.print(f"compiled the training step in {time.perf_counter() - start:.1f} s")
     eval_fn = jax.jit(partial(eval_step, config=config, graph=run.graph))
 
-    with _Preemption() as preemption, Progress(run.console, run.step, config.train.num_steps) as progress:
+    with Progress(run.console, run.step, config.train.num_steps) as progress:
         log = _TrainLog(run, writer, progress, no_sums, window)
         while run.step < num_steps:
             run.state, sums, scalars = compiled(run.state, batch, run.bytes_V)
@@ -227,27 +228,34 @@ def _loop(run: Run, writer: MetricsWriter) -> None:
                 # Steps still under way are time of training, and a line must not be younger than its checkpoint.
                 jax.block_until_ready(run.state)
                 log.flush()
+            window = log.window() if must_save else None
             with log.clock.paused():
                 if must_evaluate:
                     line = _eval_line(run, eval_fn, scalars)
                     writer.write(line)
                     progress.show(line)
                 if must_save:
-                    run.checkpoints.save(run.step, {**_trees(run.state), "window": log.window()})
+                    run.checkpoints.save(run.step, {**_trees(run.state), "window": window})
             if is_asked_to_end and not is_last:
                 run.checkpoints.check(wait=True)
                 name = signal.Signals(preemption.signal).name
                 raise PreemptedError(
                     f"{name}: saved at step {run.step} of {num_steps}; the same command goes on from it"
                 )
+    run.checkpoints.check(wait=True)
     if config.log.sample_prompt and config.log.sample_tokens:
-        text = config.log.sample_prompt + generate(run.trained(), config.log.sample_prompt, config.log.sample_tokens)
-        writer.write_text("sample", text, run.step)
-        run.console.print("a sample, greedily:\n" + text)
+        try:
+            text = generate(run.trained(), config.log.sample_prompt, config.log.sample_tokens)
+        except CacheFullError as error:
+            warn(f"no sample: {error}")
+        else:
+            text = config.log.sample_prompt + text
+            writer.write_text("sample", text, run.step)
+            run.console.print("a sample, greedily:\n" + text)
 
 
 class _Preemption:
-    """SIGTERM and SIGINT ask for the end; a second one ends the process as it would without us."""
+    """SIGTERM and SIGINT ask for the end; a second one ends the process at once."""
 
     _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 

@@ -15,7 +15,7 @@ from radialnet.config import ConfigError
 def trees_of(step):
     return {
         "params": {"w": jnp.arange(35, dtype=jnp.float32).reshape(5, 7) * step, "b": jnp.full(3, step, jnp.bfloat16)},
-        "counts": {"step": jnp.int32(step)},
+        "optimizer": {"m": jnp.full((2, 3), step, jnp.float32)},
     }
 
 
@@ -73,17 +73,29 @@ def test_a_flipped_bit_in_any_file_and_any_file_that_is_gone_or_cut_short_are_fo
             step, lines = newest(folder)
             assert step == 3 and len(lines) == 1 and lines[0].endswith("; step 3 is taken instead"), (file, kind)
             what = "is gone" if kind == "gone" else "is not what was saved"
-            # A bit of the checksums themselves may be one of any file's name or checksum.
-            named = "" if file.name == CHECKSUMS else str(Path(*file.parts[1:]))
-            assert f"{folder / '5'}: {named}" in lines[0]
-            assert (what if named or kind != "gone" else "not finished") in lines[0]
+            if file.name != CHECKSUMS:
+                assert f"{folder / '5'}: {Path(*file.parts[1:])} {what}" in lines[0]
     assert not caplog.records, "one line for each, and Orbax adds nothing"
+
+
+def test_a_flipped_bit_of_the_checksums_themselves_is_found_wherever_it_is(folder):
+    """One of them makes `optimizer/…` a path from the root."""
+    path = folder / "5" / CHECKSUMS
+    content = path.read_bytes()
+    with Checkpoints(folder) as checkpoints:
+        for at in range(0, len(content), 3):
+            for bit in (0, 3, 6, 7):
+                broken = bytearray(content)
+                broken[at] ^= 1 << bit
+                path.write_bytes(broken)
+                assert checkpoints.newest([].append) == 3, (at, bit, bytes(broken[max(at - 9, 0) : at + 9]))
 
 
 def test_folders_that_are_no_checkpoint(folder, tmp_path):
     (folder / "9").mkdir()
     (folder / "7").write_text("a file")
     (folder / "notes").mkdir()
+    shutil.copytree(folder / "5", folder / "8.bak")
     step, lines = newest(folder)
     assert step == 5 and [line.count("not finished") for line in lines] == [1, 1]
     # Nothing was ever saved to the end: a run that was killed in its first save starts anew.
@@ -113,6 +125,14 @@ def test_which_steps_are_kept(tmp_path):
     assert saved_steps(tmp_path / "a") == [35, 30, 20] and not (tmp_path / "a" / "10").exists()
     save(tmp_path / "a", 40, keep=1)
     assert saved_steps(tmp_path / "a") == [40]
+
+
+def test_a_broken_step_is_none_of_those_that_are_kept(tmp_path):
+    save(tmp_path, 10, 20, 30)
+    (tmp_path / "30" / "params" / "_METADATA").write_text("{}")
+    (tmp_path / "15").mkdir()
+    save(tmp_path, 25, keep=2)
+    assert saved_steps(tmp_path) == [25, 20] and not (tmp_path / "15").exists()
 
 
 def test_a_save_that_fails_is_told_at_the_next_look(folder, monkeypatch):

@@ -34,6 +34,7 @@ CONFIGS = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "base
         ({"model__init": "upcycle"}, ("init='upcycle'", "upcycle_from=''")),
         ({"model__dtype": "float16"}, ("dtype='float16'", "bfloat16")),
         ({"cache__view": "some"}, ("view='some'", "same_layer")),
+        ({"cache__capacity": 15}, ("capacity=15", "at least 16")),
         ({"data__source": "text"}, ("path=''", "source='text'")),
         ({"data__vocab_size": 100}, ("vocab_size=100", "258")),
         ({"data__eval_fraction": 1.0}, ("eval_fraction=1.0",)),
