@@ -26,9 +26,17 @@ CHECKSUMS = "checksums.json"
 
 def saved_steps(folder: Path) -> list[int]:
     """The steps whose save was finished, the newest first; whether they are still whole is not looked at."""
-    if not folder.is_dir():
-        return []
     return [step for step in _steps(folder) if (folder / str(step) / CHECKSUMS).exists()]
+
+
+def has_checkpoint(folder: Path) -> bool:
+    """Whether there is a step to go on from, or was one before it broke."""
+    return bool(saved_steps(folder)) or any(_is_committed(folder / str(step)) for step in _steps(folder))
+
+
+def _is_committed(folder: Path) -> bool:
+    """Whether Orbax wrote all of a step; without checksums it is of a run of before there were any, or a kill came."""
+    return (folder / "commit_success.txt").exists()
 
 
 def _steps(folder: Path) -> list[int]:
@@ -45,6 +53,7 @@ class Checkpoints:
         self._worker = ThreadPoolExecutor(max_workers=1)
         self._saving: Future | None = None
         self._saving_step = 0
+        self._broken: set[int] = set()  # Steps that were found not to be whole.
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -64,19 +73,28 @@ class Checkpoints:
         Raises:
             ConfigError: saves were finished, and what is left of each of them is broken.
         """
-        broken = []
+        broken = {}
         for step in _steps(self._folder):
             reason = self._what_is_wrong(step)
             if reason is None:
-                for line in broken:
-                    report(f"{line}; step {step} is taken instead")
-                return step
-            broken.append(f"{self._folder / str(step)}: {reason}")
+                return self._taken(step, broken, report)
+            broken[step] = f"{self._folder / str(step)}: {reason}"
         if saved_steps(self._folder):
-            raise ConfigError(f"{broken[0]}, and there is no older checkpoint that is whole")
-        for line in broken:
+            raise ConfigError(f"{next(iter(broken.values()))}, and there is no older checkpoint that is whole")
+        for step in list(broken):
+            if _is_committed(self._folder / str(step)):
+                report(f"{self._folder / str(step)}: has no {CHECKSUMS}; taken as it is")
+                del broken[step]
+                return self._taken(step, {later: line for later, line in broken.items() if later > step}, report)
+        for line in broken.values():
             report(f"{line}; there is no older one")
         return None
+
+    def _taken(self, step: int, broken: dict[int, str], report: Callable[[str], None]) -> int:
+        self._broken = set(broken)
+        for line in broken.values():
+            report(f"{line}; step {step} is taken instead")
+        return step
 
     def save(self, step: int, trees: dict[str, PyTree]) -> None:
         """Save in the background. Raises ConfigError when an earlier save failed."""
@@ -94,6 +112,7 @@ class Checkpoints:
         try:
             saving.result()
         except Exception as error:
+            self._remove_unfinished()
             raise ConfigError(f"{self._folder / str(self._saving_step)}: can't be saved ({_short(error)})") from error
 
     def restore(self, step: int, abstract_trees: dict[str, PyTree]) -> dict[str, PyTree]:
@@ -116,19 +135,23 @@ class Checkpoints:
         """Wait until a step is on disk, add its checksums, and let go of steps that are not kept."""
         saving.result()
         folder = self._folder / str(step)
-        sums = {str(path.relative_to(folder)): _sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+        sums = {name: _sha256(folder / name) for name in sorted(_files(folder))}
         write_whole(folder / CHECKSUMS, json.dumps(sums, indent=1) + "\n")
         if self._keep is None:
             return
+        self._broken.discard(step)
         # Later steps were not whole, or this one would not have been done again.
-        whole = [saved for saved in saved_steps(self._folder) if saved <= step]
+        whole = [saved for saved in saved_steps(self._folder) if saved <= step and saved not in self._broken]
         kept = {saved for saved in whole if self._keep_every and saved % self._keep_every == 0} | {*whole[: self._keep]}
         for old in _steps(self._folder):
             if old not in kept:
                 # First what makes it count, so that a kill leaves nothing that looks whole.
                 (self._folder / str(old) / CHECKSUMS).unlink(missing_ok=True)
                 shutil.rmtree(self._folder / str(old), ignore_errors=True)
-        # What a kill in the middle of a save has left.
+        self._remove_unfinished()
+
+    def _remove_unfinished(self) -> None:
+        """What a kill in the middle of a save has left, or a save that failed."""
         for rest in self._folder.glob("*.orbax-checkpoint-tmp*"):
             shutil.rmtree(rest, ignore_errors=True)
 
@@ -137,19 +160,24 @@ class Checkpoints:
         if not (folder / CHECKSUMS).is_file():
             return "its save was not finished"
         try:
-            sums = dict(json.loads((folder / CHECKSUMS).read_bytes()))
-        except (ValueError, TypeError, OSError):
+            sums = json.loads((folder / CHECKSUMS).read_bytes())
+        except ValueError:
             return f"{CHECKSUMS} is not what was saved"
-        for name, digest in sums.items():
-            try:
-                found = _sha256(folder / name)
-            except FileNotFoundError:
+        if not isinstance(sums, dict):
+            return f"{CHECKSUMS} is not what was saved"
+        # What can't be read for another reason may be whole: that ends the run.
+        for name in sorted({*sums} | {*_files(folder)}):
+            if not (folder / name).is_file():
                 return f"{name} is gone"
-            except (OSError, ValueError):
-                return f"{name} can't be read"
-            if found != digest:
+            if sums.get(name) != _sha256(folder / name):
                 return f"{name} is not what was saved"
         return None
+
+
+def _files(folder: Path) -> list[str]:
+    """The files of a step, by their place in it."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path != folder / CHECKSUMS)
+    return [str(path.relative_to(folder)) for path in files]
 
 
 def _sha256(path: Path) -> str:

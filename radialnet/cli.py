@@ -1,5 +1,6 @@
 """What all commands share: flags, and errors of the user as one line and an exit code."""
 
+import errno
 import os
 import re
 import sys
@@ -13,6 +14,8 @@ EXIT_BAD_INPUT = 2
 EXIT_NON_FINITE = 3
 EXIT_PREEMPTED = 75
 EXIT_INTERRUPTED = 130  # By SIGINT, where nothing was to be saved; what shells expect.
+
+_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 
 
 class NonFiniteError(RuntimeError):
@@ -109,10 +112,11 @@ def _guarded(main: Callable[[], None]) -> None:
         # Whoever read our output has seen enough. Nothing is left to be flushed at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
-        if error.filename is None:
+        # A file or folder that may not be read or written, or is not what its place asks for; or the disk is full.
+        if error.filename is None and error.errno not in _DISK_ERRORS:
             raise
-        # A file or folder that may not be read or written, or is not what its place asks for.
-        _fail(ConfigError(f"{error.filename}: {error.strerror}"), EXIT_BAD_INPUT)
+        where = "" if error.filename is None else f"{error.filename}: "
+        _fail(ConfigError(f"{where}{error.strerror}"), EXIT_BAD_INPUT)
     except NonFiniteError as error:
         _fail(error, EXIT_NON_FINITE)
     except KeyboardInterrupt:

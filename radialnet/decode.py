@@ -188,7 +188,7 @@ class Decoder:
             for row in range(self.num_rows):
                 if row not in at_work and queue and self._has_room(at_work.values(), queue[0][1]):
                     at_work[row] = self._admit(row, *queue.pop(0))
-            self._find_pages(len(at_work))
+            self._find_pages(int(np.asarray(self.cache.is_page_full_R())[list(at_work)].sum()))
             given = self.decoding, self.weights, self.cache, self.rows, every, bool(queue)
             self.cache, self.rows, log, num_iterations = _decode(*given)
             self.num_iterations += int(num_iterations)
@@ -251,8 +251,7 @@ class Decoder:
 
         def most_pages(request: Request) -> int:
             length = 1 + len(request.prompt) + request.max_new_tokens
-            # One more: each row at work has a free page before it, always.
-            return -(-length * self.decoding.stages.total // PAGE_SIZE) + 1
+            return -(-length * self.decoding.stages.total // PAGE_SIZE)
 
         pages = [most_pages(work.request) for work in at_work]
         if not pages or not self.capacity or self.when_full == "slide":
@@ -295,9 +294,11 @@ class Decoder:
             # As many as surely have room: how deep they go is not known yet.
             worst = self.decoding.stages.total
             free = int(self.cache.num_free) + self._num_pages_allowed(2**30) - self.cache.num_pages
-            num = max(min(last - begin, largest, (free - 1) * PAGE_SIZE // worst), 1)
+            # In the page that the row has begun.
+            room = -int(self.cache.num_R[row]) % PAGE_SIZE
+            num = max(min(last - begin, largest, (free * PAGE_SIZE + room) // worst), 1)
             chunk = next(size for size in CHUNKS if size >= num)
-            self._find_pages(-(-num * worst // PAGE_SIZE) + 1)
+            self._find_pages(-(-(num * worst - room) // PAGE_SIZE))
             part = np.zeros(chunk, np.int32)
             part[:num] = tokens[begin : begin + num]
             self.cache, _, layer_QT = _prefill(self.decoding, self.weights, self.cache, row, part, begin, num)

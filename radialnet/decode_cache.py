@@ -110,6 +110,10 @@ class DecodeCache:
         """Pages that each row has."""
         return -(-self.num_R // self.page_size)
 
+    def is_page_full_R(self) -> jax.Array:
+        """Whether the next entry of a row takes a new page."""
+        return self.num_R % self.page_size == 0
+
     def append(
         self,
         k_RQGK: jax.Array,

@@ -143,7 +143,8 @@ def decode(
     def goes_on(carry):
         cache, rows, _, iteration = carry
         live = rows.is_live_R.sum()
-        has_room = cache.num_free >= live
+        # An iteration writes one entry of a row at most.
+        has_room = cache.num_free >= (rows.is_live_R & cache.is_page_full_R()).sum()
         return (live > 0) & (iteration < max_iterations) & has_room & ~(until_done & (live < num_live))
 
     def step(carry):

@@ -4,7 +4,7 @@ import dataclasses
 import json
 from pathlib import Path
 
-from radialnet.checkpoint import saved_steps
+from radialnet.checkpoint import has_checkpoint
 from radialnet.config import ConfigError
 from radialnet.files import write_whole
 
@@ -42,7 +42,7 @@ class RunFolder:
         return self.root / "tensorboard"
 
     def has_checkpoint(self) -> bool:
-        return bool(saved_steps(self.checkpoints))
+        return has_checkpoint(self.checkpoints)
 
     def write_manifest(self, manifest: dict) -> None:
         """Write the manifest of the corpus, whole or not at all."""

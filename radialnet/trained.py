@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 from flax import nnx
 
-from radialnet.checkpoint import Checkpoints
+from radialnet.checkpoint import Checkpoints, saved_steps
 from radialnet.config import Config, ConfigError
 from radialnet.model import init_params
 from radialnet.router import Controllers
@@ -39,11 +39,20 @@ def load_trained(workdir: Path) -> TrainedModel:
     controllers = jax.eval_shape(lambda: Controllers.init(config.router, config.model.pool_size))
     if not folder.checkpoints.is_dir():
         raise ConfigError(f"{folder.checkpoints}: no checkpoint in this run folder yet")
-    with Checkpoints(folder.checkpoints) as checkpoints:
-        step = checkpoints.newest(report=warn)
-        if step is None:
-            raise ConfigError(f"{folder.checkpoints}: no checkpoint in this run folder yet")
-        trees = checkpoints.restore(step, {"params": params, "controllers": controllers})
+    abstract_trees = {"params": params, "controllers": controllers}
+    while True:
+        steps = saved_steps(folder.checkpoints)
+        try:
+            with Checkpoints(folder.checkpoints) as checkpoints:
+                step = checkpoints.newest(report=warn)
+                if step is None:
+                    raise ConfigError(f"{folder.checkpoints}: no checkpoint in this run folder yet")
+                trees = checkpoints.restore(step, abstract_trees)
+            break
+        except ConfigError:
+            # A run that is still being trained may have let go of the step while it was read.
+            if saved_steps(folder.checkpoints) == steps:
+                raise
     return TrainedModel(config, graph, trees["params"], trees["controllers"], tokenizer, step)
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from radialnet.checkpoint import CHECKSUMS, Checkpoints, saved_steps
+from radialnet.checkpoint import CHECKSUMS, Checkpoints, has_checkpoint, saved_steps
 from radialnet.config import ConfigError
 
 
@@ -104,6 +104,27 @@ def test_folders_that_are_no_checkpoint(folder, tmp_path):
     step, lines = newest(folder)
     assert step is None and all("there is no older one" in line for line in lines)
     assert newest(tmp_path / "nothing") == (None, [])
+
+
+def test_steps_of_before_checksums_are_taken_as_they_are(folder):
+    for step in (3, 5):
+        (folder / str(step) / CHECKSUMS).unlink()
+    (folder / "7").mkdir()
+    step, lines = newest(folder)
+    assert step == 5 and has_checkpoint(folder) and not saved_steps(folder)
+    assert f"{folder / '5'}: has no checksums.json; taken as it is" in lines and "7: its save" in lines[1]
+    save(folder, 9)
+    (folder / "9" / "params" / "_METADATA").write_text("{}")
+    # Where one has checksums, one without is none that was finished.
+    with pytest.raises(ConfigError, match="9: params/_METADATA is not what was saved"):
+        newest(folder)
+
+
+def test_checksums_that_name_nothing_are_not_those_that_were_saved(folder):
+    for text in ("{}", "[]", "7"):
+        (folder / "5" / CHECKSUMS).write_text(text)
+        step, lines = newest(folder)
+        assert step == 3 and "is not what was saved" in lines[0]
 
 
 def test_nothing_is_gone_on_from_when_nothing_is_whole(folder):

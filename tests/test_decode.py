@@ -347,11 +347,11 @@ def test_the_cache_grows_to_its_capacity_and_then_says_so(endless, monkeypatch):
 
 
 def test_requests_wait_for_room_in_the_cache(endless):
-    """With pages enough for two of them at full depth, and one free page before each, three are never at work."""
+    """With pages enough for two of them at full depth, three are never at work, and the two don't run out of pages."""
     requests = [dataclasses.replace(request, max_new_tokens=14) for request in requests_of(3)]
     alone = [decode.Decoder(endless).run([request])[0].tokens for request in requests]
     stages = decode.Decoder(endless).decoding.stages
-    pages = [-(-(1 + len(request.prompt) + 14) * stages.total // decode.PAGE_SIZE) + 1 for request in requests]
+    pages = [-(-(1 + len(request.prompt) + 14) * stages.total // decode.PAGE_SIZE) for request in requests]
     for exit_bias in (0.0, -1e9):
         narrow = decode.Decoder(
             endless, num_rows=3, capacity=sum(sorted(pages)[1:]) * decode.PAGE_SIZE, exit_bias=exit_bias
