@@ -18,30 +18,9 @@ from orbax.checkpoint import v1 as ocp
 
 from radialnet.config import ConfigError
 from radialnet.files import write_whole
+from radialnet.run_folder import CHECKSUMS, is_committed, saved_steps, steps_in
 
 PyTree = object
-
-CHECKSUMS = "checksums.json"
-
-
-def saved_steps(folder: Path) -> list[int]:
-    """The steps whose save was finished, the newest first; whether they are still whole is not looked at."""
-    return [step for step in _steps(folder) if (folder / str(step) / CHECKSUMS).exists()]
-
-
-def has_checkpoint(folder: Path) -> bool:
-    """Whether there is a step to go on from, or was one before it broke."""
-    return bool(saved_steps(folder)) or any(_is_committed(folder / str(step)) for step in _steps(folder))
-
-
-def _is_committed(folder: Path) -> bool:
-    """Whether Orbax wrote all of a step; without checksums it is of a run of before there were any, or a kill came."""
-    return (folder / "commit_success.txt").exists()
-
-
-def _steps(folder: Path) -> list[int]:
-    """The steps that there is anything of, the newest first."""
-    return sorted((int(path.name) for path in folder.glob("[0-9]*") if path.name.isdigit()), reverse=True)
 
 
 class Checkpoints:
@@ -74,7 +53,7 @@ class Checkpoints:
             ConfigError: saves were finished, and what is left of each of them is broken.
         """
         broken = {}
-        for step in _steps(self._folder):
+        for step in steps_in(self._folder):
             reason = self._what_is_wrong(step)
             if reason is None:
                 return self._taken(step, broken, report)
@@ -82,7 +61,7 @@ class Checkpoints:
         if saved_steps(self._folder):
             raise ConfigError(f"{next(iter(broken.values()))}, and there is no older checkpoint that is whole")
         for step in list(broken):
-            if _is_committed(self._folder / str(step)):
+            if is_committed(self._folder / str(step)):
                 report(f"{self._folder / str(step)}: has no {CHECKSUMS}; taken as it is")
                 del broken[step]
                 return self._taken(step, {later: line for later, line in broken.items() if later > step}, report)
@@ -143,7 +122,7 @@ class Checkpoints:
         # Later steps were not whole, or this one would not have been done again.
         whole = [saved for saved in saved_steps(self._folder) if saved <= step and saved not in self._broken]
         kept = {saved for saved in whole if self._keep_every and saved % self._keep_every == 0} | {*whole[: self._keep]}
-        for old in _steps(self._folder):
+        for old in steps_in(self._folder):
             if old not in kept:
                 # First what makes it count, so that a kill leaves nothing that looks whole.
                 (self._folder / str(old) / CHECKSUMS).unlink(missing_ok=True)

@@ -4,9 +4,31 @@ import dataclasses
 import json
 from pathlib import Path
 
-from radialnet.checkpoint import has_checkpoint
 from radialnet.config import ConfigError
 from radialnet.files import write_whole
+
+# What makes a checkpoint count: the checksums of its files, written when all of them are on disk.
+CHECKSUMS = "checksums.json"
+
+
+def saved_steps(folder: Path) -> list[int]:
+    """The steps whose save was finished, the newest first; whether they are still whole is not looked at."""
+    return [step for step in steps_in(folder) if (folder / str(step) / CHECKSUMS).exists()]
+
+
+def has_checkpoint(folder: Path) -> bool:
+    """Whether there is a step to go on from, or was one before it broke."""
+    return bool(saved_steps(folder)) or any(is_committed(folder / str(step)) for step in steps_in(folder))
+
+
+def is_committed(folder: Path) -> bool:
+    """Whether Orbax wrote all of a step; without checksums it is of a run of before there were any, or a kill came."""
+    return (folder / "commit_success.txt").exists()
+
+
+def steps_in(folder: Path) -> list[int]:
+    """The steps that there is anything of, the newest first."""
+    return sorted((int(path.name) for path in folder.glob("[0-9]*") if path.name.isdigit()), reverse=True)
 
 
 @dataclasses.dataclass(frozen=True)

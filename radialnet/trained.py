@@ -7,11 +7,11 @@ from pathlib import Path
 import jax
 from flax import nnx
 
-from radialnet.checkpoint import Checkpoints, saved_steps
+from radialnet.checkpoint import Checkpoints
 from radialnet.config import Config, ConfigError
 from radialnet.model import init_params
 from radialnet.router import Controllers
-from radialnet.run_folder import RunFolder
+from radialnet.run_folder import RunFolder, saved_steps
 from radialnet.tokenizer import Tokenizer
 
 

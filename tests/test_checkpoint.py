@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from radialnet.checkpoint import CHECKSUMS, Checkpoints, has_checkpoint, saved_steps
+from radialnet.checkpoint import Checkpoints
 from radialnet.config import ConfigError
+from radialnet.run_folder import CHECKSUMS, has_checkpoint, saved_steps
 
 
 def trees_of(step):

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from radialnet import cli
-from radialnet.checkpoint import CHECKSUMS
 from radialnet.config import ConfigError
 from radialnet.generate import SETTINGS, read_prompts, request_of
+from radialnet.run_folder import CHECKSUMS
 from radialnet.sampling import Sampling
 
 ROOT = Path(__file__).parents[1]

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from orbax.checkpoint import v1 as ocp
 
-from radialnet.checkpoint import Checkpoints, saved_steps
+from radialnet.checkpoint import Checkpoints
+from radialnet.run_folder import saved_steps
 from tests.test_cli import ROOT, lines_of, run
 
 STEPS = 12

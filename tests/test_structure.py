@@ -6,8 +6,8 @@ from pathlib import Path
 ORDER = [
     "files", "config", "grid", "tokenizer", "corpus", "hop_task", "grouping", "row_function", "block_loop",
     "grouped_kernels", "grouped", "visibility", "attention_kernels", "attention", "cache", "layers", "router",
-    "peer_routers", "metrics", "pool", "depth", "model", "losses", "optimizer", "train_step", "checkpoint",
-    "run_folder", "data", "trained", "plots", "sampling", "decode_cache", "decode_attention", "decode_step",
+    "peer_routers", "metrics", "pool", "depth", "model", "losses", "optimizer", "train_step", "run_folder",
+    "checkpoint", "data", "trained", "plots", "sampling", "decode_cache", "decode_attention", "decode_step",
     "decode_loop", "decode", "writers", "progress", "cli", "evaluate", "hops", "generate", "baseline", "report",
     "decode_benchmark", "benchmark", "aot", "trainer", "sweep", "results",
 ]  # fmt: skip
