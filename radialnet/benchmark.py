@@ -329,14 +329,16 @@ if __name__ == "__main__":
     _JSON = flags.DEFINE_string("json", None, "File that the figures are written to.")
     _RUNS = flags.DEFINE_string("runs", "", "Of `cache`: a folder with run folders in it.")
     _SIZES = {
-        name: flags.DEFINE_integer(name, value, meaning)
+        name: flags.DEFINE_integer(
+            name, value, f"{meaning}; {DECODE_SIZES[name]} for decode and cache." if name in DECODE_SIZES else meaning
+        )
         for name, value, meaning in (
-            ("d_model", 256, "D; 128 for decode and cache."),
-            ("d_ff", 1024, "F; 384 for decode and cache."),
-            ("seq_len", 256, "S; 140 for decode and cache."),
-            ("batch_size", 16, "B, rows."),
-            ("max_depth", 6, "T."),
-            ("repeats", 9, "Times that each pair is timed; 3 for decode and cache."),
+            ("d_model", 256, "D"),
+            ("d_ff", 1024, "F"),
+            ("seq_len", 256, "S"),
+            ("batch_size", 16, "B, rows"),
+            ("max_depth", 6, "T"),
+            ("repeats", 9, "Times that each pair is timed"),
         )
     }
     cli.run(main)

@@ -1,7 +1,6 @@
 """Training a run: build, resume, loop."""
 
 import dataclasses
-import signal
 import time
 from functools import partial
 from pathlib import Path
@@ -22,6 +21,7 @@ from radialnet.metrics import BatchSums, add, figures, flops_per_token, peak_flo
 from radialnet.model import init_params, upcycle
 from radialnet.optimizer import make_optimizer
 from radialnet.plots import plot_run
+from radialnet.preemption import Preemption
 from radialnet.progress import Clock, Progress
 from radialnet.run_folder import RunFolder
 from radialnet.tokenizer import Tokenizer
@@ -91,7 +91,7 @@ def train(config: Config, workdir: Path) -> None:
             run = Run(config, folder, dataset, graph, state, step, checkpoints, bytes_V, console)
             _print_start(run)
             # 6. The metrics of steps that will be done again go; 7. the data goes on from the step.
-            with MetricsWriter(folder, resumed_step=step) as writer, _Preemption() as preemption:
+            with MetricsWriter(folder, resumed_step=step) as writer, Preemption() as preemption:
                 _loop(run, writer, preemption)
         else:
             console.print(f"{workdir}: done, {step} of {config.train.num_steps} steps")
@@ -191,7 +191,7 @@ def _print_start(run: Run) -> None:
     )
 
 
-def _loop(run: Run, writer: MetricsWriter, preemption: "_Preemption") -> None:
+def _loop(run: Run, writer: MetricsWriter, preemption: Preemption) -> None:
     config, num_steps = run.config, run.config.train.num_steps
     batches = prefetch(train_batches(run.dataset.train, config.train.batch_size, config.train.seed), run.step)
     batch = next(batches)
@@ -238,9 +238,9 @@ def _loop(run: Run, writer: MetricsWriter, preemption: "_Preemption") -> None:
                     run.checkpoints.save(run.step, {**_trees(run.state), "window": window})
             if is_asked_to_end and not is_last:
                 run.checkpoints.check(wait=True)
-                name = signal.Signals(preemption.signal).name
                 raise PreemptedError(
-                    f"{name}: saved at step {run.step} of {num_steps}; the same command goes on from it"
+                    f"{preemption.signal.name}: saved at step {run.step} of {num_steps}; "
+                    "the same command goes on from it"
                 )
     run.checkpoints.check(wait=True)
     if config.log.sample_prompt and config.log.sample_tokens:
@@ -252,28 +252,6 @@ def _loop(run: Run, writer: MetricsWriter, preemption: "_Preemption") -> None:
             text = config.log.sample_prompt + text
             writer.write_text("sample", text, run.step)
             run.console.print("a sample, greedily:\n" + text)
-
-
-class _Preemption:
-    """SIGTERM and SIGINT ask for the end; a second one ends the process at once."""
-
-    _SIGNALS = (signal.SIGTERM, signal.SIGINT)
-
-    def __init__(self):
-        self.signal: int | None = None
-
-    def __enter__(self) -> "_Preemption":
-        self._before = {number: signal.signal(number, self._ask) for number in self._SIGNALS}
-        return self
-
-    def __exit__(self, *_) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _ask(self, number: int, _) -> None:
-        self.signal = number
-        for each in self._SIGNALS:
-            signal.signal(each, signal.SIG_DFL)
 
 
 def _is_due(step: int, every: int) -> bool:

@@ -38,8 +38,7 @@ def train(workdir, *overrides, code=0):
     return run("train.py", "--config=configs/smoke.py", f"--workdir={workdir}", *overrides, code=code)
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
+def text_flags(tmp_path_factory):
     """A small folder of text, so that the commands spend their time on what is tested."""
     folder = tmp_path_factory.mktemp("text")
     for index in range(40):
@@ -49,8 +48,12 @@ def text(tmp_path_factory):
         f"--config.data.path={folder}",
         "--config.data.eval_fraction=0.2",
         f"--config.data.cache_dir={tmp_path_factory.mktemp('cache')}",
-        "--config.train.num_steps=10",
     ]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    return [*text_flags(tmp_path_factory), "--config.train.num_steps=10"]
 
 
 @pytest.fixture(scope="module")

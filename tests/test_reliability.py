@@ -13,7 +13,7 @@ from orbax.checkpoint import v1 as ocp
 
 from radialnet.checkpoint import Checkpoints
 from radialnet.run_folder import saved_steps
-from tests.test_cli import ROOT, lines_of, run
+from tests.test_cli import ROOT, lines_of, run, text_flags
 
 STEPS = 12
 TIMED = {"tokens_per_s", "step_ms", "mfu"}
@@ -21,16 +21,10 @@ TIMED = {"tokens_per_s", "step_ms", "mfu"}
 
 @pytest.fixture(scope="module")
 def flags(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("text")
-    for index in range(40):
-        (folder / f"{index}.py").write_text("".join(f"def f{i}(x):\n    return x + {i * index}\n" for i in range(40)))
     return [
         "train.py",
         "--config=configs/smoke.py",
-        "--config.data.source=text",
-        f"--config.data.path={folder}",
-        "--config.data.eval_fraction=0.2",
-        f"--config.data.cache_dir={tmp_path_factory.mktemp('cache')}",
+        *text_flags(tmp_path_factory),
         f"--config.train.num_steps={STEPS}",
         "--config.eval.every_steps=6",
         "--config.eval.num_batches=1",
