@@ -89,6 +89,10 @@ def get_config() -> ConfigDict:
     train.accumulate_steps = 1  # Parts of a batch, one after the other to save memory; router losses: means over parts.
     train.seed = 0  # Of initialisation, data order and selection noise.
     train.max_skipped_steps = 10  # Non-finite updates in a row that end the run with exit code 3 at the next log line.
+    # Updates whose loss or gradient norm is that many standard deviations above the mean of the last 128 are skipped;
+    # 0 = none is, 6 = spikes.
+    train.spike_sigmas = 0.0
+    train.stall_factor = 30.0  # Times a usual step without progress, and all stacks are written to stderr; 0 = never.
 
     config.eval = evaluation = ConfigDict()
     evaluation.every_steps = 250  # Held-out evaluation; the end of the run is always evaluated. 0 = only then.
@@ -101,6 +105,7 @@ def get_config() -> ConfigDict:
 
     config.log = log = ConfigDict()
     log.every_steps = 10  # Training lines in metrics.jsonl.
+    log.alarms = "warn"  # What signs of a router gone wrong lead to (alarms.py): off | warn | stop, exit code 4.
     log.sample_prompt = "def "  # A continuation of this is logged at the end of the run; empty = none.
     log.sample_tokens = 64  # Its length in tokens.
 

@@ -12,6 +12,7 @@ from radialnet.config import Config, ConfigError
 
 EXIT_BAD_INPUT = 2
 EXIT_NON_FINITE = 3
+EXIT_ALARM = 4
 EXIT_PREEMPTED = 75
 EXIT_INTERRUPTED = 130  # By SIGINT, where nothing was to be saved; what shells expect.
 
@@ -19,7 +20,15 @@ _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 
 
 class NonFiniteError(RuntimeError):
-    """Too many updates in a row that were not finite."""
+    """Too many updates in a row that were not finite, from the training step `first_step` on."""
+
+    def __init__(self, message: str, first_step: int):
+        super().__init__(message)
+        self.first_step = first_step
+
+
+class AlarmError(RuntimeError):
+    """The router goes wrong, and the run was to stop then."""
 
 
 class PreemptedError(RuntimeError):
@@ -27,8 +36,8 @@ class PreemptedError(RuntimeError):
 
 
 def run(main: Callable[[], None]) -> None:
-    """Parse the flags and call `main`; end with exit code 0, 2 (bad configuration or input), 3 (non-finite) or 75
-    (asked to end, run me again)."""
+    """Parse the flags and call `main`; end with exit code 0, 2 (bad configuration or input), 3 (non-finite), 4 (an
+    alarm, where that is to stop the run) or 75 (asked to end, run me again)."""
     app.run(lambda _: _guarded(main), flags_parser=_parse)
 
 
@@ -119,6 +128,8 @@ def _guarded(main: Callable[[], None]) -> None:
         _fail(ConfigError(f"{where}{error.strerror}"), EXIT_BAD_INPUT)
     except NonFiniteError as error:
         _fail(error, EXIT_NON_FINITE)
+    except AlarmError as error:
+        _fail(error, EXIT_ALARM)
     except KeyboardInterrupt:
         sys.exit(EXIT_INTERRUPTED)
     except PreemptedError as error:

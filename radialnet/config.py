@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from configs import base
 from radialnet.files import write_whole
 
 VIEWS = ("all", "latest", "same_step", "first", "same_layer")
@@ -126,6 +127,8 @@ class TrainConfig:
     seq_len: int
     seed: int
     max_skipped_steps: int
+    spike_sigmas: float
+    stall_factor: float
     accumulate_steps: int
 
 
@@ -145,6 +148,7 @@ class CheckpointConfig:
 @dataclasses.dataclass(frozen=True)
 class LogConfig:
     every_steps: int
+    alarms: str
     sample_prompt: str
     sample_tokens: int
 
@@ -183,7 +187,11 @@ class Config:
 
     @classmethod
     def load(cls, path: Path) -> "Config":
-        """Read what `save` wrote. Raises ConfigError when there is none or it can't be read."""
+        """Read what `save` wrote, also before a field was there: the default of a new one is what runs did without it.
+
+        Raises:
+            ConfigError: there is none, or it can't be read.
+        """
         try:
             fields = json.loads(path.read_text())
         except FileNotFoundError:
@@ -192,6 +200,9 @@ class Config:
             raise ConfigError(f"{path}: not JSON ({error})") from None
         if not isinstance(fields, dict):
             raise ConfigError(f"{path}: a JSON object is needed")
+        for section, defaults in base.get_config().to_dict().items():
+            if isinstance(found := fields.setdefault(section, {}), dict):
+                fields[section] = {**defaults, **found}
         return cls.from_dict(fields)
 
 
@@ -406,6 +417,7 @@ def _validate_run(config: Config) -> None:
     _require(0 < optimizer.b2 < 1, f"config.optimizer.b2={optimizer.b2}: between 0 and 1 is needed")
     _require(optimizer.clip_norm > 0, f"config.optimizer.clip_norm={optimizer.clip_norm}: more than 0 is needed")
     _at_least("train", train, 1, "num_steps", "batch_size", "seq_len", "max_skipped_steps", "accumulate_steps")
+    _at_least("train", train, 0, "spike_sigmas", "stall_factor")
     _require(
         train.batch_size % train.accumulate_steps == 0,
         f"config.train.accumulate_steps={train.accumulate_steps} does not divide "
@@ -419,6 +431,7 @@ def _validate_run(config: Config) -> None:
     _at_least("checkpoint", config.checkpoint, 1, "keep")
     _at_least("log", config.log, 1, "every_steps")
     _at_least("log", config.log, 0, "sample_tokens")
+    _one_of("config.log.alarms", config.log.alarms, ("off", "warn", "stop"))
 
 
 def check_hops(

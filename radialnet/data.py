@@ -190,6 +190,11 @@ def train_batches(rows: Rows, batch_size: int, seed: int) -> grain.MapDataset:
     return grain.MapDataset.source(rows).shuffle(seed=seed).repeat().batch(batch_size)
 
 
+def train_row_numbers(rows: Rows, batch_size: int, seed: int) -> grain.MapDataset:
+    """Which rows the batches of `train_batches` are made of."""
+    return grain.MapDataset.range(len(rows)).shuffle(seed=seed).repeat().batch(batch_size)
+
+
 def prefetch(batches: grain.MapDataset, start: int) -> Iterator[Batch]:
     """The batches from step `start` on, read ahead by threads."""
     options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)

@@ -175,6 +175,8 @@ def figures(sums: BatchSums) -> dict:
         **losses,
         "bpb": float(sums.losses["ce"] / np.log(2) / (sums.num_bytes or np.nan)),
         "depth": float(routing.mean_depth()) if routing.num_tokens else np.nan,
+        # Of soft exits; what a token would have done after its hard one is left out (`losses.depth_loss`).
+        "expected_depth": float(routing.expected_depth / num_tokens),
         "depth_hist": (routing.tokens_by_depth / num_tokens).tolist(),
         "load": load_L.tolist(),
         "load_entropy": float(entropy / np.log(len(load_L))) if len(load_L) > 1 else 1.0,

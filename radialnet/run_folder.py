@@ -56,6 +56,14 @@ class RunFolder:
         return self.root / "checkpoints"
 
     @property
+    def non_finite(self) -> Path:
+        return self.root / "non_finite"
+
+    @property
+    def lock(self) -> Path:
+        return self.root / ".lock"
+
+    @property
     def plots(self) -> Path:
         return self.root / "plots"
 

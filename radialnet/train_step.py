@@ -15,6 +15,9 @@ from radialnet.router import Controllers, Schedule, schedule, update_exit_bias, 
 
 Batch = dict[str, jax.Array]
 
+# Updates that a spike is told by.
+SPIKE_WINDOW = 128
+
 
 @flax.struct.dataclass
 class TrainState:
@@ -22,8 +25,9 @@ class TrainState:
     params: dict
     optimizer: optax.OptState
     controllers: Controllers
-    num_skipped: jax.Array  # Steps whose update was not finite and left the state as it was.
-    num_skipped_in_a_row: jax.Array
+    num_skipped: jax.Array  # Steps whose update was not finite, or a spike, and left the state as it was.
+    num_skipped_in_a_row: jax.Array  # Of those that were not finite.
+    recent_2W: jax.Array  # Loss and gradient norm of the last steps, the oldest first; NaN before there were any.
 
 
 def init_state(config: Config, params: dict, optimizer: optax.GradientTransformation) -> TrainState:
@@ -34,6 +38,7 @@ def init_state(config: Config, params: dict, optimizer: optax.GradientTransforma
         controllers=Controllers.init(config.router, config.model.pool_size),
         num_skipped=jnp.int32(0),
         num_skipped_in_a_row=jnp.int32(0),
+        recent_2W=jnp.full((2, SPIKE_WINDOW), jnp.nan, jnp.float32),
     )
 
 
@@ -119,7 +124,9 @@ def train_step(
 ) -> tuple[TrainState, BatchSums, dict[str, jax.Array]]:
     """One optimizer step.
 
-    A step with a loss or gradient that is not finite changes nothing but the counts of steps.
+    A step with a loss or gradient that is not finite, or far above those before it (`is_spike`), changes nothing but
+    the counts of steps. After `train.max_skipped_steps` in a row that were not finite no step does, until the run is
+    ended: what it leaves is the state that they came from.
 
     Args:
         batch: `token`, `target`, `document`, `position`, `is_target`, each [B, S].
@@ -132,7 +139,13 @@ def train_step(
     at = schedule(config.router, config.model.max_depth, state.step)
     grads, sums = _grads(config, graph, state, batch, at, bytes_V, rng)
     grad_norm = optax.tree.norm(grads)
-    is_finite = jnp.isfinite(sums.losses["loss"]) & jnp.isfinite(grad_norm)
+    mean_loss = sums.losses["loss"] / jnp.maximum(sums.num_targets, 1)
+    is_finite = jnp.isfinite(mean_loss) & jnp.isfinite(grad_norm)
+    size_2 = jnp.stack([mean_loss, grad_norm])
+    is_finite &= state.num_skipped_in_a_row < config.train.max_skipped_steps
+    is_good = is_finite
+    if config.train.spike_sigmas:
+        is_good &= ~is_spike(state.recent_2W, size_2, config.train.spike_sigmas)
 
     def update(params, opt_state, controllers):
         updates, opt_state = optimizer.update(clip(config, grads, grad_norm), opt_state, params)
@@ -140,24 +153,39 @@ def train_step(
 
     # A branch, and not a choice between new and old: that would keep both in memory.
     old = state.params, state.optimizer, state.controllers
-    params, opt_state, controllers = jax.lax.cond(is_finite, update, lambda *same: same, *old)
+    params, opt_state, controllers = jax.lax.cond(is_good, update, lambda *same: same, *old)
     new_state = TrainState(
         step=state.step + 1,
         params=params,
         optimizer=opt_state,
         controllers=controllers,
-        num_skipped=state.num_skipped + ~is_finite,
+        num_skipped=state.num_skipped + ~is_good,
         num_skipped_in_a_row=jnp.where(is_finite, 0, state.num_skipped_in_a_row + 1),
+        # Spikes too: what was one is the usual thing when it stays.
+        recent_2W=jnp.where(
+            is_finite, jnp.concatenate([state.recent_2W[:, 1:], size_2[:, None]], axis=1), state.recent_2W
+        ),
     )
     scalars = {
         "exit_bias": controllers.exit_bias,
         "grad_norm": grad_norm,
+        "router_grad_norm": optax.tree.norm(grads.get("router", {})),
         "lr": learning_rate(config)(state.step - state.num_skipped),
         "skipped_steps": new_state.num_skipped,
         "skipped_in_a_row": new_state.num_skipped_in_a_row,
         "depth_target": at.depth_target,
     }
-    return new_state, jax.tree.map(lambda x: jnp.where(is_finite, x, 0), sums), scalars
+    return new_state, jax.tree.map(lambda x: jnp.where(is_good, x, 0), sums), scalars
+
+
+def is_spike(recent_2W: jax.Array, size_2: jax.Array, sigmas: float) -> jax.Array:
+    """Whether one of the sizes of a step is more than `sigmas` standard deviations above the mean of the recent ones.
+
+    Never before half of the window is known.
+    """
+    mean_2, std_2 = jnp.nanmean(recent_2W, axis=1), jnp.nanstd(recent_2W, axis=1)
+    is_known = jnp.isfinite(recent_2W[0]).sum() >= recent_2W.shape[1] // 2
+    return is_known & (size_2 > mean_2 + sigmas * std_2).any()
 
 
 def _update_controllers(config: Config, controllers: Controllers, at: Schedule, sums: BatchSums) -> Controllers:

@@ -1,10 +1,13 @@
 """Training a run: build, resume, loop."""
 
+import contextlib
 import dataclasses
 import time
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
+import filelock
 import jax
 import jax.numpy as jnp
 import rich.console
@@ -17,16 +20,19 @@ from radialnet.data import Dataset, eval_batches, prefetch, prepare, train_batch
 from radialnet.decode import CacheFullError
 from radialnet.evaluate import EvalStep, evaluate
 from radialnet.generate import generate
-from radialnet.metrics import BatchSums, add, figures, flops_per_token, peak_flops
+from radialnet.metrics import figures
 from radialnet.model import init_params, upcycle
+from radialnet.non_finite import write_reproduction
 from radialnet.optimizer import make_optimizer
 from radialnet.plots import plot_run
 from radialnet.preemption import Preemption
-from radialnet.progress import Clock, Progress
+from radialnet.progress import Progress
 from radialnet.run_folder import RunFolder
 from radialnet.tokenizer import Tokenizer
+from radialnet.train_log import TrainLog, line_of, stop_if_not_finite
 from radialnet.train_step import TrainState, eval_step, init_state, train_step
 from radialnet.trained import TrainedModel, keep_programs, load_trained, warn
+from radialnet.watchdog import Watchdog
 from radialnet.writers import MetricsWriter
 
 # What a run folder was made with and can't be changed on resume. The rest may change, and the change is printed.
@@ -63,8 +69,10 @@ def train(config: Config, workdir: Path) -> None:
     """Train until `train.num_steps`, from the newest checkpoint in `workdir` if there is one.
 
     Raises:
-        ConfigError: the folder belongs to a run with another shape or other data, or the data can't be read.
+        ConfigError: the folder belongs to a run with another shape or other data, or to one that is being trained; or
+            the data can't be read.
         NonFiniteError: `train.max_skipped_steps` updates in a row were not finite.
+        AlarmError: the router goes wrong, and `log.alarms` says to stop.
         PreemptedError: SIGTERM or SIGINT came; the state is saved.
     """
     console = rich.console.Console(highlight=False, markup=False, soft_wrap=True)
@@ -78,7 +86,8 @@ def train(config: Config, workdir: Path) -> None:
     graph, state = _fresh_state(config, dataset.tokenizer, is_new=not folder.has_checkpoint())
     # 4. All of them from the newest checkpoint.
     workdir.mkdir(parents=True, exist_ok=True)
-    with Checkpoints(folder.checkpoints, config.checkpoint.keep, config.checkpoint.keep_every) as checkpoints:
+    cfg = config.checkpoint
+    with _locked(folder), Checkpoints(folder.checkpoints, cfg.keep, cfg.keep_every) as checkpoints:
         step = checkpoints.newest(report=warn) or 0
         if step:
             state = _restore(checkpoints, step, state)
@@ -99,6 +108,20 @@ def train(config: Config, workdir: Path) -> None:
     if step < config.train.num_steps or not folder.plots.exists():
         paths = plot_run(folder.read_metrics(), folder.plots)
         console.print("plots: " + ", ".join(str(path) for path in paths))
+
+
+@contextlib.contextmanager
+def _locked(folder: RunFolder) -> Iterator[None]:
+    """Keep other processes from training in the folder; the lock goes with the process, however that ends."""
+    lock = filelock.FileLock(folder.lock, timeout=0)
+    try:
+        lock.acquire()
+    except filelock.Timeout:
+        raise ConfigError(f"--workdir={folder.root}: another process is training in it") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _check_folder(config: Config, folder: RunFolder, console: rich.console.Console) -> None:
@@ -161,6 +184,7 @@ def _trees(state: TrainState) -> dict:
         "controllers": state.controllers,
         "optimizer": state.optimizer,
         "counts": {"step": state.step, "skipped": state.num_skipped, "skipped_in_a_row": state.num_skipped_in_a_row},
+        "recent": state.recent_2W,
     }
 
 
@@ -174,6 +198,7 @@ def _restore(checkpoints: Checkpoints, step: int, state: TrainState) -> TrainSta
         controllers=trees["controllers"],
         num_skipped=counts["skipped"],
         num_skipped_in_a_row=counts["skipped_in_a_row"],
+        recent_2W=trees["recent"],
     )
 
 
@@ -209,141 +234,77 @@ def _loop(run: Run, writer: MetricsWriter, preemption: Preemption) -> None:
         window = run.checkpoints.restore(run.step, {"window": window})["window"]
     run.console.print(f"compiled the training step in {time.perf_counter() - start:.1f} s")
     eval_fn = jax.jit(partial(eval_step, config=config, graph=run.graph))
+    vocab_size, lines = run.dataset.tokenizer.vocab_size, run.folder.read_metrics()
 
-    with Progress(run.console, run.step, config.train.num_steps) as progress:
-        log = _TrainLog(run, writer, progress, no_sums, window)
-        while run.step < num_steps:
-            run.state, sums, scalars = compiled(run.state, batch, run.bytes_V)
-            run.step += 1
-            is_last = run.step == num_steps
-            # While the device works on the step, the next batch is fetched and the figures of the step before are read.
-            batch = None if is_last else next(batches)
-            log.add(sums, scalars, is_last)
-            run.checkpoints.check()
-            must_evaluate = is_last or _is_due(run.step, config.eval.every_steps)
-            # Asked now and not again below, so that what is saved is what is left by.
-            is_asked_to_end = preemption.signal is not None
-            must_save = is_last or is_asked_to_end or _is_due(run.step, config.checkpoint.every_steps)
-            if must_evaluate or must_save:
-                # Steps still under way are time of training, and a line must not be younger than its checkpoint.
-                jax.block_until_ready(run.state)
-                log.flush()
-            window = log.window() if must_save else None
-            with log.clock.paused():
-                if must_evaluate:
-                    line = _eval_line(run, eval_fn, scalars)
-                    writer.write(line)
-                    progress.show(line)
-                if must_save:
-                    run.checkpoints.save(run.step, {**_trees(run.state), "window": window})
-            if is_asked_to_end and not is_last:
-                run.checkpoints.check(wait=True)
-                raise PreemptedError(
-                    f"{preemption.signal.name}: saved at step {run.step} of {num_steps}; "
-                    "the same command goes on from it"
-                )
+    with Progress(run.console, run.step, num_steps) as progress, Watchdog(config.train.stall_factor) as watchdog:
+        log = TrainLog(config, vocab_size, writer, progress, no_sums, window, lines)
+        scalars = None
+        try:
+            while run.step < num_steps:
+                before, (run.state, sums, scalars) = scalars, compiled(run.state, batch, run.bytes_V)
+                run.step += 1
+                watchdog.moved(run.step)
+                is_last = run.step == num_steps
+                # While the device works on the step, the next batch is fetched and the figures of the step before are
+                # read.
+                batch = None if is_last else next(batches)
+                # At most two steps are under way, so that it shows when one of them hangs.
+                jax.block_until_ready(before)
+                log.add(run.step, sums, scalars)
+                run.checkpoints.check()
+                # Asked now and not again below, so that what is saved is what is left by.
+                is_asked_to_end = preemption.signal is not None
+                must_evaluate = is_last or _is_due(run.step, config.eval.every_steps)
+                must_save = is_last or is_asked_to_end or _is_due(run.step, config.checkpoint.every_steps)
+                if must_evaluate or must_save:
+                    # Steps still under way are time of training, and a line must not be younger than its checkpoint.
+                    jax.block_until_ready(run.state)
+                    log.flush()
+                    stop_if_not_finite(config, run.step, scalars)
+                window = log.window() if must_save else None
+                with log.clock.paused(), watchdog.paused():
+                    if must_evaluate:
+                        line = _eval_line(run, eval_fn, scalars)
+                        writer.write(line)
+                        progress.show(line)
+                    if must_save:
+                        run.checkpoints.save(run.step, {**_trees(run.state), "window": window})
+                if is_asked_to_end and not is_last:
+                    run.checkpoints.check(wait=True)
+                    raise PreemptedError(
+                        f"{preemption.signal.name}: saved at step {run.step} of {num_steps}; "
+                        "the same command goes on from it"
+                    )
+        except NonFiniteError as error:
+            trees = {**_trees(run.state), "window": log.window()}
+            report = write_reproduction(run.folder.non_finite, config, run.dataset, trees, error)
+            told = f"{error}; {report} tells of what, and its folder is a run that comes to them"
+            raise NonFiniteError(told, error.first_step) from None
     run.checkpoints.check(wait=True)
     if config.log.sample_prompt and config.log.sample_tokens:
-        try:
-            text = generate(run.trained(), config.log.sample_prompt, config.log.sample_tokens)
-        except CacheFullError as error:
-            warn(f"no sample: {error}")
-        else:
-            text = config.log.sample_prompt + text
-            writer.write_text("sample", text, run.step)
-            run.console.print("a sample, greedily:\n" + text)
+        _write_sample(run, writer)
+
+
+def _write_sample(run: Run, writer: MetricsWriter) -> None:
+    cfg = run.config.log
+    try:
+        text = cfg.sample_prompt + generate(run.trained(), cfg.sample_prompt, cfg.sample_tokens)
+    except CacheFullError as error:
+        warn(f"no sample: {error}")
+        return
+    writer.write_text("sample", text, run.step)
+    run.console.print("a sample, greedily:\n" + text)
 
 
 def _is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-class _TrainLog:
-    """Sums up steps and writes their lines, each after the next step was dispatched, so that the device never waits."""
-
-    def __init__(self, run: Run, writer: MetricsWriter, progress: Progress, no_sums: BatchSums, window: dict):
-        """
-        Args:
-            no_sums: zeros.
-            window: what another process had summed up since its last line.
-        """
-        self.clock = Clock(float(window["seconds"]))
-        self._run, self._writer, self._progress = run, writer, progress
-        self._no_sums, self._sums, self._num_steps = no_sums, window["sums"], int(window["num_steps"])
-        self._pending = None
-
-    def window(self) -> dict:
-        """What was summed up since the last line, for a checkpoint. No line may be due."""
-        assert self._pending is None
-        seconds = jnp.float32(self.clock.seconds())
-        return {"sums": self._sums, "num_steps": jnp.int32(self._num_steps), "seconds": seconds}
-
-    def add(self, sums: BatchSums, scalars: dict[str, jax.Array], is_last: bool) -> None:
-        """Add the step that was just dispatched; write the line of the step before if one is due."""
-        self.flush()
-        self._sums = add(self._sums, sums)
-        self._num_steps += 1
-        step = self._run.step
-        self._progress.move(step)
-        if is_last or _is_due(step, self._run.config.log.every_steps):
-            self._pending = (step, self._sums, scalars, self._num_steps)
-            self._sums, self._num_steps = self._no_sums, 0
-
-    def flush(self) -> None:
-        """Write the line that is due, if any. Waits for its steps."""
-        if self._pending is None:
-            return
-        step, sums, scalars, num_steps = self._pending
-        self._pending = None
-        # The figures wait for the device; only then are the seconds those of the steps.
-        found = figures(sums)
-        seconds = self.clock.seconds()
-        self.clock.restart()
-        flops = 3 * _flops(self._run, found)
-        line = _line(step, "train", found, scalars, float(sums.routing.num_tokens), seconds, num_steps, flops)
-        self._writer.write(line)
-        self._progress.show(line)
-        _stop_if_not_finite(self._run.config, step, scalars)
-
-
 def _eval_line(run: Run, eval_fn: EvalStep, scalars: dict) -> dict:
     config, state = run.config, run.state
     batches = eval_batches(run.dataset.eval, config.train.batch_size, config.eval.num_batches)
     sums, seconds = evaluate(eval_fn, state.params, state.controllers, run.step, batches, run.bytes_V)
-    found = figures(sums)
-    num_tokens = float(sums.routing.num_tokens)
-    num_batches = num_tokens / (config.train.batch_size * config.train.seq_len)
-    flops = _flops(run, found)
-    return _line(run.step, "eval", found, scalars, num_tokens, seconds, num_batches, flops)
-
-
-def _flops(run: Run, found: dict) -> float:
-    return flops_per_token(run.config, run.dataset.tokenizer.vocab_size, found["executed_by_step"])
-
-
-def _line(
-    step: int, split: str, found: dict, scalars: dict, num_tokens: float, seconds: float, num_steps: float, flops: float
-) -> dict:
-    """One line of metrics.jsonl. Those of an evaluation carry the scalars of the training step before it."""
-    peak = peak_flops(jax.devices()[0])
-    tokens_per_s = num_tokens / seconds
-    return {
-        "step": step,
-        "split": split,
-        **found,
-        **{name: float(scalars[name]) for name in ("exit_bias", "depth_target", "grad_norm", "lr")},
-        "skipped_steps": int(scalars["skipped_steps"]),
-        "tokens_per_s": tokens_per_s,
-        "step_ms": 1000 * seconds / num_steps,
-        "flops_per_token": flops,
-        "mfu": None if peak is None else flops * tokens_per_s / peak,
-    }
-
-
-def _stop_if_not_finite(config: Config, step: int, scalars: dict) -> None:
-    in_a_row, allowed = int(scalars["skipped_in_a_row"]), config.train.max_skipped_steps
-    if in_a_row >= allowed:
-        raise NonFiniteError(
-            f"step {step}: the last {in_a_row} losses or gradients were not finite "
-            f"(config.train.max_skipped_steps={allowed})"
-        )
+    num_tokens = sums.routing.num_tokens
+    num_batches = float(num_tokens) / (config.train.batch_size * config.train.seq_len)
+    vocab_size = run.dataset.tokenizer.vocab_size
+    return line_of(config, vocab_size, run.step, "eval", figures(sums), scalars, num_tokens, seconds, num_batches)

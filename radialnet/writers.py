@@ -24,12 +24,17 @@ class MetricsWriter:
         self._file.close()
         self._tensorboard.close()
 
-    def write(self, line: dict) -> None:
-        """Write one line. A figure that is not finite becomes null, for JSON has no NaN."""
+    def write(self, line: dict, of_process: dict[str, float] | None = None) -> None:
+        """Write one line. A figure that is not finite becomes null, for JSON has no NaN.
+
+        Args:
+            of_process: figures for TensorBoard alone. They are of the process and not of the run: the lines of a run
+                that was stopped and went on are those of the run that was not.
+        """
         line = {key: finite(value) for key, value in line.items()}
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
-        for key, value in line.items():
+        for key, value in {**line, **(of_process or {})}.items():
             if isinstance(value, int | float) and key != "step":
                 self._tensorboard.add_scalar(f"{line['split']}/{key}", value, line["step"])
 

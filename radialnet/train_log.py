@@ -1,0 +1,149 @@
+"""The lines of metrics.jsonl that a run writes while it trains, and the alarms that they raise."""
+
+import collections
+
+import jax
+import jax.numpy as jnp
+
+from radialnet.alarms import HISTORY, alarms
+from radialnet.cli import AlarmError, NonFiniteError
+from radialnet.config import Config
+from radialnet.files import finite
+from radialnet.metrics import BatchSums, add, figures, flops_per_token, peak_flops
+from radialnet.progress import Clock, Progress
+from radialnet.trained import warn
+from radialnet.watchdog import MemoryWatch
+from radialnet.writers import MetricsWriter
+
+
+class TrainLog:
+    """Sums up steps and writes their lines, each after the next step was dispatched, so that the device never waits."""
+
+    def __init__(
+        self,
+        config: Config,
+        vocab_size: int,
+        writer: MetricsWriter,
+        progress: Progress,
+        no_sums: BatchSums,
+        window: dict,
+        before: list[dict],
+    ):
+        """
+        Args:
+            no_sums: zeros.
+            window: what another process had summed up since its last line.
+            before: the lines of metrics.jsonl so far.
+        """
+        self.clock = Clock(float(window["seconds"]))
+        self._config, self._vocab_size, self._writer, self._progress = config, vocab_size, writer, progress
+        self._no_sums, self._sums, self._num_steps = no_sums, window["sums"], int(window["num_steps"])
+        self._lines = collections.deque((line for line in before if line["split"] == "train"), HISTORY)
+        self._alarms, self._memory = alarms(config, list(self._lines)), MemoryWatch()
+        self._pending = None
+
+    def window(self) -> dict:
+        """What was summed up since the last line, for a checkpoint. No line may be due."""
+        assert self._pending is None
+        seconds = jnp.float32(self.clock.seconds())
+        return {"sums": self._sums, "num_steps": jnp.int32(self._num_steps), "seconds": seconds}
+
+    def add(self, step: int, sums: BatchSums, scalars: dict[str, jax.Array]) -> None:
+        """Add the step that was just dispatched; write the line of the step before if one is due.
+
+        Raises:
+            NonFiniteError, AlarmError: as `flush`.
+        """
+        self.flush()
+        self._sums = add(self._sums, sums)
+        self._num_steps += 1
+        self._progress.move(step)
+        if step == self._config.train.num_steps or step % self._config.log.every_steps == 0:
+            self._pending = (step, self._sums, scalars, self._num_steps)
+            self._sums, self._num_steps = self._no_sums, 0
+
+    def flush(self) -> None:
+        """Write the line that is due, if any. Waits for its steps.
+
+        Raises:
+            NonFiniteError: the last `train.max_skipped_steps` updates were not finite.
+            AlarmError: an alarm was raised, and `log.alarms` says to stop.
+        """
+        if self._pending is None:
+            return
+        step, sums, scalars, num_steps = self._pending
+        self._pending = None
+        # The figures wait for the device; only then are the seconds those of the steps.
+        found = figures(sums)
+        seconds = self.clock.seconds()
+        self.clock.restart()
+        line = line_of(
+            self._config, self._vocab_size, step, "train", found, scalars, sums.routing.num_tokens, seconds, num_steps
+        )
+        before, found = self._alarms, self._find_alarms(line)
+        memory_gb, growth = self._memory.look()
+        if growth:
+            found = {**found, "memory": growth}
+        self._writer.write({**line, "alarms": sorted(found)}, {"memory_gb": memory_gb})
+        self._progress.show(line)
+        for name in sorted(found.keys() - before.keys()):
+            warn(f"step {step}: {name}: {found[name]}")
+        stop_if_not_finite(self._config, step, scalars)
+        if found and self._config.log.alarms == "stop":
+            raise AlarmError(f"step {step}: {'; '.join(found.values())} (config.log.alarms='stop')")
+
+    def _find_alarms(self, line: dict) -> dict[str, str]:
+        if self._config.log.alarms != "off":
+            # As it will be read back by a run that goes on.
+            self._lines.append(finite(line))
+            self._alarms = alarms(self._config, list(self._lines))
+        return self._alarms
+
+
+def line_of(
+    config: Config,
+    vocab_size: int,
+    step: int,
+    split: str,
+    found: dict,
+    scalars: dict[str, jax.Array],
+    num_tokens: jax.Array,
+    seconds: float,
+    num_steps: float,
+) -> dict:
+    """A line of metrics.jsonl. Those of an evaluation carry the scalars of the training step before it.
+
+    Args:
+        found: `figures`.
+        seconds: that num_steps steps of num_tokens tokens in all took.
+    """
+    peak = peak_flops(jax.devices()[0])
+    tokens_per_s = float(num_tokens) / seconds
+    # A step of training takes three times the products of a forward pass.
+    flops = flops_per_token(config, vocab_size, found["executed_by_step"]) * (3 if split == "train" else 1)
+    return {
+        "step": step,
+        "split": split,
+        **found,
+        **{name: float(scalars[name]) for name in _SCALARS},
+        "skipped_steps": int(scalars["skipped_steps"]),
+        "tokens_per_s": tokens_per_s,
+        "step_ms": 1000 * seconds / num_steps,
+        "flops_per_token": flops,
+        "mfu": None if peak is None else flops * tokens_per_s / peak,
+    }
+
+
+_SCALARS = ("exit_bias", "depth_target", "grad_norm", "router_grad_norm", "lr")
+
+
+def stop_if_not_finite(config: Config, step: int, scalars: dict[str, jax.Array]) -> None:
+    """Raise NonFiniteError when so many updates in a row up to `step` were not finite that training stands still."""
+    in_a_row, allowed = int(scalars["skipped_in_a_row"]), config.train.max_skipped_steps
+    if in_a_row >= allowed:
+        first = step - in_a_row + 1
+        raise NonFiniteError(
+            f"step {first + allowed - 1}: {allowed} losses or gradients in a row were not finite "
+            f"(config.train.max_skipped_steps={allowed})",
+            first,
+        )
