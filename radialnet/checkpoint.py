@@ -3,17 +3,25 @@
 Orbax writes a step aside and renames it at the end, so that a kill leaves a whole step or none. But it loads flipped
 bits without a word, takes an empty folder for the newest step, and never turns to an older one. So a step counts here
 when it has its `checksums.json`, which is written when all the rest is on disk, and every file is what that says.
+
+Several processes share the folder, and the work: each takes the checksums of its share of the files, when a step is
+saved and when it is looked at. All of them must call each method, with global arrays.
 """
 
 import hashlib
 import json
+import logging
 import shutil
 import textwrap
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import jax
+import numpy as np
+from absl import logging as absl_logging
+from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from radialnet.config import ConfigError
@@ -21,6 +29,13 @@ from radialnet.files import write_whole
 from radialnet.run_folder import CHECKSUMS, is_committed, saved_steps, steps_in
 
 PyTree = object
+
+# How long a process waits for the checksums of the others.
+_PATIENCE_SECONDS = 600
+
+
+# Checksums of one process, until the first one has put them together.
+_PART = "checksums.{}.json"
 
 
 class Checkpoints:
@@ -33,8 +48,10 @@ class Checkpoints:
         self._saving: Future | None = None
         self._saving_step = 0
         self._broken: set[int] = set()  # Steps that were found not to be whole.
+        self._process, self._num_processes = jax.process_index(), jax.process_count()
 
     def __enter__(self) -> "Checkpoints":
+        absl_logging.get_absl_logger().addFilter(_is_not_reported_here)
         return self
 
     def __exit__(self, *_) -> None:
@@ -42,6 +59,7 @@ class Checkpoints:
             self.check(wait=True)
         finally:
             self._worker.shutdown()
+            absl_logging.get_absl_logger().removeFilter(_is_not_reported_here)
 
     def newest(self, report: Callable[[str], None]) -> int | None:
         """The newest step that is whole; None where no save was ever finished.
@@ -78,8 +96,12 @@ class Checkpoints:
     def save(self, step: int, trees: dict[str, PyTree]) -> None:
         """Save in the background. Raises ConfigError when an earlier save failed."""
         self.check(wait=True)
-        # What is there of this step already was not whole, or it would have been gone on from.
-        (self._folder / str(step) / CHECKSUMS).unlink(missing_ok=True)
+        # The first process: the others wait for it in the save.
+        if self._process == 0:
+            # A full disk needs the room.
+            self._remove_unfinished()
+            # What is there of this step already was not whole, or it would have been gone on from.
+            (self._folder / str(step) / CHECKSUMS).unlink(missing_ok=True)
         saving = ocp.save_checkpointables_async(self._folder / str(step), trees, overwrite=True)
         self._saving, self._saving_step = self._worker.submit(self._finish, saving, step), step
 
@@ -97,12 +119,17 @@ class Checkpoints:
     def restore(self, step: int, abstract_trees: dict[str, PyTree]) -> dict[str, PyTree]:
         """Restore the named trees with the structure, shapes and dtypes given; others that were saved are left alone.
 
+        Arrays go to where the given ones are, or are said to be by their `sharding`, whatever mesh and processes saved
+        them; without either to the first device.
+
         Raises:
             ConfigError: there is no such checkpoint, or its trees have another structure, shape or dtype.
         """
         # Without a placement Orbax would take the one that was saved, which may be of another machine.
         here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), abstract_trees)
+        placed = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or here), abstract_trees
+        )
         try:
             trees = ocp.load_checkpointables(self._folder / str(step), placed)
         except (FileNotFoundError, KeyError, TypeError, ValueError) as error:
@@ -114,7 +141,11 @@ class Checkpoints:
         """Wait until a step is on disk, add its checksums, and let go of steps that are not kept."""
         saving.result()
         folder = self._folder / str(step)
-        sums = {name: _sha256(folder / name) for name in sorted(_files(folder))}
+        sums = {name: _sha256(folder / name) for name in self._share(_files(folder))}
+        if self._num_processes > 1:
+            sums = self._shared(folder, sums)
+        if self._process > 0:
+            return
         write_whole(folder / CHECKSUMS, json.dumps(sums, indent=1) + "\n")
         if self._keep is None:
             return
@@ -129,12 +160,40 @@ class Checkpoints:
                 shutil.rmtree(self._folder / str(old), ignore_errors=True)
         self._remove_unfinished()
 
+    def _share(self, names: list[str]) -> list[str]:
+        """This process's part of the files."""
+        return sorted(names)[self._process :: self._num_processes]
+
+    def _shared(self, folder: Path, sums: dict[str, str]) -> dict[str, str]:
+        """The checksums of all processes, in the first; the others give theirs and wait until all are written.
+
+        By files and not by a collective: this is a thread, and the devices are at work on steps.
+        """
+        parts = [folder / _PART.format(process) for process in range(self._num_processes)]
+        if self._process > 0:
+            write_whole(parts[self._process], json.dumps(sums))
+            _wait_for((folder / CHECKSUMS).exists, folder)
+            return {}
+        for part in parts[1:]:
+            _wait_for(part.exists, part)
+            sums |= json.loads(part.read_bytes())
+            part.unlink()
+        return sums
+
     def _remove_unfinished(self) -> None:
         """What a kill in the middle of a save has left, or a save that failed."""
         for rest in self._folder.glob("*.orbax-checkpoint-tmp*"):
             shutil.rmtree(rest, ignore_errors=True)
 
     def _what_is_wrong(self, step: int) -> str | None:
+        """Why a step doesn't count; the same in all processes."""
+        reason = self._what_is_wrong_here(step)
+        if self._num_processes == 1:
+            return reason
+        found = multihost_utils.process_allgather(np.asarray(reason is not None))
+        return reason or (f"process {found.argmax()} found it broken" if found.any() else None)
+
+    def _what_is_wrong_here(self, step: int) -> str | None:
         folder = self._folder / str(step)
         if not (folder / CHECKSUMS).is_file():
             return "its save was not finished"
@@ -145,7 +204,7 @@ class Checkpoints:
         if not isinstance(sums, dict):
             return f"{CHECKSUMS} is not what was saved"
         # What can't be read for another reason may be whole: that ends the run.
-        for name in sorted({*sums} | {*_files(folder)}):
+        for name in self._share(list({*sums} | {*_files(folder)})):
             if not (folder / name).is_file():
                 return f"{name} is gone"
             if sums.get(name) != _sha256(folder / name):
@@ -153,10 +212,24 @@ class Checkpoints:
         return None
 
 
+def _is_not_reported_here(record: logging.LogRecord) -> bool:
+    """False for the stacks of all threads of a save that failed; `check` raises what it failed by, in a line."""
+    return not (record.exc_info and "orbax" in record.pathname)
+
+
 def _files(folder: Path) -> list[str]:
     """The files of a step, by their place in it."""
-    files = (path for path in folder.rglob("*") if path.is_file() and path != folder / CHECKSUMS)
-    return [str(path.relative_to(folder)) for path in files]
+    files = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    # Those of Orbax: ours have no checksum, nor what they are while they are written.
+    return [str(file) for file in files if len(file.parts) > 1 or not file.name.lstrip(".").startswith("checksums.")]
+
+
+def _wait_for(is_there: Callable[[], bool], path: Path) -> None:
+    end = time.monotonic() + _PATIENCE_SECONDS
+    while not is_there():
+        if time.monotonic() > end:
+            raise TimeoutError(f"{path}: another process did not write its checksums in {_PATIENCE_SECONDS} s")
+        time.sleep(0.05)
 
 
 def _sha256(path: Path) -> str:
@@ -165,7 +238,9 @@ def _sha256(path: Path) -> str:
 
 
 def _short(error: Exception) -> str:
-    # Orbax may list all that it knows.
+    # Orbax may list all that it knows, before what matters.
+    if "No space left on device" in str(error):
+        return "No space left on device"
     return textwrap.shorten(str(error) or type(error).__name__, 200)
 
 

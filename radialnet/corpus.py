@@ -8,10 +8,16 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
+
 from radialnet.config import ConfigError, DataConfig
 
 # Folders of the standard library that hold tests or are not part of it.
 _NOT_STDLIB = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+
+
+# Memory by the bytes of a text: while a file is decoded both forms of it are there.
+_READING = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +98,7 @@ def _read_folder(cfg: DataConfig) -> Iterator[Document]:
 def _read_jsonl(cfg: DataConfig) -> Iterator[Document]:
     path = _existing(cfg.path)
     paths = [file for file in _files(path) if file.suffix == ".jsonl"] if path.is_dir() else [path]
+    _check_room(paths, path)
     for file in paths:
         yield from _jsonl_documents(file, cfg.text_key)
 
@@ -102,8 +109,26 @@ def _existing(path: str) -> Path:
     return Path(path)
 
 
+def _check_room(files: list[Path], path: Path) -> None:
+    check_memory(sum(file.stat().st_size for file in files), _READING, f"{path}: to read its text")
+
+
+def check_memory(num_bytes: int, times: int, what: str) -> None:
+    """Raise ConfigError when a text of `num_bytes` needs more memory, `times` its size, than the machine has left.
+
+    Without a word the system would end the process.
+    """
+    needed, free = num_bytes * times, psutil.virtual_memory().available
+    if needed > free:
+        raise ConfigError(
+            f"{what}, {num_bytes / 1e9:.1f} GB, takes {needed / 1e9:.1f} GB of memory; {free / 1e9:.1f} are free"
+        )
+
+
 def _text_documents(path: Path) -> Iterator[Document]:
-    for file in _files(path) if path.is_dir() else [path]:
+    files = _files(path) if path.is_dir() else [path]
+    _check_room(files, path)
+    for file in files:
         try:
             yield Document(file.relative_to(path).as_posix(), file.read_text("utf-8"))
         except UnicodeDecodeError as error:

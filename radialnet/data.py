@@ -18,7 +18,7 @@ import grain
 import numpy as np
 
 from radialnet.config import Config, ConfigError, DataConfig
-from radialnet.corpus import Document, load_corpus
+from radialnet.corpus import Document, check_memory, load_corpus
 from radialnet.hop_task import HopRows, make_tokenizer
 from radialnet.hop_task import manifest as hop_manifest
 from radialnet.run_folder import RunFolder
@@ -26,6 +26,8 @@ from radialnet.tokenizer import BYTE_VOCAB_SIZE, Tokenizer
 
 # Part of the name of what is cached: raise it when the layout of the rows changes.
 LAYOUT = 1
+# Memory by the bytes of a text, measured with one token for each.
+_PACKING = 140
 PADDING = -1  # Document id of what fills up the last row.
 
 Batch = dict[str, np.ndarray]
@@ -87,10 +89,11 @@ def write_rows(folder: Path, documents: tuple[Document, ...], tokenizer: Tokeniz
         for name, array in zip(("tokens", "documents", "positions"), arrays, strict=True):
             np.save(partial / f"{name}.npy", array)
         partial.rename(folder)
-    except OSError:
+    except OSError as error:
         # Another run may have packed the same rows at the same time; its copy is as good.
         if not folder.exists():
-            raise
+            # NumPy tells of a full disk by what it could write.
+            raise ConfigError(f"{folder.parent}: the packed rows can't be written ({error})") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -133,8 +136,16 @@ def prepare(config: Config, folder: RunFolder) -> Dataset:
     for split in ("train", "eval"):
         path = cache / f"rows-{key}-{split}"
         if not path.exists():
-            write_rows(path, getattr(corpus, split), tokenizer, config.train.seq_len)
+            documents = getattr(corpus, split)
+            num_bytes = sum(len(document.text) for document in documents)
+            check_memory(num_bytes, _PACKING, f"config.data: to pack the text of {cfg.path or cfg.source}")
+            write_rows(path, documents, tokenizer, config.train.seq_len)
         rows[split] = PackedRows(path)
+    if len(rows["train"]) < config.train.batch_size:
+        raise ConfigError(
+            f"config.train.batch_size={config.train.batch_size}: {cfg.path or cfg.source} has text for "
+            f"{len(rows['train'])} rows of config.train.seq_len={config.train.seq_len} to train on, less than one batch"
+        )
     return Dataset(tokenizer=tokenizer, manifest=manifest, **rows)
 
 

@@ -1,7 +1,7 @@
 """Tokenizers: a byte-level BPE trained on the corpus; plain bytes, which is the same one without merges; words."""
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,31 @@ BYTE_VOCAB_SIZE = 257  # All bytes and the separator.
 # The ids of a tokenizer of words: the separator, one that stands for every word it doesn't have, then its words.
 UNKNOWN = "<|unknown|>"
 SEPARATOR_ID, FIRST_WORD_ID = 0, 2
+
+
+# Characters of a text that are tokenised at once. A line of millions without a space would be one word, and the time
+# that merges take grows faster than their word.
+PIECE = 2**16
+_PIECES_AT_A_TIME = 256
+
+
+def pieces(text: str) -> Iterator[str]:
+    """A text in pieces of at most PIECE characters, which together are the text.
+
+    Cut after a line, where the tokenizer cuts as well, so that the tokens are those of the whole text; within a line
+    only where that alone is longer.
+    """
+    begin = 0
+    while len(text) - begin > PIECE:
+        end = begin + PIECE
+        line_end = text.rfind("\n", begin + 1, end)
+        # Several white spaces in a row are cut before the last of them, so those are no place.
+        while line_end > 0 and (text[line_end - 1].isspace() or text[line_end + 1].isspace()):
+            line_end = text.rfind("\n", begin + 1, line_end)
+        end = line_end + 1 if line_end > 0 else end
+        yield text[begin:end]
+        begin = end
+    yield text[begin:]
 
 
 class Tokenizer:
@@ -47,7 +72,7 @@ class Tokenizer:
             initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         )
-        tokenizer.train_from_iterator(texts, trainer)
+        tokenizer.train_from_iterator((piece for text in texts for piece in pieces(text)), trainer)
         return cls(tokenizer)
 
     @classmethod
@@ -77,11 +102,22 @@ class Tokenizer:
         return hashlib.sha256(self._tokenizer.to_str().encode()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text).ids
+        return self.encode_batch([text])[0].tolist()
 
-    def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """`encode` of many texts, in parallel threads."""
-        return [encoding.ids for encoding in self._tokenizer.encode_batch(texts)]
+    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
+        """The ids of many texts, encoded in parallel threads."""
+        owner, cut = [], []
+        for index, text in enumerate(texts):
+            for piece in pieces(text):
+                owner.append(index)
+                cut.append(piece)
+        found = [[np.zeros(0, np.int32)] for _ in texts]
+        # A few at a time: what the library returns of a piece takes a hundred times the memory of its ids.
+        for begin in range(0, len(cut), _PIECES_AT_A_TIME):
+            encodings = self._tokenizer.encode_batch(cut[begin : begin + _PIECES_AT_A_TIME])
+            for index, encoding in zip(owner[begin : begin + _PIECES_AT_A_TIME], encodings, strict=True):
+                found[index].append(np.asarray(encoding.ids, np.int32))
+        return [np.concatenate(ids) for ids in found]
 
     def decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=True)

@@ -241,9 +241,9 @@ def _loop(run: Run, writer: MetricsWriter, preemption: Preemption) -> None:
         scalars = None
         try:
             while run.step < num_steps:
+                watchdog.begins(run.step + 1)
                 before, (run.state, sums, scalars) = scalars, compiled(run.state, batch, run.bytes_V)
                 run.step += 1
-                watchdog.moved(run.step)
                 is_last = run.step == num_steps
                 # While the device works on the step, the next batch is fetched and the figures of the step before are
                 # read.
@@ -253,27 +253,26 @@ def _loop(run: Run, writer: MetricsWriter, preemption: Preemption) -> None:
                 log.add(run.step, sums, scalars)
                 run.checkpoints.check()
                 # Asked now and not again below, so that what is saved is what is left by.
-                is_asked_to_end = preemption.signal is not None
+                asked = preemption.asked()
                 must_evaluate = is_last or _is_due(run.step, config.eval.every_steps)
-                must_save = is_last or is_asked_to_end or _is_due(run.step, config.checkpoint.every_steps)
+                must_save = is_last or asked or _is_due(run.step, config.checkpoint.every_steps)
                 if must_evaluate or must_save:
                     # Steps still under way are time of training, and a line must not be younger than its checkpoint.
                     jax.block_until_ready(run.state)
                     log.flush()
                     stop_if_not_finite(config, run.step, scalars)
-                window = log.window() if must_save else None
-                with log.clock.paused(), watchdog.paused():
-                    if must_evaluate:
-                        line = _eval_line(run, eval_fn, scalars)
-                        writer.write(line)
-                        progress.show(line)
-                    if must_save:
-                        run.checkpoints.save(run.step, {**_trees(run.state), "window": window})
-                if is_asked_to_end and not is_last:
+                    window = log.window()
+                    with log.clock.paused(), watchdog.paused():
+                        if must_evaluate:
+                            line = _eval_line(run, eval_fn, scalars)
+                            writer.write(line)
+                            progress.show(line)
+                        if must_save:
+                            run.checkpoints.save(run.step, {**_trees(run.state), "window": window})
+                if asked and not is_last:
                     run.checkpoints.check(wait=True)
                     raise PreemptedError(
-                        f"{preemption.signal.name}: saved at step {run.step} of {num_steps}; "
-                        "the same command goes on from it"
+                        f"{asked.name}: saved at step {run.step} of {num_steps}; the same command goes on from it"
                     )
         except NonFiniteError as error:
             trees = {**_trees(run.state), "window": log.window()}

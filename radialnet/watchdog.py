@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 import jax
 import psutil
+from jax._src import distributed  # The service has no public interface.
 
 from radialnet.trained import warn
 
@@ -25,7 +26,7 @@ _FIRST_LOOKS = 10
 
 
 class Watchdog:
-    """Writes the stacks of all threads to stderr when no step was dispatched for `factor` times the median step.
+    """Writes the stacks of all threads to stderr when no step has begun for `factor` times the median step.
 
     Once for each standstill; the run is left alone, for it may go on. Use as a context manager.
     """
@@ -46,8 +47,8 @@ class Watchdog:
     def __exit__(self, *_) -> None:
         self._end.set()
 
-    def moved(self, step: int) -> None:
-        """Training has come to a step."""
+    def begins(self, step: int) -> None:
+        """A step is about to be dispatched. (A dispatch may wait for other processes.)"""
         now = time.monotonic()
         if self._since is not None:
             self._seconds.append(now - self._since)
@@ -66,12 +67,38 @@ class Watchdog:
     def _watch(self) -> None:
         told = None
         while not self._end.wait(1.0):
+            _tell(self._step)
             since, limit = self._since, self._limit
             if since is None or since == told or time.monotonic() - since < limit:
                 continue
             told = since
-            warn(f"no progress since step {self._step}, {time.monotonic() - since:.0f} s ago; what each thread does:")
+            seconds = time.monotonic() - since
+            warn(f"no progress since step {self._step} began {seconds:.0f} s ago{_behind()}; what each thread does:")
             faulthandler.dump_traceback(sys.stderr, all_threads=True)
+
+
+# What the processes of a run tell each other, through the service that they found each other by: it answers while all
+# devices wait for a step.
+_STEPS = "radialnet/step"
+
+
+def _tell(step: int) -> None:
+    if jax.process_count() > 1:
+        distributed.global_state.client.key_value_set(
+            f"{_STEPS}/{jax.process_index()}", str(step), allow_overwrite=True
+        )
+
+
+def _behind() -> str:
+    """Which processes have begun fewer steps than others."""
+    if jax.process_count() == 1:
+        return ""
+    told = distributed.global_state.client.key_value_dir_get(f"{_STEPS}/")
+    steps = {int(key.rsplit("/", 1)[1]): int(step) for key, step in told}
+    behind = sorted(process for process, step in steps.items() if step < max(steps.values()))
+    if not behind:
+        return f"; all {jax.process_count()} processes are there"
+    return f"; process {', '.join(map(str, behind))} is behind, at step {min(steps.values())}"
 
 
 class MemoryWatch:

@@ -3,13 +3,27 @@
 import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Tests compile much and run little: half the compile time, by programs that are not optimised.
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+# Tests compile much and run little: half the compile time, by programs that are not optimised. What takes several
+# devices finds eight.
+os.environ["XLA_FLAGS"] = " ".join(
+    [
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_backend_optimization_level=0",
+        "--xla_llvm_disable_expensive_passes=true",
+        "--xla_force_host_platform_device_count=8",
+    ]
 )
 
 import jax
 import pytest
+
+
+def pytest_addoption(parser):
+    """For tests/test_reliability.py at length; docs/RELIABILITY.md has the commands."""
+    parser.addoption("--kills", type=int, default=5, help="How often a run is killed.")
+    parser.addoption("--killed_config", default="configs/smoke.py", help="What it trains.")
+    parser.addoption("--killed_steps", type=int, default=12, help="Its training steps.")
+    parser.addoption("--every_file", action="store_true", help="A run for each file of a checkpoint that may break.")
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -1,5 +1,6 @@
 import hashlib
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ from radialnet.config import ConfigError
 from radialnet.corpus import Document, load_corpus, read_held_out
 from radialnet.data import PADDING, PackedRows, eval_batches, pack, prefetch, prepare, train_batches, write_rows
 from radialnet.run_folder import RunFolder
-from radialnet.tokenizer import BYTE_VOCAB_SIZE, SEPARATOR, Tokenizer
+from radialnet.tokenizer import BYTE_VOCAB_SIZE, PIECE, SEPARATOR, Tokenizer, pieces
 from tests.tiny import make_config
 
 SEQ = 7
@@ -43,8 +44,25 @@ def test_tokenizers_are_lossless_and_count_bytes(byte_tokenizer):
             assert tokenizer.decode(ids) == text
             assert tokenizer.bytes_per_token[ids].sum() == len(text.encode())
         assert tokenizer.bytes_per_token[tokenizer.separator_id] == 0
-        assert tokenizer.encode_batch(TEXTS) == [tokenizer.encode(text) for text in TEXTS]
+        assert [ids.tolist() for ids in tokenizer.encode_batch(TEXTS)] == [tokenizer.encode(text) for text in TEXTS]
     assert len(bpe.encode(TEXTS[0])) < len(byte_tokenizer.encode(TEXTS[0]))
+
+
+def test_a_long_text_is_cut_where_the_tokenizer_cuts_too(monkeypatch):
+    """A line of millions of characters without a space once took the trainer longer than anybody waits."""
+    source = Path(json.__file__).with_name("decoder.py").read_text()
+    text = (source + "\n\n\n    \n" + source) * 9
+    assert len(text) > 2 * PIECE
+    bpe = Tokenizer.train([text], 400)
+    assert "".join(pieces(text)) == text
+    whole = bpe._tokenizer.encode(text).ids
+    assert bpe.encode(text) == whole and len(list(pieces(text))) > 2
+    monkeypatch.setattr("radialnet.tokenizer.PIECE", len(text))
+    assert Tokenizer.train([text], 400).fingerprint() == bpe.fingerprint()
+    monkeypatch.undo()
+    line = "a" * 2_000_000
+    bpe = Tokenizer.train([line, text], 400)
+    assert bpe.decode(bpe.encode(line + "b")) == line + "b"
 
 
 def test_tokenizer_survives_saving(tmp_path):

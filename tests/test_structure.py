@@ -4,7 +4,7 @@ import ast
 from pathlib import Path
 
 ORDER = [
-    "files", "config", "grid", "tokenizer", "corpus", "hop_task", "grouping", "row_function", "block_loop",
+    "files", "sharding", "config", "grid", "tokenizer", "corpus", "hop_task", "grouping", "row_function", "block_loop",
     "grouped_kernels", "grouped", "visibility", "attention_kernels", "attention", "cache", "layers", "router",
     "peer_routers", "metrics", "pool", "depth", "model", "losses", "optimizer", "train_step", "run_folder",
     "checkpoint", "data", "trained", "plots", "sampling", "decode_cache", "decode_attention", "decode_step",

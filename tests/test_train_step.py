@@ -7,7 +7,7 @@ import pytest
 
 from radialnet.model import init_params
 from radialnet.optimizer import learning_rate, make_optimizer
-from radialnet.train_step import eval_step, init_state, train_step
+from radialnet.train_step import SPIKE_WINDOW, eval_step, init_state, is_spike, train_step
 from tests.tiny import VOCAB, make_batch, make_config
 
 BYTES = jnp.ones(VOCAB, jnp.int32)
@@ -134,6 +134,48 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_counts(poison):
     training.state = training.state.replace(params=before.params)
     _, scalars = training.step(batch)
     assert scalars["skipped_steps"] == 2 and scalars["skipped_in_a_row"] == 0
+
+
+def test_after_too_many_steps_that_are_not_finite_training_stands_still():
+    """So that what it is ended with is what they came from, however late that is noticed."""
+    config = make_config(train__max_skipped_steps=2)
+    training, batch = Training(config), make_batch(config)
+    before = training.state
+    poisoned = {**before.params, "embedding": before.params["embedding"].at[16].set(np.nan)}
+    training.state = before.replace(params=poisoned)
+    bad = {**batch, "token": np.full_like(batch["token"], 16)}
+    good = {**batch, "token": batch["token"] % 16}
+    for batch, in_a_row in ((bad, 1), (good, 0), (bad, 1), (bad, 2), (good, 3)):
+        params = training.state.params
+        _, scalars = training.step(batch)
+        assert scalars["skipped_in_a_row"] == in_a_row
+        same = jax.tree.map(lambda a, b: bool((a == b).all() | jnp.isnan(a).any()), params, training.state.params)
+        assert all(jax.tree.leaves(same)) == (in_a_row > 0)
+
+
+def test_a_spike_is_skipped_and_a_new_level_is_none():
+    window = jnp.stack([jnp.linspace(2.0, 2.2, SPIKE_WINDOW), jnp.full(SPIKE_WINDOW, 1.0)])
+    assert not is_spike(window, jnp.array([2.3, 1.0]), 6.0)
+    assert is_spike(window, jnp.array([2.6, 1.0]), 6.0), "the loss"
+    assert is_spike(window, jnp.array([2.1, 1.1]), 6.0), "the gradient norm"
+    assert not is_spike(window.at[:, : SPIKE_WINDOW // 2 + 1].set(jnp.nan), jnp.array([9.0, 9.0]), 6.0), "too few"
+    skipping, taking = (Training(make_config(train__spike_sigmas=sigmas)) for sigmas in (6.0, 0.0))
+    batch = make_batch(skipping.config)
+    for run in (skipping, taking):
+        run.step(batch)
+        loss, norm = run.state.recent_2W[:, -1]
+        # As if the losses before had all been half of that.
+        recent_2W = jnp.tile(jnp.array([[loss / 2], [norm]]), (1, SPIKE_WINDOW))
+        before = run.state = run.state.replace(recent_2W=recent_2W + jnp.linspace(0, 0.01, SPIKE_WINDOW))
+        _, scalars = run.step(batch)
+        assert scalars["skipped_steps"] == (run is skipping) and scalars["skipped_in_a_row"] == 0
+        moved = jax.tree.map(lambda a, b: bool((a != b).any()), before.params, run.state.params)
+        assert any(jax.tree.leaves(moved)) == (run is taking)
+        for name in ("optimizer", "controllers") if run is skipping else ():
+            jax.tree.map(np.testing.assert_array_equal, getattr(run.state, name), getattr(before, name))
+    for _ in range(SPIKE_WINDOW // 2):
+        _, scalars = skipping.step(batch)
+    assert scalars["skipped_steps"] < SPIKE_WINDOW // 4, "what stays is the usual thing after a while"
 
 
 def test_frozen_in_evaluation():

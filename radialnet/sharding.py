@@ -1,0 +1,24 @@
+"""Where arrays live when there are several devices and processes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+
+def along(axis: str, devices: list[jax.Device]) -> NamedSharding:
+    """The first axis of an array split over devices, as the mesh axis of that name."""
+    mesh = jax.make_mesh((len(devices),), (axis,), axis_types=(AxisType.Auto,), devices=devices)
+    return NamedSharding(mesh, PartitionSpec(axis))
+
+
+def replicated(like: NamedSharding) -> NamedSharding:
+    """A copy on each device of a mesh."""
+    return NamedSharding(like.mesh, PartitionSpec())
+
+
+def max_over_processes(value: int) -> jax.Array:
+    """The largest of the values that the processes give, each once; all of them must call. Doesn't wait for it."""
+    split = along("device", jax.devices())
+    values = jax.make_array_from_process_local_data(split, np.full(jax.local_device_count(), value, np.int32))
+    return jax.jit(jnp.max, out_shardings=replicated(split))(values)

@@ -1,0 +1,66 @@
+"""Each alarm on lines that raise it, and on those that just don't."""
+
+import pytest
+
+from radialnet.alarms import HISTORY, PATIENCE, alarms
+from tests.tiny import make_config
+
+# A healthy line of a run whose tokens may leave after 1 to 3 layers and whose target is 2.
+LINE = {
+    "step": 500,
+    "split": "train",
+    "bpb": 2.0,
+    "route_mi": 0.8,
+    "load_entropy": 0.9,
+    "load": [0.2] * 5,
+    "depth": 2.0,
+    "expected_depth": 1.8,
+    "depth_hist": [0.0, 0.3, 0.4, 0.3],
+    "loss_router_z": 4.0,
+    "router_grad_norm": 0.1,
+}
+SICK = {
+    "route_mi": {"route_mi": 0.01},
+    "load_entropy": {"load_entropy": 0.3, "load": [0.9, 0.1, 0, 0, 0]},
+    "depth": {"depth_hist": [0.0, 1.0, 0.0, 0.0]},
+    "soft_depth": {"expected_depth": 0.9},
+    "router_logits": {"loss_router_z": 1e4},
+    "router_gradient": {"router_grad_norm": 50.0},
+}
+
+
+def lines_of(*changes, num_healthy=10):
+    return [LINE] * num_healthy + [{**LINE, **change} for change in changes]
+
+
+def test_a_healthy_run_raises_none():
+    assert alarms(make_config(), lines_of()) == {}
+    assert alarms(make_config(), []) == {}
+
+
+@pytest.mark.parametrize("name", SICK)
+def test_an_alarm_is_raised_by_lines_in_a_row(name):
+    config, sick = make_config(), SICK[name]
+    found = alarms(config, lines_of(*[sick] * PATIENCE))
+    assert list(found) == [name] and len(found[name]) > 20
+    assert not alarms(config, lines_of(*[sick] * (PATIENCE - 1)))
+    assert not alarms(config, lines_of(sick, sick, {}, sick))
+    assert list(alarms(config, lines_of(*[sick] * PATIENCE, num_healthy=HISTORY - PATIENCE))) == [name]
+    # Of a step that was skipped nothing is known.
+    skipped = {**dict.fromkeys(LINE), "step": 501, "split": "train"}
+    assert list(alarms(config, [*lines_of(*[sick] * PATIENCE), skipped])) == [name]
+
+
+def test_what_a_config_asks_for_is_no_alarm():
+    every = [{**SICK["depth"], "step": 10}] * PATIENCE
+    warming_up = make_config(router__exit_warmup_steps=5, router__depth_ramp_steps=5)
+    assert not alarms(warming_up, lines_of(*every, num_healthy=0))
+    assert not alarms(make_config(router__depth_target=1.0), lines_of(*[SICK["depth"]] * PATIENCE))
+    assert not alarms(make_config(model__min_depth=3), lines_of(*[SICK["depth"], SICK["soft_depth"]] * PATIENCE))
+    dense = make_config(router__form="sequential", model__pool_size=3)
+    assert not alarms(dense, lines_of(*[{**SICK["route_mi"], **SICK["load_entropy"]}] * PATIENCE))
+    benefit = make_config(router__exit_training="benefit")
+    assert not alarms(benefit, lines_of(*[SICK["soft_depth"]] * PATIENCE))
+    # Tokens that explore hide a collapse of the others from whoever counts all of them.
+    exploring = make_config(router__explore=0.1, router__exit_training="benefit")
+    assert list(alarms(exploring, lines_of(*[{"depth_hist": [0, 0.9, 0, 0.1]}] * PATIENCE))) == ["depth"]
