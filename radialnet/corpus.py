@@ -72,7 +72,8 @@ def load_corpus(cfg: DataConfig) -> Corpus:
 
 def read_held_out(path: Path, text_key: str) -> tuple[Document, ...]:
     """All documents of a folder of text or of a .jsonl file, for evaluation. Raises ConfigError as `load_corpus`."""
-    reader = _jsonl_documents(path, text_key) if path.suffix == ".jsonl" else _text_documents(path)
+    is_jsonl = path.suffix == ".jsonl" and not path.is_dir()
+    reader = _jsonl_documents(*_to_read(path), text_key) if is_jsonl else _text_documents(path)
     documents = tuple(document for document in reader if document.text)
     if not documents:
         raise ConfigError(f"{path}: no text in it")
@@ -96,10 +97,7 @@ def _read_folder(cfg: DataConfig) -> Iterator[Document]:
 
 
 def _read_jsonl(cfg: DataConfig) -> Iterator[Document]:
-    path = _existing(cfg.path)
-    paths = [file for file in _files(path) if file.suffix == ".jsonl"] if path.is_dir() else [path]
-    _check_room(paths, path)
-    for file in paths:
+    for file in _to_read(_existing(cfg.path), ".jsonl"):
         yield from _jsonl_documents(file, cfg.text_key)
 
 
@@ -109,8 +107,11 @@ def _existing(path: str) -> Path:
     return Path(path)
 
 
-def _check_room(files: list[Path], path: Path) -> None:
+def _to_read(path: Path, suffix: str = "") -> list[Path]:
+    """A file itself, or the files of a folder that end in `suffix`. Raises ConfigError where memory has no room."""
+    files = [file for file in _files(path) if file.name.endswith(suffix)] if path.is_dir() else [path]
     check_memory(sum(file.stat().st_size for file in files), _READING, f"{path}: to read its text")
+    return files
 
 
 def check_memory(num_bytes: int, times: int, what: str) -> None:
@@ -126,9 +127,7 @@ def check_memory(num_bytes: int, times: int, what: str) -> None:
 
 
 def _text_documents(path: Path) -> Iterator[Document]:
-    files = _files(path) if path.is_dir() else [path]
-    _check_room(files, path)
-    for file in files:
+    for file in _to_read(path):
         try:
             yield Document(file.relative_to(path).as_posix(), file.read_text("utf-8"))
         except UnicodeDecodeError as error:

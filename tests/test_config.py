@@ -85,6 +85,19 @@ def test_saved_config_is_the_same(tmp_path):
             Config.load(tmp_path / "config.json")
 
 
+def test_a_run_of_before_a_field_was_there_is_read_as_what_it_was(tmp_path):
+    """A run folder was lost to its evaluation whenever the config had grown."""
+    config, path = make_config(train__seed=7), tmp_path / "config.json"
+    fields = config.to_dict()
+    del fields["train"]["spike_sigmas"], fields["log"]
+    path.write_text(json.dumps(fields))
+    assert Config.load(path) == config
+    fields["train"]["unknown"] = 1
+    path.write_text(json.dumps(fields))
+    with pytest.raises(ConfigError, match="config.train.unknown"):
+        Config.load(path)
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_config_is_valid_and_says_what_it_is(name):
     module = importlib.import_module(f"configs.{name}")

@@ -290,6 +290,32 @@ def test_a_split_without_documents(tmp_path):
         load_corpus(config_of("text", tmp_path, tmp_path).data)
 
 
+def test_less_text_than_a_batch_is_refused(folder, tmp_path):
+    """Rows were repeated within a batch without a word."""
+    enough = config_of("text", folder, tmp_path, train__batch_size=16)
+    num_rows = len(prepare(enough, RunFolder(tmp_path)).train)
+    prepare(config_of("text", folder, tmp_path, train__batch_size=num_rows), RunFolder(tmp_path))
+    with pytest.raises(ConfigError, match=f"batch_size={num_rows + 1}: .* has text for {num_rows} rows"):
+        prepare(config_of("text", folder, tmp_path, train__batch_size=num_rows + 1), RunFolder(tmp_path))
+
+
+def test_more_text_than_there_is_memory_is_refused(folder, tmp_path, monkeypatch):
+    """Files with holes: their size is what counts."""
+    with (folder / "enormous.txt").open("wb") as file:
+        file.truncate(2**43)
+    for read in (lambda: load_corpus(config_of("text", folder, tmp_path).data), lambda: read_held_out(folder, "")):
+        with pytest.raises(ConfigError, match=r"to read its text, 8796\.1 GB, takes 17592\.2 GB of memory"):
+            read()
+    (folder / "enormous.txt").rename(folder / "enormous.jsonl")
+    with pytest.raises(ConfigError, match="enormous.jsonl: to read its text"):
+        load_corpus(config_of("jsonl", folder / "enormous.jsonl", tmp_path).data)
+    (folder / "enormous.jsonl").unlink()
+    monkeypatch.setattr("radialnet.data._PACKING", 2**50)
+    with pytest.raises(ConfigError, match="to pack the text of"):
+        prepare(config_of("text", folder, tmp_path / "cache"), RunFolder(tmp_path))
+    assert not list((tmp_path / "cache").glob("rows*"))
+
+
 def test_binary_files_are_named(tmp_path):
     (tmp_path / "image.bin").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ConfigError, match="image.bin"):

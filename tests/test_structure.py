@@ -1,6 +1,7 @@
 """The order of the modules: imports go up this list, never down, and no module is missing from it."""
 
 import ast
+import re
 from pathlib import Path
 
 ORDER = [
@@ -36,6 +37,14 @@ def test_imports_go_one_way():
             assert ORDER.index(imported) < ORDER.index(name), f"{name} imports {imported}"
             num_imports += 1
     assert num_imports > 40
+
+
+def test_the_faults_of_the_table_are_those_of_tests():
+    named = set(re.findall(r"`(test_\w+)`", (ROOT / "docs" / "RELIABILITY.md").read_text()))
+    there = {
+        name for path in (ROOT / "tests").glob("test_*.py") for name in re.findall(r"def (test_\w+)", path.read_text())
+    }
+    assert len(named) > 30 and named <= there
 
 
 def test_config_needs_no_jax():
