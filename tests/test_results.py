@@ -3,96 +3,149 @@ import json
 import pytest
 
 from configs import dense_micro, hops, radial_micro
-from radialnet import results
-from radialnet.config import Config
+from radialnet import results, study
+from radialnet.config import Config, ConfigError
 from tests.test_cli import run
 
 SEEDS = [{"train.seed": 0}, {"train.seed": 3}]
 
 
 def test_every_model_is_a_config_that_works_with_each_seed():
-    for config, models in ((dense_micro, results.MODELS), (hops, results.HOP_MODELS)):
-        cells = results.cells_of(config.get_config().to_dict(), models, SEEDS)
+    for config, models in ((dense_micro, study.MODELS), (hops, study.HOP_MODELS)):
+        cells = study.cells_of(config.get_config().to_dict(), models, SEEDS)
         assert list(cells) == list(models)
         for name, runs in cells.items():
             assert [cell.config.train.seed for cell in runs] == [0, 3]
             for field, value in models[name].items():
                 section, key = field.split(".")
                 assert all(getattr(getattr(cell.config, section), key) == value for cell in runs), field
-    assert set(results.BASELINES) < set(results.MODELS)
-    cells = results.cells_of(dense_micro.get_config().to_dict(), results.MODELS, SEEDS[:1])
+    assert set(study.BASELINES) < set(study.MODELS)
+    cells = study.cells_of(dense_micro.get_config().to_dict(), study.MODELS, SEEDS[:1])
     assert cells["radial"][0].config == Config.from_dict(radial_micro.get_config())
+    assert study.cells_of(dense_micro.get_config().to_dict(), {}, SEEDS) == {}
 
 
-def row(ce, **more):
-    names = ("bpb", "depth", "flops_per_token", "load_entropy", "route_mi", "tokens_trained", "seconds")
-    return {"ce": ce, **dict.fromkeys(names, 1e6), **more}
+def row(ce, seed=0, **more):
+    return {"seed": seed, **dict.fromkeys(study.FIGURES, 1e6), "ce": ce, **more}
 
 
 def test_summary_is_mean_and_standard_deviation():
-    found = results.summary([row(1.0, depth=4.0), row(1.5, depth=4.5)])
-    assert found["ce"] == 1.25 and found["depth"] == 4.25
+    found = study.summary([row(1.0, depth=4.0, seed=7), row(1.5, depth=4.5, seed=2)])
+    assert found["ce"] == 1.25 and found["depth"] == 4.25 and found["seeds"] == [2, 7]
     assert found["ce_std"] == pytest.approx(0.125**0.5)
-    assert results.summary([row(1.0)])["ce_std"] is None
-
-
-def example():
-    models = {name: results.summary([row(2.0 + index)]) for index, name in enumerate(results.MODELS)}
-    by_k = [{"k": k, "queries": 9, "accuracy": 1 - k / 10, "depth": 2.0 + k} for k in (1, 2)]
-    hop_runs = {name: [{"spearman": 0.5, "by_k": by_k, "depth": 3.0}] for name in results.HOP_MODELS}
-    hop_runs["hops, radial"].append({"spearman": None, "by_k": by_k, "depth": 4.0})
-    return models, hop_runs
+    assert study.summary([row(1.0)])["ce_std"] is None
 
 
 # Exits off, then ever more of them.
 LOSSES, DEPTHS = [2.0, 1.99, *[2.009] * 8, 2.011], [4.0, 3.5, *[3.0] * 8, 2.0]
-CURVE = results.mean_curve(
-    [
-        [{"ce": ce + off, "depth": depth, "flops_per_token": 1e6} for ce, depth in zip(LOSSES, DEPTHS, strict=True)]
-        for off in (-0.5, 0.5)
-    ]
-)
+
+
+def curve(off):
+    points = zip(LOSSES, DEPTHS, strict=True)
+    return [{"ce": ce + off, "depth": depth, "flops_per_token": 1e6} for ce, depth in points]
+
+
+CURVE = study.mean_curve([curve(-0.5), curve(0.5)])
+
+
+def example():
+    """Runs of all models, two seeds of the radial ones."""
+    runs = [{"model": name, "commit": "abc", **row(2.0 + index)} for index, name in enumerate(study.MODELS)]
+    (radial,) = of(runs, "radial")
+    runs.append({**radial, "seed": 3, "curve": curve(0.5)})
+    radial["curve"] = curve(-0.5)
+    by_k = [{"k": k, "queries": 9, "accuracy": 1 - k / 10, "depth": 2.0 + k} for k in (1, 2)]
+    for name in study.HOP_MODELS:
+        found = {"spearman": 0.5, "by_k": by_k, "depth": 3.0}
+        runs.append({"model": name, "commit": "abc", **row(1.0), "hops": found})
+    runs.append({**runs[-2], "seed": 3, "hops": {"spearman": None, "by_k": by_k, "depth": 4.0}})
+    assert runs[-1]["model"] == "hops, radial"
+    return runs
+
+
+def of(runs, name):
+    return [run for run in runs if run["model"] == name]
+
+
+def figures(runs):
+    models = {name: study.summary(of(runs, name)) for name in study.MODELS if of(runs, name)}
+    return models, study.figures_of(models, CURVE, of(runs, "hops, radial"))
 
 
 def test_layers_saved_counts_the_deepest_cut_that_keeps_the_loss():
-    assert [row["ce"] for row in CURVE] == pytest.approx(LOSSES)
-    assert [row["exit_bias"] for row in CURVE] == list(results.EXIT_BIASES)
-    assert results.layers_saved(CURVE, 0.005) == 0.25
-    assert results.layers_saved(CURVE, 0.0) == 0.125
-    assert results.layers_saved(CURVE, 0.01) == 0.5
+    assert [point["ce"] for point in CURVE] == pytest.approx(LOSSES)
+    assert [point["exit_bias"] for point in CURVE] == list(study.EXIT_BIASES)
+    assert study.layers_saved(CURVE, 0.005) == 0.25
+    assert study.layers_saved(CURVE, 0.0) == 0.125
+    assert study.layers_saved(CURVE, 0.01) == 0.5
 
 
 def test_figures_compare_what_they_say():
-    models, hop_runs = example()
-    found = results.figures_of(models, CURVE, hop_runs["hops, radial"])
+    models, found = figures(example())
     ce = {name: summary["ce"] for name, summary in models.items()}
     assert found["radial/dense equal depth"] == ce["radial"] / ce["dense"]
     assert found["radial learned routes/dense"] == ce["radial, learned routes"] / ce["dense"]
     assert found["radial T÷2/dense T"] == ce["radial, T/2"] / ce["dense, 6 layers"]
     assert found["radial/best baseline"] == ce["radial"] / ce["early exit"]
     assert found["hops spearman"] == 0.5
-    assert results.figures_of(models, CURVE, [])["hops spearman"] is None
+    assert study.figures_of(models, CURVE, [])["hops spearman"] is None
+    few = {name: models[name] for name in ("dense", "radial")}
+    found = study.figures_of(few, [], [])
+    assert found["radial/dense equal depth"] and found["radial/best baseline"] is None
+    assert set(study.figures_of({}, [], []).values()) == {None}
+
+
+def test_runs_are_added_to_those_before(tmp_path, capsys):
+    runs = [{**run, "settings": {"model": run["model"]}} for run in example()]
+    settings = {run["model"]: run["settings"] for run in runs}
+    results.write_results(runs[:3], tmp_path)
+    before = results.earlier_runs(tmp_path / "RESULTS.json", settings)
+    assert before == runs[:3]
+    again = {**runs[0], "ce": 1.5}
+    results.write_results(study.merged(before, [*reversed(runs[3:]), again]), tmp_path)
+    written = json.loads((tmp_path / "RESULTS.json").read_text())
+    assert [run["model"] for run in written["runs"] if run["seed"] == 0] == [*study.MODELS, *study.HOP_MODELS]
+    assert len(written["runs"]) == len(runs) and written["models"]["dense"]["ce"] == 1.5
+    assert written["models"]["radial"]["seeds"] == [0, 3]
+    capsys.readouterr()
+    settings["dense"] = {"model": "another"}
+    assert len(results.earlier_runs(tmp_path / "RESULTS.json", settings)) == len(runs) - 1
+    assert "dense, seed 0: was trained with another config and is left out" in capsys.readouterr().err
+    (tmp_path / "RESULTS.json").write_text("{}")
+    with pytest.raises(ConfigError, match="RESULTS.json: not what"):
+        results.earlier_runs(tmp_path / "RESULTS.json", settings)
+
+
+def test_settings_are_what_figures_follow_from():
+    cells = study.cells_of(dense_micro.get_config().to_dict(), {"dense": {}}, SEEDS)["dense"]
+    found = [study.settings_of(cell) for cell in cells]
+    assert found[0] == found[1] and found[0]["train.num_steps"] == 3000 and found[0]["model.d_model"] == 64
+    assert not any(
+        name.startswith(("log.", "checkpoint.")) or name in ("train.seed", "model.max_depth") for name in found[0]
+    )
 
 
 def test_markdown_has_a_line_for_each_model_and_figure():
-    models, hop_runs = example()
-    figures = results.figures_of(models, CURVE, hop_runs["hops, radial"])
-    rest = {"seeds": [0, 3], "commit": "abc", "date": "2026-01-01", "machine": "x"}
-    text = results.markdown({"figures": figures, "models": models, "curve": CURVE, "hops": hop_runs, **rest})
-    assert "--seeds=0,3" in text and "commit abc" in text
-    for name in (*results.MODELS, *figures):
+    runs = example()
+    models, found = figures(runs)
+    rest = {"date": "2026-01-01", "machine": "x", "models": models, "figures": found, "curve": CURVE}
+    text = results.markdown({"runs": runs, **rest})
+    assert "Commits of the runs: abc." in text
+    for name in (*study.MODELS, *found):
         assert sum(line.startswith(f"| {name} |") for line in text.splitlines()) == 1, name
+    assert "| radial | 0, 3 |" in text
     assert "| 2 | 0.800 | 4.00 |" in text
-    assert "Mean depth of all tokens 3.50." in text and "--hops=False" not in text
-    text = results.markdown({"figures": figures, "models": models, "curve": CURVE, "hops": {}, **rest})
-    assert "--seeds=0,3 --hops=False" in text and "Hop task" not in text
+    assert "Mean depth of all tokens 3.50; seeds 0, 3." in text
+    assert "Hop task" not in results.markdown({"runs": runs[:3], **rest})
 
 
-def test_bad_seeds():
-    _, stderr = run("-m", "radialnet.results", "--workdir=nowhere", "--seeds=0,x", code=2)
-    assert stderr.count("\n") == 1 and "--seeds=0,x" in stderr
+@pytest.mark.parametrize(
+    "flag, named", [("--seeds=0,x", "--seeds=0,x"), ("--model=nope", "--model=nope: one of dense;")]
+)
+def test_bad_flags(flag, named):
+    _, stderr = run("-m", "radialnet.results", "--workdir=nowhere", flag, code=2)
+    assert stderr.count("\n") == 1 and named in stderr
 
 
 def test_figures_are_json():
-    models, hop_runs = example()
-    json.dumps(results.figures_of(models, CURVE, hop_runs["hops, radial"]), allow_nan=False)
+    json.dumps(figures(example())[1], allow_nan=False)

@@ -1,0 +1,156 @@
+"""The models that docs/RESULTS.md compares, and the figures that follow from their runs. Pure; no jax."""
+
+import statistics
+
+from configs import base
+from radialnet.grid import Cell, Values, expand
+
+_DEPTHS: Values = {
+    "model.max_depth": 6,
+    "model.min_depth": 2,
+    "router.exit_warmup_steps": 300,
+    "router.depth_ramp_steps": 700,
+}
+_EXITS: Values = {**_DEPTHS, "router.exit_training": "benefit", "router.explore": 0.05}
+_LEARNED: Values = {"router.form": "factored"}
+_HASH: Values = {**_LEARNED, "router.prior": "hash", "router.prior_weight": 1000.0, "router.load_coef": 0.0}
+# Each is to execute 4 layers per token on average, but where its name says otherwise. What differs from dense_micro.
+MODELS: dict[str, Values] = {
+    "dense": {},
+    "dense, 6 layers": {"model.pool_size": 6, "model.max_depth": 6, "model.min_depth": 6},
+    # configs/radial_micro.py.
+    "radial": {**_HASH, "model.pool_size": 48, **_EXITS},
+    "radial, pool of 24": {**_HASH, "model.pool_size": 24, **_EXITS},
+    "radial, pool of 16": {**_HASH, "model.pool_size": 16, **_EXITS},
+    "radial, T/2": {**_HASH, "model.pool_size": 48, **_EXITS, "router.depth_target": 3.0},
+    "radial, learned routes": {**_LEARNED, "model.pool_size": 24, **_EXITS},
+    "radial, learned routes, fixed depth": {**_LEARNED, "model.pool_size": 16},
+    "early exit": {"router.form": "early_exit", "model.pool_size": 6, **_EXITS},
+    "Mixture-of-Depths": {
+        "router.form": "mod",
+        "router.estimator": "weighted",
+        # All tokens at every other step, a third of them at the steps between: 3 + 3/3 layers.
+        "router.capacity": 0.3334,
+        "model.pool_size": 6,
+        "model.max_depth": 6,
+        "model.min_depth": 6,
+        "cache.view": "same_step",
+    },
+    "Mixture-of-Recursions": {
+        "router.form": "recursion",
+        "router.estimator": "weighted",
+        "router.z_coef": 0.02,
+        "model.pool_size": 2,
+        "model.init": "distinct",
+        **_DEPTHS,
+    },
+    "looped": {"router.form": "cyclic", "model.pool_size": 2, "model.init": "distinct"},
+    "random": {"router.form": "random", "model.pool_size": 16},
+    "hash": {"router.form": "hash", "model.pool_size": 16},
+    "hash, pool of 24": {"router.form": "hash", "model.pool_size": 24},
+    "hash, pool of 48": {"router.form": "hash", "model.pool_size": 48},
+}
+BASELINES = (
+    "early exit",
+    "Mixture-of-Depths",
+    "Mixture-of-Recursions",
+    "looped",
+    "random",
+    "hash",
+    "hash, pool of 24",
+    "hash, pool of 48",
+)
+# Added to the trained exit bias (nats that another layer must take off the loss) to read one model at many depths. The
+# first one switches exits off.
+EXIT_BIASES = (-1e9, -0.1, -0.05, -0.03, -0.02, -0.01, 0.0, 0.01, 0.02, 0.03, 0.05)
+# Models of the hop task, by what differs from configs/hops.py.
+HOP_MODELS: dict[str, Values] = {
+    "hops, radial": {},
+    "hops, dense": {"router.form": "sequential", "model.pool_size": 6, "model.min_depth": 6},
+}
+
+
+def cells_of(fields: dict, models: dict[str, Values], seeds: list[Values]) -> dict[str, list[Cell]]:
+    """The runs of each model, one for each seed."""
+    if not models:
+        return {}
+    cells = expand(fields, [list(models.values()), seeds], {})
+    return {name: cells[index * len(seeds) : (index + 1) * len(seeds)] for index, name in enumerate(models)}
+
+
+def summary(runs: list[dict]) -> dict:
+    """Mean of each figure over seeds, and the standard deviation of the loss; None for that of a single seed."""
+    losses = [run["ce"] for run in runs]
+    spread = statistics.stdev(losses) if len(losses) > 1 else None
+    means = {name: statistics.fmean(run[name] for run in runs) for name in FIGURES}
+    return {**means, "ce_std": spread, "seeds": sorted(run["seed"] for run in runs)}
+
+
+FIGURES = ("ce", "bpb", "depth", "flops_per_token", "load_entropy", "route_mi", "tokens_trained", "seconds")
+
+
+def merged(before: list[dict], now: list[dict]) -> list[dict]:
+    """The runs of both, those of now in place of earlier ones of the same model and seed, in the order of `MODELS`."""
+    runs = {(run["model"], run["seed"]): run for run in [*before, *now]}
+    order = [*MODELS, *HOP_MODELS]
+    return sorted(runs.values(), key=lambda run: (order.index(run["model"]), run["seed"]))
+
+
+def settings_of(cell: Cell) -> dict:
+    """What a run's figures follow from: all fields that differ from the defaults, but for the seed.
+
+    By the difference, so that a new field with a default that changes nothing makes no other run.
+    """
+    defaults, fields = base.get_config().to_dict(), cell.config.to_dict()
+    return {
+        f"{section}.{name}": value
+        for section in ("model", "router", "cache", "data", "optimizer", "train", "eval")
+        for name, value in fields[section].items()
+        if value != defaults[section][name] and (section, name) not in (("train", "seed"), ("data", "cache_dir"))
+    }
+
+
+def mean_curve(curves: list[list[dict]]) -> list[dict]:
+    """Means over seeds of what one model reads at each of `EXIT_BIASES`."""
+    names = ("ce", "depth", "flops_per_token")
+    return [
+        {"exit_bias": bias, **{name: statistics.fmean(row[name] for row in rows) for name in names}}
+        for bias, rows in zip(EXIT_BIASES, zip(*curves, strict=True), strict=True)
+    ]
+
+
+def layers_saved(curve: list[dict], tolerance: float) -> float:
+    """The largest share of executions saved against exits off, at a loss higher by at most `tolerance` of it."""
+    off = curve[0]
+    return max(1 - row["depth"] / off["depth"] for row in curve if row["ce"] <= (1 + tolerance) * off["ce"])
+
+
+def figures_of(models: dict[str, dict], curve: list[dict], hop_runs: list[dict]) -> dict[str, float | None]:
+    """The figures that users and docs rely on; None where a run is missing for one.
+
+    Args:
+        models: their summaries.
+        curve: `mean_curve` of `radial`.
+        hop_runs: those of radial networks on the hop task.
+    """
+    ce = {name: found["ce"] for name, found in models.items()}
+    correlations = [run["hops"]["spearman"] for run in hop_runs if run["hops"]["spearman"] is not None]
+
+    def ratio(left: str, *right: str) -> float | None:
+        known = [ce[name] for name in right if name in ce]
+        return ce[left] / min(known) if left in ce and known else None
+
+    def of_radial(name: str) -> float | None:
+        return models["radial"][name] if "radial" in models else None
+
+    return {
+        "radial/dense equal depth": ratio("radial", "dense"),
+        "depth radial/dense": of_radial("depth") and models["radial"]["depth"] / models["dense"]["depth"],
+        "radial learned routes/dense": ratio("radial, learned routes", "dense"),
+        "radial T÷2/dense T": ratio("radial, T/2", "dense, 6 layers"),
+        "layers saved at 0.5 % loss": layers_saved(curve, 0.005) if curve else None,
+        "radial/best baseline": ratio("radial", *BASELINES),
+        "hops spearman": statistics.fmean(correlations) if correlations else None,
+        "load entropy": of_radial("load_entropy"),
+        "route_mi": of_radial("route_mi"),
+    }
