@@ -121,27 +121,30 @@ class Started:
 
 @pytest.mark.slow
 def test_a_run_that_is_killed_again_and_again_ends_as_if_it_was_not(tmp_path, flags, whole, pytestconfig):
-    """At random moments: while it starts, from the start of a save to the steps after it, before anything was saved."""
+    """At random moments: before anything was saved, in a save, in the steps after one, while it starts."""
     workdir, rng = tmp_path / "run", np.random.default_rng(0)
-    folder, num_kills, num_after_saves = workdir / "checkpoints", 0, 0
+    folder, num_kills, steps = workdir / "checkpoints", 0, []
     while num_kills < pytestconfig.getoption("--kills"):
-        before = saved_steps(folder)[:1], set(folder.glob("*tmp*"))
-        if before[0] == [whole[0]]:
+        saved, saving = saved_steps(folder)[:1], set(folder.glob("*tmp*"))
+        if saved == [whole[0]]:
             break
-        started, is_at_start = Started(flags, workdir), num_kills % 4 == 3
-        if is_at_start:
-            time.sleep(rng.uniform(0, 8))
-        elif num_kills:
-            started.wait_for(lambda: (saved_steps(folder)[:1], set(folder.glob("*tmp*"))) != before)  # noqa: B023
-        else:
-            started.wait_for(lambda: (workdir / "config.json").exists())
-        time.sleep(rng.uniform(0, 0.5))
+        started = Started(flags, workdir)
+        # The first time before anything is saved, then at each of three kinds of moments in turn.
+        moments = {
+            0: (lambda: (workdir / "config.json").exists(), 0.1),
+            1: (lambda: saved_steps(folder)[:1] != saved, 0.5),  # noqa: B023
+            2: (lambda: set(folder.glob("*tmp*")) - saving, 0.3),  # noqa: B023
+            3: (lambda: True, 8.0),
+        }
+        has_come, seconds = moments[num_kills and 1 + (num_kills - 1) % 3]
+        started.wait_for(has_come)
+        time.sleep(rng.uniform(0, seconds))
         code, stdout, stderr = started.send(signal.SIGKILL)
         assert code in (0, -signal.SIGKILL), stdout + stderr
-        num_after_saves += code != 0 and num_kills > 0 and not is_at_start
         num_kills += code != 0
-    print(f"{num_kills} kills, the last one after step {saved_steps(folder)[:1]} was saved")
-    assert num_after_saves >= 2
+        steps += saved_steps(folder)[:1] or [0]
+    print(f"{num_kills} kills, after them the newest steps saved were {steps}")
+    assert len(set(steps) - {0}) >= 2
     run(*flags, f"--workdir={workdir}")
     assert_same(workdir, whole)
 
