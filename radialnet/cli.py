@@ -35,6 +35,11 @@ class PreemptedError(RuntimeError):
     """The process was asked to end, and the state is saved."""
 
 
+def warn(line: str) -> None:
+    """Tell of what goes on all the same."""
+    print(f"warning: {line}", file=sys.stderr, flush=True)
+
+
 def run(main: Callable[[], None]) -> None:
     """Parse the flags and call `main`; end with exit code 0, 2 (bad configuration or input), 3 (non-finite), 4 (an
     alarm, where that is to stop the run) or 75 (asked to end, run me again)."""

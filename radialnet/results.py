@@ -23,6 +23,7 @@ from rich.console import Console
 
 from configs import dense_micro, hops
 from radialnet import cli
+from radialnet.cli import warn
 from radialnet.config import ConfigError
 from radialnet.data import prepare
 from radialnet.evaluate import evaluate_trained
@@ -44,7 +45,7 @@ from radialnet.study import (
     summary,
 )
 from radialnet.sweep import EXIT_FAILED_CELLS, command_of, finished, train_grid
-from radialnet.trained import load_trained, warn
+from radialnet.trained import load_trained
 
 
 def markdown(result: dict) -> str:

@@ -6,12 +6,11 @@ import jax
 import jax.numpy as jnp
 
 from radialnet.alarms import HISTORY, alarms
-from radialnet.cli import AlarmError, NonFiniteError
+from radialnet.cli import AlarmError, NonFiniteError, warn
 from radialnet.config import Config
 from radialnet.files import finite
 from radialnet.metrics import BatchSums, add, figures, flops_per_token, peak_flops
 from radialnet.progress import Clock, Progress
-from radialnet.trained import warn
 from radialnet.watchdog import MemoryWatch
 from radialnet.writers import MetricsWriter
 
@@ -80,24 +79,20 @@ class TrainLog:
         line = line_of(
             self._config, self._vocab_size, step, "train", found, scalars, sums.routing.num_tokens, seconds, num_steps
         )
-        before, found = self._alarms, self._find_alarms(line)
         memory_gb, growth = self._memory.look()
-        if growth:
-            found = {**found, "memory": growth}
-        self._writer.write({**line, "alarms": sorted(found)}, {"memory_gb": memory_gb})
-        self._progress.show(line)
-        for name in sorted(found.keys() - before.keys()):
-            warn(f"step {step}: {name}: {found[name]}")
-        stop_if_not_finite(self._config, step, scalars)
-        if found and self._config.log.alarms == "stop":
-            raise AlarmError(f"step {step}: {'; '.join(found.values())} (config.log.alarms='stop')")
-
-    def _find_alarms(self, line: dict) -> dict[str, str]:
+        before, raised = self._alarms, {}
         if self._config.log.alarms != "off":
             # As it will be read back by a run that goes on.
             self._lines.append(finite(line))
             self._alarms = alarms(self._config, list(self._lines))
-        return self._alarms
+            raised = {**self._alarms, **({"memory": growth} if growth else {})}
+        self._writer.write({**line, "alarms": sorted(raised)}, {"memory_gb": memory_gb})
+        self._progress.show(line)
+        for name in sorted(raised.keys() - before.keys()):
+            warn(f"step {step}: {name}: {raised[name]}")
+        stop_if_not_finite(self._config, step, scalars)
+        if raised and self._config.log.alarms == "stop":
+            raise AlarmError(f"step {step}: {'; '.join(raised.values())} (config.log.alarms='stop')")
 
 
 def line_of(

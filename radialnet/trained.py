@@ -1,13 +1,13 @@
 """The trained model of a run, restored from its folder: what evaluation and generation work with."""
 
 import dataclasses
-import sys
 from pathlib import Path
 
 import jax
 from flax import nnx
 
 from radialnet.checkpoint import Checkpoints
+from radialnet.cli import warn
 from radialnet.config import Config, ConfigError
 from radialnet.model import init_params
 from radialnet.router import Controllers
@@ -54,10 +54,6 @@ def load_trained(workdir: Path) -> TrainedModel:
             if saved_steps(folder.checkpoints) == steps:
                 raise
     return TrainedModel(config, graph, trees["params"], trees["controllers"], tokenizer, step)
-
-
-def warn(line: str) -> None:
-    print(f"warning: {line}", file=sys.stderr, flush=True)
 
 
 def keep_programs(config: Config) -> None:

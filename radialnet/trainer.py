@@ -14,7 +14,7 @@ import rich.console
 from flax import nnx
 
 from radialnet.checkpoint import Checkpoints
-from radialnet.cli import NonFiniteError, PreemptedError
+from radialnet.cli import NonFiniteError, PreemptedError, warn
 from radialnet.config import Config, ConfigError
 from radialnet.data import Dataset, eval_batches, prefetch, prepare, train_batches
 from radialnet.decode import CacheFullError
@@ -31,7 +31,7 @@ from radialnet.run_folder import RunFolder
 from radialnet.tokenizer import Tokenizer
 from radialnet.train_log import TrainLog, line_of, stop_if_not_finite
 from radialnet.train_step import TrainState, eval_step, init_state, train_step
-from radialnet.trained import TrainedModel, keep_programs, load_trained, warn
+from radialnet.trained import TrainedModel, keep_programs, load_trained
 from radialnet.watchdog import Watchdog
 from radialnet.writers import MetricsWriter
 

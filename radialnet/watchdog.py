@@ -13,7 +13,7 @@ import jax
 import psutil
 from jax._src import distributed  # The service has no public interface.
 
-from radialnet.trained import warn
+from radialnet.cli import warn
 
 # However short the steps are, this long a wait is none: machines are shared, and disks spin up.
 LEAST_SECONDS = 60.0
@@ -83,7 +83,10 @@ _STEPS = "radialnet/step"
 
 
 def _tell(step: int) -> None:
-    if jax.process_count() > 1:
+    # A service that is gone went with its process, and the run goes with it: nothing for a watchdog to die of.
+    if jax.process_count() == 1:
+        return
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
         distributed.global_state.client.key_value_set(
             f"{_STEPS}/{jax.process_index()}", str(step), allow_overwrite=True
         )
