@@ -47,11 +47,12 @@ def alarms(config: Config, lines: Sequence[dict]) -> dict[str, str]:
 
 
 def _route_mi(config: Config, lines: Sequence[dict]) -> str | None:
-    mutual_information = lines[-1]["route_mi"]
-    if config.router.form not in ("factored", "flat") or config.model.pool_size == 1:
+    mutual_information, model, router = lines[-1]["route_mi"], config.model, config.router
+    if mutual_information >= _LEAST_ROUTE_MI or router.form not in ("factored", "flat") or model.pool_size == 1:
         return None
-    # A prior that outweighs the router chooses by the step alone, for a sequential one is a dense model.
-    if mutual_information >= _LEAST_ROUTE_MI or config.router.prior == "sequential":
+    # A prior that leaves one layer to each step asks for just that, as long as it is there.
+    leaves_one = router.prior == "sequential" or (router.prior == "group" and model.pool_size == model.max_depth)
+    if leaves_one and (router.prior_steps == 0 or lines[-1]["step"] < router.prior_steps):
         return None
     return f"the route is the same whatever the token: route_mi {mutual_information:.4f} nats"
 
@@ -81,8 +82,8 @@ def _soft_depth(config: Config, lines: Sequence[dict]) -> str | None:
     line = lines[-1]
     if not _has_exits(config, line) or config.router.form == "recursion" or config.router.predicts_benefit:
         return None
-    ratio = line["expected_depth"] / line["depth"]
-    if 1 / _MOST_DRIFT <= ratio <= _MOST_DRIFT:
+    smaller, larger = sorted((line["expected_depth"], line["depth"]))
+    if larger <= _MOST_DRIFT * smaller:
         return None
     return (
         f"soft and hard exits drift apart: {line['expected_depth']:.2f} layers expected, {line['depth']:.2f} executed"

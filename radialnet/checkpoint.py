@@ -2,7 +2,8 @@
 
 Orbax writes a step aside and renames it at the end, so that a kill leaves a whole step or none. But it loads flipped
 bits without a word, takes an empty folder for the newest step, and never turns to an older one. So a step counts here
-when it has its `checksums.json`, which is written when all the rest is on disk, and every file is what that says.
+when it has its `checksums.json`, which is written when all the rest is on disk, and every file is what that says. Where
+no step has one, as in runs of before there were any, what Orbax has finished is taken as it is.
 
 Several processes share the folder, and the work: each takes the checksums of its share of the files, when a step is
 saved and when it is looked at. All of them must call each method, with global arrays.
@@ -46,12 +47,13 @@ class Checkpoints:
         self._folder, self._keep, self._keep_every = folder.resolve(), keep, keep_every
         self._worker = ThreadPoolExecutor(max_workers=1)
         self._saving: Future | None = None
+        self._filter = _ReportedHere()
         self._saving_step = 0
         self._broken: set[int] = set()  # Steps that were found not to be whole.
         self._process, self._num_processes = jax.process_index(), jax.process_count()
 
     def __enter__(self) -> "Checkpoints":
-        absl_logging.get_absl_logger().addFilter(_is_not_reported_here)
+        absl_logging.get_absl_logger().addFilter(self._filter)
         return self
 
     def __exit__(self, *_) -> None:
@@ -59,7 +61,7 @@ class Checkpoints:
             self.check(wait=True)
         finally:
             self._worker.shutdown()
-            absl_logging.get_absl_logger().removeFilter(_is_not_reported_here)
+            absl_logging.get_absl_logger().removeFilter(self._filter)
 
     def newest(self, report: Callable[[str], None]) -> int | None:
         """The newest step that is whole; None where no save was ever finished.
@@ -101,7 +103,8 @@ class Checkpoints:
             # A full disk needs the room.
             self._remove_unfinished()
             # What is there of this step already was not whole, or it would have been gone on from.
-            (self._folder / str(step) / CHECKSUMS).unlink(missing_ok=True)
+            folder = self._folder / str(step)
+            (folder / CHECKSUMS if folder.is_dir() else folder).unlink(missing_ok=True)
         saving = ocp.save_checkpointables_async(self._folder / str(step), trees, overwrite=True)
         self._saving, self._saving_step = self._worker.submit(self._finish, saving, step), step
 
@@ -116,14 +119,19 @@ class Checkpoints:
             self._remove_unfinished()
             raise ConfigError(f"{self._folder / str(self._saving_step)}: can't be saved ({_short(error)})") from error
 
+    def has(self, step: int, tree: str) -> bool:
+        """Whether a tree of that name was saved at the step; one of before there was such a tree has none."""
+        return (self._folder / str(step) / tree).is_dir()
+
     def restore(self, step: int, abstract_trees: dict[str, PyTree]) -> dict[str, PyTree]:
-        """Restore the named trees with the structure, shapes and dtypes given; others that were saved are left alone.
+        """Restore the named trees with the structure and shapes given, cast to the dtypes given; others that were saved
+        are left alone.
 
         Arrays go to where the given ones are, or are said to be by their `sharding`, whatever mesh and processes saved
         them; without either to the first device.
 
         Raises:
-            ConfigError: there is no such checkpoint, or its trees have another structure, shape or dtype.
+            ConfigError: there is no such checkpoint, or its trees have another structure or shape.
         """
         # Without a placement Orbax would take the one that was saved, which may be of another machine.
         here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -212,9 +220,11 @@ class Checkpoints:
         return None
 
 
-def _is_not_reported_here(record: logging.LogRecord) -> bool:
-    """False for the stacks of all threads of a save that failed; `check` raises what it failed by, in a line."""
-    return not (record.exc_info and "orbax" in record.pathname)
+class _ReportedHere(logging.Filter):
+    """Keeps back the stacks of all threads of a save that failed; `check` raises what it failed by, in a line."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not (record.exc_info and "orbax" in record.pathname)
 
 
 def _files(folder: Path) -> list[str]:

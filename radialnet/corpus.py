@@ -110,20 +110,19 @@ def _existing(path: str) -> Path:
 def _to_read(path: Path, suffix: str = "") -> list[Path]:
     """A file itself, or the files of a folder that end in `suffix`. Raises ConfigError where memory has no room."""
     files = [file for file in _files(path) if file.name.endswith(suffix)] if path.is_dir() else [path]
-    check_memory(sum(file.stat().st_size for file in files), _READING, f"{path}: to read its text")
+    num_bytes = sum(file.stat().st_size for file in files)
+    check_memory(_READING * num_bytes, f"{path}: to read its {num_bytes / 1e9:.1f} GB of text")
     return files
 
 
-def check_memory(num_bytes: int, times: int, what: str) -> None:
-    """Raise ConfigError when a text of `num_bytes` needs more memory, `times` its size, than the machine has left.
+def check_memory(needed: int, what: str) -> None:
+    """Raise ConfigError when something needs more bytes of memory than the machine has left.
 
     Without a word the system would end the process.
     """
-    needed, free = num_bytes * times, psutil.virtual_memory().available
+    free = psutil.virtual_memory().available
     if needed > free:
-        raise ConfigError(
-            f"{what}, {num_bytes / 1e9:.1f} GB, takes {needed / 1e9:.1f} GB of memory; {free / 1e9:.1f} are free"
-        )
+        raise ConfigError(f"{what} takes {needed / 1e9:.1f} GB of memory; {free / 1e9:.1f} are free")
 
 
 def _text_documents(path: Path) -> Iterator[Document]:

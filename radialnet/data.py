@@ -11,11 +11,12 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import grain
 import numpy as np
+from numpy.typing import ArrayLike
 
 from radialnet.config import Config, ConfigError, DataConfig
 from radialnet.corpus import Document, check_memory, load_corpus
@@ -26,8 +27,8 @@ from radialnet.tokenizer import BYTE_VOCAB_SIZE, Tokenizer
 
 # Part of the name of what is cached: raise it when the layout of the rows changes.
 LAYOUT = 1
-# Memory by the bytes of a text, measured with one token for each.
-_PACKING = 140
+# Bytes of memory that a token takes while rows are packed.
+_PACKING = 100
 PADDING = -1  # Document id of what fills up the last row.
 
 Batch = dict[str, np.ndarray]
@@ -63,9 +64,9 @@ class PackedRows:
         }
 
 
-def pack(documents: list[list[int]], separator: int, seq_len: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def pack(documents: Sequence[ArrayLike], separator: int, seq_len: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Tokens, document ids and positions of packed rows, each [R, S+1]. Positions count within row and document."""
-    stream = np.concatenate([np.asarray([separator, *tokens], np.int32) for tokens in documents])
+    stream = np.concatenate([part for tokens in documents for part in ([separator], tokens)]).astype(np.int32)
     document = np.repeat(np.arange(len(documents), dtype=np.int32), [len(tokens) + 1 for tokens in documents])
     num_rows = max(1, -(-(len(stream) - 1) // seq_len))
     index = np.arange(num_rows)[:, None] * seq_len + np.arange(seq_len + 1)
@@ -85,6 +86,8 @@ def write_rows(folder: Path, documents: tuple[Document, ...], tokenizer: Tokeniz
     partial = Path(tempfile.mkdtemp(prefix=f"{folder.name}.partial", dir=folder.parent))
     try:
         ids = tokenizer.encode_batch([document.text for document in documents])
+        num_tokens = sum(map(len, ids))
+        check_memory(_PACKING * num_tokens, f"{folder.parent}: to pack {num_tokens / 1e9:.1f} G tokens")
         arrays = pack(ids, tokenizer.separator_id, seq_len)
         for name, array in zip(("tokens", "documents", "positions"), arrays, strict=True):
             np.save(partial / f"{name}.npy", array)
@@ -136,10 +139,7 @@ def prepare(config: Config, folder: RunFolder) -> Dataset:
     for split in ("train", "eval"):
         path = cache / f"rows-{key}-{split}"
         if not path.exists():
-            documents = getattr(corpus, split)
-            num_bytes = sum(len(document.text) for document in documents)
-            check_memory(num_bytes, _PACKING, f"config.data: to pack the text of {cfg.path or cfg.source}")
-            write_rows(path, documents, tokenizer, config.train.seq_len)
+            write_rows(path, getattr(corpus, split), tokenizer, config.train.seq_len)
         rows[split] = PackedRows(path)
     if len(rows["train"]) < config.train.batch_size:
         raise ConfigError(

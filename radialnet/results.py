@@ -75,7 +75,9 @@ def markdown(result: dict) -> str:
             f"| {found['load_entropy']:.2f} | {found['route_mi']:.2f} "
             f"| {found['tokens_trained'] / 1e6:.1f} | {found['seconds'] / 60:.0f} |"
         )
-    lines += ["", "![Held-out loss against executed FLOPs](results.png)", "", "| figure | |", "|---|---|"]
+    if result["models"]:
+        lines += ["", "![Held-out loss against executed FLOPs](results.png)"]
+    lines += ["", "| figure | |", "|---|---|"]
     lines += [f"| {name} | {'–' if value is None else f'{value:.4f}'} |" for name, value in result["figures"].items()]
     lines += [
         "",
@@ -133,6 +135,19 @@ def _commit() -> str:
     return asked.stdout.strip() or "unknown"
 
 
+def _note(commit: str, folder: Path) -> None:
+    """Note in a run's folder that it is trained at a commit, or in part."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "commits.txt").open("a") as file:
+        file.write(commit + "\n")
+
+
+def _noted(folder: Path) -> str:
+    """The commits that a run was trained at, as far as they are known: another command may have trained it."""
+    path = folder / "commits.txt"
+    return " and ".join(dict.fromkeys(path.read_text().split())) if path.exists() else "unknown"
+
+
 def earlier_runs(path: Path, settings: dict[str, dict]) -> list[dict]:
     """The runs in a RESULTS.json that are of today's settings; the others are told.
 
@@ -178,6 +193,9 @@ def main() -> None:
         if not every:
             continue
         commands = [command_of(cell, f"configs/{file}.py", workdir / file) for cell in every]
+        for name, row in finished(every, workdir / file).items():
+            if row is None:
+                _note(commit, workdir / file / name)
         rows, num_failed = train_grid(every, commands, workdir / file, _JOBS.value, console)
         lost = [row["cell"] for row in rows if row["ce"] is None]
         for name in lost:
@@ -187,7 +205,8 @@ def main() -> None:
         found = {row["cell"]: row for row in rows}
         for name, of_model in models.items():
             for cell in of_model:
-                run = {"model": name, "seed": cell.config.train.seed, "commit": commit, "settings": settings[name]}
+                commits = _noted(workdir / file / cell.name)
+                run = {"model": name, "seed": cell.config.train.seed, "commit": commits, "settings": settings[name]}
                 run |= {figure: found[cell.name][figure] for figure in FIGURES}
                 if name == "radial":
                     run["curve"] = _read_depths(workdir / file / cell.name)
@@ -213,7 +232,8 @@ def write_results(runs: list[dict], out: Path) -> None:
     }
     out.mkdir(parents=True, exist_ok=True)
     points = [SweepPoint(name, "", run["flops_per_token"], run["ce"]) for name in models for run in by_model[name]]
-    plot_sweep(points, out / "results.png")
+    if points:
+        plot_sweep(points, out / "results.png")
     write_whole(out / "RESULTS.json", json.dumps(result, indent=1) + "\n")
     write_whole(out / "RESULTS.md", markdown(result))
     print(json.dumps(result["figures"]))

@@ -28,7 +28,9 @@ def is_committed(folder: Path) -> bool:
 
 def steps_in(folder: Path) -> list[int]:
     """The steps that there is anything of, the newest first."""
-    return sorted((int(path.name) for path in folder.glob("[0-9]*") if path.name.isdigit()), reverse=True)
+    found = (path for path in folder.glob("[0-9]*") if path.name.isascii() and path.name.isdigit() and path.is_dir())
+    # Not every name of digits is that of a step.
+    return sorted({int(path.name) for path in found if path.name == str(int(path.name))}, reverse=True)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -140,17 +140,18 @@ def figures_of(models: dict[str, dict], curve: list[dict], hop_runs: list[dict])
         known = [ce[name] for name in right if name in ce]
         return ce[left] / min(known) if left in ce and known else None
 
-    def of_radial(name: str) -> float | None:
-        return models["radial"][name] if "radial" in models else None
+    def of(model: str, name: str) -> float | None:
+        return models[model][name] if model in models else None
 
+    depth, dense_depth = of("radial", "depth"), of("dense", "depth")
     return {
         "radial/dense equal depth": ratio("radial", "dense"),
-        "depth radial/dense": of_radial("depth") and models["radial"]["depth"] / models["dense"]["depth"],
+        "depth radial/dense": depth / dense_depth if depth and dense_depth else None,
         "radial learned routes/dense": ratio("radial, learned routes", "dense"),
         "radial T÷2/dense T": ratio("radial, T/2", "dense, 6 layers"),
         "layers saved at 0.5 % loss": layers_saved(curve, 0.005) if curve else None,
         "radial/best baseline": ratio("radial", *BASELINES),
         "hops spearman": statistics.fmean(correlations) if correlations else None,
-        "load entropy": of_radial("load_entropy"),
-        "route_mi": of_radial("route_mi"),
+        "load entropy": of("radial", "load_entropy"),
+        "route_mi": of("radial", "route_mi"),
     }

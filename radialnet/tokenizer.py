@@ -28,17 +28,15 @@ _PIECES_AT_A_TIME = 256
 def pieces(text: str) -> Iterator[str]:
     """A text in pieces of at most PIECE characters, which together are the text.
 
-    Cut after a line, where the tokenizer cuts as well, so that the tokens are those of the whole text; within a line
-    only where that alone is longer.
+    Cut before white space, where the tokenizer cuts as well, so that the tokens are those of the whole text; within a
+    word only where that alone is longer.
     """
     begin = 0
     while len(text) - begin > PIECE:
         end = begin + PIECE
-        line_end = text.rfind("\n", begin + 1, end)
-        # Several white spaces in a row are cut before the last of them, so those are no place.
-        while line_end > 0 and (text[line_end - 1].isspace() or text[line_end + 1].isspace()):
-            line_end = text.rfind("\n", begin + 1, line_end)
-        end = line_end + 1 if line_end > 0 else end
+        while end > begin and not (text[end] in " \t\r\n" and not text[end - 1].isspace()):
+            end -= 1
+        end = end if end > begin else begin + PIECE
         yield text[begin:end]
         begin = end
     yield text[begin:]

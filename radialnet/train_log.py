@@ -86,7 +86,8 @@ class TrainLog:
             self._lines.append(finite(line))
             self._alarms = alarms(self._config, list(self._lines))
             raised = {**self._alarms, **({"memory": growth} if growth else {})}
-        self._writer.write({**line, "alarms": sorted(raised)}, {"memory_gb": memory_gb})
+        # Without that of the memory, which is the process's and not the run's.
+        self._writer.write({**line, "alarms": sorted(self._alarms)}, {"memory_gb": memory_gb})
         self._progress.show(line)
         for name in sorted(raised.keys() - before.keys()):
             warn(f"step {step}: {name}: {raised[name]}")

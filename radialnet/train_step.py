@@ -124,7 +124,7 @@ def train_step(
 ) -> tuple[TrainState, BatchSums, dict[str, jax.Array]]:
     """One optimizer step.
 
-    A step with a loss or gradient that is not finite, or far above those before it (`is_spike`), changes nothing but
+    A step with a loss or gradient that is not finite, or far above those before it (`spike_limit`), changes nothing but
     the counts of steps. After `train.max_skipped_steps` in a row that were not finite no step does, until the run is
     ended: what it leaves is the state that they came from.
 
@@ -145,7 +145,10 @@ def train_step(
     is_finite &= state.num_skipped_in_a_row < config.train.max_skipped_steps
     is_good = is_finite
     if config.train.spike_sigmas:
-        is_good &= ~is_spike(state.recent_2W, size_2, config.train.spike_sigmas)
+        limit_2 = spike_limit(state.recent_2W, config.train.spike_sigmas)
+        is_good &= (size_2 <= limit_2).all()
+        # One spike must not hide the next; and what was one is the usual thing when it stays.
+        size_2 = jnp.minimum(size_2, limit_2)
 
     def update(params, opt_state, controllers):
         updates, opt_state = optimizer.update(clip(config, grads, grad_norm), opt_state, params)
@@ -161,7 +164,6 @@ def train_step(
         controllers=controllers,
         num_skipped=state.num_skipped + ~is_good,
         num_skipped_in_a_row=jnp.where(is_finite, 0, state.num_skipped_in_a_row + 1),
-        # Spikes too: what was one is the usual thing when it stays.
         recent_2W=jnp.where(
             is_finite, jnp.concatenate([state.recent_2W[:, 1:], size_2[:, None]], axis=1), state.recent_2W
         ),
@@ -178,14 +180,15 @@ def train_step(
     return new_state, jax.tree.map(lambda x: jnp.where(is_good, x, 0), sums), scalars
 
 
-def is_spike(recent_2W: jax.Array, size_2: jax.Array, sigmas: float) -> jax.Array:
-    """Whether one of the sizes of a step is more than `sigmas` standard deviations above the mean of the recent ones.
+def spike_limit(recent_2W: jax.Array, sigmas: float) -> jax.Array:
+    """What is no spike yet: `sigmas` standard deviations above the mean of the recent sizes, [2].
 
-    Never before half of the window is known.
+    A deviation of less than a hundredth of the mean counts as that. Infinite until half of the window is known.
     """
-    mean_2, std_2 = jnp.nanmean(recent_2W, axis=1), jnp.nanstd(recent_2W, axis=1)
+    mean_2 = jnp.nanmean(recent_2W, axis=1)
+    std_2 = jnp.maximum(jnp.nanstd(recent_2W, axis=1), 0.01 * jnp.abs(mean_2))
     is_known = jnp.isfinite(recent_2W[0]).sum() >= recent_2W.shape[1] // 2
-    return is_known & (size_2 > mean_2 + sigmas * std_2).any()
+    return jnp.where(is_known, mean_2 + sigmas * std_2, jnp.inf)
 
 
 def _update_controllers(config: Config, controllers: Controllers, at: Schedule, sums: BatchSums) -> Controllers:

@@ -76,18 +76,24 @@ def train(config: Config, workdir: Path) -> None:
         PreemptedError: SIGTERM or SIGINT came; the state is saved.
     """
     console = rich.console.Console(highlight=False, markup=False, soft_wrap=True)
-    # The order in which a run is built and resumed; nothing is written before 4.
-    # 1. The folder, and whether the config may go on with what is in it.
     folder = RunFolder(workdir)
-    _check_folder(config, folder, console)
-    # 2. The data. A resumed run reads the documents of its manifest, by its own tokenizer, or not at all.
-    dataset = prepare(config, folder)
-    # 3. Fresh parameters, optimizer and controllers; the model's structure. An up-cycled run reads its dense run here.
-    graph, state = _fresh_state(config, dataset.tokenizer, is_new=not folder.has_checkpoint())
-    # 4. All of them from the newest checkpoint.
-    workdir.mkdir(parents=True, exist_ok=True)
-    cfg = config.checkpoint
-    with _locked(folder), Checkpoints(folder.checkpoints, cfg.keep, cfg.keep_every) as checkpoints:
+    # The order in which a run is built and resumed; nothing is written before 4, but for the lock of a folder that is
+    # there: what is checked is not to change under us.
+    with contextlib.ExitStack() as stack:
+        if is_there := workdir.is_dir():
+            stack.enter_context(_locked(folder))
+        # 1. The folder, and whether the config may go on with what is in it.
+        _check_folder(config, folder, console)
+        # 2. The data. A resumed run reads the documents of its manifest, by its own tokenizer, or not at all.
+        dataset = prepare(config, folder)
+        # 3. Fresh parameters, optimizer and controllers; the model's structure. An up-cycled run reads its dense run.
+        graph, state = _fresh_state(config, dataset.tokenizer, is_new=not folder.has_checkpoint())
+        # 4. All of them from the newest checkpoint.
+        if not is_there:
+            workdir.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(_locked(folder))
+        cfg = config.checkpoint
+        checkpoints = stack.enter_context(Checkpoints(folder.checkpoints, cfg.keep, cfg.keep_every))
         step = checkpoints.newest(report=warn) or 0
         if step:
             state = _restore(checkpoints, step, state)
@@ -104,10 +110,10 @@ def train(config: Config, workdir: Path) -> None:
                 _loop(run, writer, preemption)
         else:
             console.print(f"{workdir}: done, {step} of {config.train.num_steps} steps")
-    # 8. What is made of the finished run, also when a kill came between its last step and here.
-    if step < config.train.num_steps or not folder.plots.exists():
-        paths = plot_run(folder.read_metrics(), folder.plots)
-        console.print("plots: " + ", ".join(str(path) for path in paths))
+        # 8. What is made of the finished run, also when a kill came between its last step and here.
+        if step < config.train.num_steps or not folder.plots.exists():
+            paths = plot_run(folder.read_metrics(), folder.plots)
+            console.print("plots: " + ", ".join(str(path) for path in paths))
 
 
 @contextlib.contextmanager
@@ -189,7 +195,12 @@ def _trees(state: TrainState) -> dict:
 
 
 def _restore(checkpoints: Checkpoints, step: int, state: TrainState) -> TrainState:
-    trees = checkpoints.restore(step, _trees(state))
+    wanted = _trees(state)
+    # Runs of before spikes were looked for have none; their window fills anew.
+    trees = {
+        **wanted,
+        **checkpoints.restore(step, {name: x for name, x in wanted.items() if checkpoints.has(step, name)}),
+    }
     counts = trees["counts"]
     return TrainState(
         step=counts["step"],
@@ -270,13 +281,18 @@ def _loop(run: Run, writer: MetricsWriter, preemption: Preemption) -> None:
                         if must_save:
                             run.checkpoints.save(run.step, {**_trees(run.state), "window": window})
                 if asked and not is_last:
-                    run.checkpoints.check(wait=True)
+                    with watchdog.paused():
+                        run.checkpoints.check(wait=True)
                     raise PreemptedError(
                         f"{asked.name}: saved at step {run.step} of {num_steps}; the same command goes on from it"
                     )
         except NonFiniteError as error:
             trees = {**_trees(run.state), "window": log.window()}
-            report = write_reproduction(run.folder.non_finite, config, run.dataset, trees, error)
+            try:
+                report = write_reproduction(run.folder.non_finite, config, run.dataset, trees, error)
+            except (OSError, ConfigError) as failed:
+                warn(f"{run.folder.non_finite}: can't be written ({failed})")
+                raise error from None
             told = f"{error}; {report} tells of what, and its folder is a run that comes to them"
             raise NonFiniteError(told, error.first_step) from None
     run.checkpoints.check(wait=True)

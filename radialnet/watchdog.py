@@ -17,7 +17,7 @@ from radialnet.cli import warn
 
 # However short the steps are, this long a wait is none: machines are shared, and disks spin up.
 LEAST_SECONDS = 60.0
-# Evaluation, saving and compilation have no usual time. What takes longer than this hangs.
+# Evaluation and saving have no usual time. What takes longer than this hangs.
 PAUSE_SECONDS = 1800.0
 # Steps whose time is remembered, and how many make a usual one.
 _WINDOW, _LEAST_STEPS = 100, 5
@@ -59,16 +59,20 @@ class Watchdog:
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """Something else than steps is done for a while."""
-        limit, self._limit, self._since = self._limit, PAUSE_SECONDS, time.monotonic()
-        yield
-        # Not since the step before: its time is none of a step.
-        self._limit, self._since = limit, None
+        limit, self._limit = self._limit, PAUSE_SECONDS
+        self._since = time.monotonic()
+        try:
+            yield
+        finally:
+            # In this order, so that the pause is never held against the limit of a step. Its time is none of a step.
+            self._since = None
+            self._limit = limit
 
     def _watch(self) -> None:
         told = None
         while not self._end.wait(1.0):
             _tell(self._step)
-            since, limit = self._since, self._limit
+            limit, since = self._limit, self._since
             if since is None or since == told or time.monotonic() - since < limit:
                 continue
             told = since
@@ -96,7 +100,10 @@ def _behind() -> str:
     """Which processes have begun fewer steps than others."""
     if jax.process_count() == 1:
         return ""
-    told = distributed.global_state.client.key_value_dir_get(f"{_STEPS}/")
+    try:
+        told = distributed.global_state.client.key_value_dir_get(f"{_STEPS}/")
+    except jax.errors.JaxRuntimeError as error:
+        return f"; the other processes can't be asked ({error})"
     steps = {int(key.rsplit("/", 1)[1]): int(step) for key, step in told}
     behind = sorted(process for process, step in steps.items() if step < max(steps.values()))
     if not behind:

@@ -1,28 +1,37 @@
 """Where metrics go: metrics.jsonl and TensorBoard."""
 
 import json
+import time
 
-import tensorboardX
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import Summary, scalar, text
 
 from radialnet.files import finite
 from radialnet.run_folder import RunFolder
 
 
 class MetricsWriter:
-    """Appends lines of figures to `metrics.jsonl` and their scalars to `tensorboard/`. A context manager."""
+    """Appends lines of figures to `metrics.jsonl` and their scalars to `tensorboard/`. A context manager.
+
+    Both at once, and not by a thread: tensorboardX's `SummaryWriter` has one, which dies without a word when the disk
+    is full, and then whoever writes waits for it for good.
+    """
 
     def __init__(self, folder: RunFolder, resumed_step: int):
         """Open for appending; what was written of later steps than `resumed_step` is dropped."""
         folder.drop_metrics_after(resumed_step)
         self._file = folder.metrics.open("a")
-        self._tensorboard = tensorboardX.SummaryWriter(str(folder.tensorboard), purge_step=resumed_step + 1)
+        folder.tensorboard.mkdir(exist_ok=True)
+        self._events = EventsWriter(str(folder.tensorboard / "events"))
+        self._add(resumed_step + 1, session_log=SessionLog(status=SessionLog.START))
 
     def __enter__(self) -> "MetricsWriter":
         return self
 
     def __exit__(self, *_) -> None:
         self._file.close()
-        self._tensorboard.close()
+        self._events.close()
 
     def write(self, line: dict, of_process: dict[str, float] | None = None) -> None:
         """Write one line. A figure that is not finite becomes null, for JSON has no NaN.
@@ -34,9 +43,15 @@ class MetricsWriter:
         line = {key: finite(value) for key, value in line.items()}
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
+        summary = Summary()
         for key, value in {**line, **(of_process or {})}.items():
             if isinstance(value, int | float) and key != "step":
-                self._tensorboard.add_scalar(f"{line['split']}/{key}", value, line["step"])
+                summary.MergeFrom(scalar(f"{line['split']}/{key}", value))
+        self._add(line["step"], summary=summary)
 
-    def write_text(self, name: str, text: str, step: int) -> None:
-        self._tensorboard.add_text(name, text, step)
+    def write_text(self, name: str, content: str, step: int) -> None:
+        self._add(step, summary=text(name, content))
+
+    def _add(self, step: int, **what) -> None:
+        self._events.write_event(Event(wall_time=time.time(), step=step, **what))
+        self._events.flush()

@@ -52,11 +52,19 @@ def test_an_alarm_is_raised_by_lines_in_a_row(name):
 
 
 def test_what_a_config_asks_for_is_no_alarm():
-    every = [{**SICK["depth"], "step": 10}] * PATIENCE
+    every = [{**SICK["depth"], "step": 15}] * PATIENCE
     warming_up = make_config(router__exit_warmup_steps=5, router__depth_ramp_steps=5)
     assert not alarms(warming_up, lines_of(*every, num_healthy=0))
+    assert alarms(make_config(), lines_of(*every, num_healthy=0)), "a line after the warm-up, where there is none"
     assert not alarms(make_config(router__depth_target=1.0), lines_of(*[SICK["depth"]] * PATIENCE))
-    assert not alarms(make_config(model__min_depth=3), lines_of(*[SICK["depth"], SICK["soft_depth"]] * PATIENCE))
+    assert not alarms(make_config(model__min_depth=3), lines_of(*[{**SICK["depth"], **SICK["soft_depth"]}] * PATIENCE))
+    for prior in ({"router__prior": "sequential"}, {"router__prior": "group", "model__pool_size": 3}):
+        for steps, is_raised in ((0, False), (1000, False), (400, True)):
+            config = make_config(router__prior_steps=steps, **prior)
+            assert bool(alarms(config, lines_of(*[SICK["route_mi"]] * PATIENCE))) == is_raised
+    # All gone before the first layer: what is divided by is 0.
+    gone = {"depth": 0.0, "expected_depth": 0.0, "depth_hist": [1.0, 0.0, 0.0, 0.0]}
+    assert list(alarms(make_config(model__min_depth=0), lines_of(*[gone] * PATIENCE))) == ["depth"]
     dense = make_config(router__form="sequential", model__pool_size=3)
     assert not alarms(dense, lines_of(*[{**SICK["route_mi"], **SICK["load_entropy"]}] * PATIENCE))
     benefit = make_config(router__exit_training="benefit")

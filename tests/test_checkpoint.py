@@ -97,8 +97,10 @@ def test_folders_that_are_no_checkpoint(folder, tmp_path):
     (folder / "7").write_text("a file")
     (folder / "notes").mkdir()
     shutil.copytree(folder / "5", folder / "8.bak")
+    (folder / "06").mkdir()
+    (folder / "²").mkdir()
     step, lines = newest(folder)
-    assert step == 5 and [line.count("not finished") for line in lines] == [1, 1]
+    assert step == 5 and len(lines) == 1 and "9: its save was not finished" in lines[0]
     # Nothing was ever saved to the end: a run that was killed in its first save starts anew.
     shutil.rmtree(folder / "5")
     shutil.rmtree(folder / "3")
@@ -138,8 +140,9 @@ def test_nothing_is_gone_on_from_when_nothing_is_whole(folder):
 def test_a_broken_step_is_saved_again(folder):
     (folder / "5" / "params" / "_METADATA").write_text("{}")
     (folder / "6").mkdir()
-    save(folder, 5, 6)
-    assert newest(folder) == (6, []) and saved_steps(folder) == [6, 5, 3]
+    (folder / "7").write_text("a file")
+    save(folder, 5, 6, 7)
+    assert newest(folder) == (7, []) and saved_steps(folder) == [7, 6, 5, 3]
 
 
 def test_which_steps_are_kept(tmp_path):

@@ -95,7 +95,7 @@ def test_a_signal_to_one_of_two_processes_ends_both_at_the_same_step(tmp_path, w
 
 
 @pytest.mark.slow
-def test_a_kill_of_one_of_two_processes_loses_what_was_not_saved(tmp_path, whole):
+def test_two_processes_that_are_killed_go_on_from_the_same_step(tmp_path, whole):
     workdir = tmp_path / "pair"
     pair = Pair(workdir)
     pair.wait_for(lambda: saved_steps(workdir))
@@ -132,12 +132,8 @@ def test_two_processes_find_a_broken_file_whoever_looks_at_it(tmp_path, whole):
 def test_the_process_that_is_behind_is_named(tmp_path):
     codes, output = Pair(tmp_path / "pair", 20).end()
     assert codes == [0, 0], output
-    assert (
-        "since step 21 began" in output[0]
-        and "process 1 is behind, at step 20" in output[0]
-        and "time.sleep" not in output[0]
-    )
-    assert "Thread" in output[0]
+    assert "since step 21 began" in output[0] and "process 1 is behind, at step 20" in output[0]
+    assert all(f"in {name}" in output[0] for name in ("main", "_watch")), "the stacks"
 
 
 @pytest.fixture(scope="module")

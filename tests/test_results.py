@@ -116,6 +116,17 @@ def test_runs_are_added_to_those_before(tmp_path, capsys):
         results.earlier_runs(tmp_path / "RESULTS.json", settings)
 
 
+@pytest.mark.parametrize("name", ["dense", "radial", "looped", "hops, radial"])
+def test_any_model_may_be_the_first(tmp_path, name):
+    runs = [{**run, "settings": {}} for run in of(example(), name)]
+    results.write_results(runs, tmp_path)
+    assert (
+        (tmp_path / "results.png").exists()
+        == (name in study.MODELS)
+        == ("results.png" in (tmp_path / "RESULTS.md").read_text())
+    )
+
+
 def test_settings_are_what_figures_follow_from():
     cells = study.cells_of(dense_micro.get_config().to_dict(), {"dense": {}}, SEEDS)["dense"]
     found = [study.settings_of(cell) for cell in cells]
