@@ -27,14 +27,19 @@ _MOST_Z = 50.0**2
 _MOST_GRADIENT_GROWTH = 100.0
 
 
+_FIGURES = {
+    "depth", "depth_hist", "expected_depth", "load", "load_entropy", "loss_router_z", "route_mi", "router_grad_norm",
+}  # fmt: skip
+
+
 def alarms(config: Config, lines: Sequence[dict]) -> dict[str, str]:
     """The alarms that hold at the newest of the training lines: name to what is wrong, in a line.
 
     Args:
         lines: the last `HISTORY` of them, or as many as there are, the newest last. Those of skipped steps, whose
-            figures are None, say nothing.
+            figures are None, say nothing, nor do those of runs of before there were alarms.
     """
-    lines = [line for line in lines if line["bpb"] is not None]
+    lines = [line for line in lines if line.get("bpb") is not None and line.keys() >= _FIGURES]
     if not config.router.is_trained or len(lines) < PATIENCE:
         return {}
     found = {}

@@ -9,7 +9,6 @@ Several processes share the folder, and the work: each takes the checksums of it
 saved and when it is looked at. All of them must call each method, with global arrays.
 """
 
-import hashlib
 import json
 import logging
 import shutil
@@ -26,7 +25,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from radialnet.config import ConfigError
-from radialnet.files import write_whole
+from radialnet.files import sha256_of, write_whole
 from radialnet.run_folder import CHECKSUMS, is_committed, saved_steps, steps_in
 
 PyTree = object
@@ -44,7 +43,7 @@ class Checkpoints:
 
     def __init__(self, folder: Path, keep: int | None = None, keep_every: int = 0):
         """Open the folder; the newest `keep` survive a save (None: all), and those of each `keep_every`-th step."""
-        self._folder, self._keep, self._keep_every = folder.resolve(), keep, keep_every
+        self.folder, self._keep, self._keep_every = folder.resolve(), keep, keep_every
         self._worker = ThreadPoolExecutor(max_workers=1)
         self._saving: Future | None = None
         self._filter = _ReportedHere()
@@ -73,16 +72,16 @@ class Checkpoints:
             ConfigError: saves were finished, and what is left of each of them is broken.
         """
         broken = {}
-        for step in steps_in(self._folder):
+        for step in steps_in(self.folder):
             reason = self._what_is_wrong(step)
             if reason is None:
                 return self._taken(step, broken, report)
-            broken[step] = f"{self._folder / str(step)}: {reason}"
-        if saved_steps(self._folder):
+            broken[step] = f"{self.folder / str(step)}: {reason}"
+        if saved_steps(self.folder):
             raise ConfigError(f"{next(iter(broken.values()))}, and there is no older checkpoint that is whole")
         for step in list(broken):
-            if is_committed(self._folder / str(step)):
-                report(f"{self._folder / str(step)}: has no {CHECKSUMS}; taken as it is")
+            if is_committed(self.folder / str(step)):
+                report(f"{self.folder / str(step)}: has no {CHECKSUMS}; taken as it is")
                 del broken[step]
                 return self._taken(step, {later: line for later, line in broken.items() if later > step}, report)
         for line in broken.values():
@@ -103,9 +102,9 @@ class Checkpoints:
             # A full disk needs the room.
             self._remove_unfinished()
             # What is there of this step already was not whole, or it would have been gone on from.
-            folder = self._folder / str(step)
+            folder = self.folder / str(step)
             (folder / CHECKSUMS if folder.is_dir() else folder).unlink(missing_ok=True)
-        saving = ocp.save_checkpointables_async(self._folder / str(step), trees, overwrite=True)
+        saving = ocp.save_checkpointables_async(self.folder / str(step), trees, overwrite=True)
         self._saving, self._saving_step = self._worker.submit(self._finish, saving, step), step
 
     def check(self, wait: bool = False) -> None:
@@ -117,11 +116,11 @@ class Checkpoints:
             saving.result()
         except Exception as error:
             self._remove_unfinished()
-            raise ConfigError(f"{self._folder / str(self._saving_step)}: can't be saved ({_short(error)})") from error
+            raise ConfigError(f"{self.folder / str(self._saving_step)}: can't be saved ({_short(error)})") from error
 
     def has(self, step: int, tree: str) -> bool:
         """Whether a tree of that name was saved at the step; one of before there was such a tree has none."""
-        return (self._folder / str(step) / tree).is_dir()
+        return (self.folder / str(step) / tree).is_dir()
 
     def restore(self, step: int, abstract_trees: dict[str, PyTree]) -> dict[str, PyTree]:
         """Restore the named trees with the structure and shapes given, cast to the dtypes given; others that were saved
@@ -139,17 +138,17 @@ class Checkpoints:
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or here), abstract_trees
         )
         try:
-            trees = ocp.load_checkpointables(self._folder / str(step), placed)
+            trees = ocp.load_checkpointables(self.folder / str(step), placed)
         except (FileNotFoundError, KeyError, TypeError, ValueError) as error:
-            raise ConfigError(f"{self._folder / str(step)}: can't be restored ({_short(error)})") from error
+            raise ConfigError(f"{self.folder / str(step)}: can't be restored ({_short(error)})") from error
         jax.tree.map_with_path(_check, abstract_trees, {name: trees[name] for name in abstract_trees})
         return trees
 
     def _finish(self, saving: ocp.AsyncResponse, step: int) -> None:
         """Wait until a step is on disk, add its checksums, and let go of steps that are not kept."""
         saving.result()
-        folder = self._folder / str(step)
-        sums = {name: _sha256(folder / name) for name in self._share(_files(folder))}
+        folder = self.folder / str(step)
+        sums = {name: sha256_of(folder / name) for name in self._share(_files(folder))}
         if self._num_processes > 1:
             sums = self._shared(folder, sums)
         if self._process > 0:
@@ -159,13 +158,13 @@ class Checkpoints:
             return
         self._broken.discard(step)
         # Later steps were not whole, or this one would not have been done again.
-        whole = [saved for saved in saved_steps(self._folder) if saved <= step and saved not in self._broken]
+        whole = [saved for saved in saved_steps(self.folder) if saved <= step and saved not in self._broken]
         kept = {saved for saved in whole if self._keep_every and saved % self._keep_every == 0} | {*whole[: self._keep]}
-        for old in steps_in(self._folder):
+        for old in steps_in(self.folder):
             if old not in kept:
                 # First what makes it count, so that a kill leaves nothing that looks whole.
-                (self._folder / str(old) / CHECKSUMS).unlink(missing_ok=True)
-                shutil.rmtree(self._folder / str(old), ignore_errors=True)
+                (self.folder / str(old) / CHECKSUMS).unlink(missing_ok=True)
+                shutil.rmtree(self.folder / str(old), ignore_errors=True)
         self._remove_unfinished()
 
     def _share(self, names: list[str]) -> list[str]:
@@ -190,7 +189,7 @@ class Checkpoints:
 
     def _remove_unfinished(self) -> None:
         """What a kill in the middle of a save has left, or a save that failed."""
-        for rest in self._folder.glob("*.orbax-checkpoint-tmp*"):
+        for rest in self.folder.glob("*.orbax-checkpoint-tmp*"):
             shutil.rmtree(rest, ignore_errors=True)
 
     def _what_is_wrong(self, step: int) -> str | None:
@@ -202,12 +201,12 @@ class Checkpoints:
         return reason or (f"process {found.argmax()} found it broken" if found.any() else None)
 
     def _what_is_wrong_here(self, step: int) -> str | None:
-        folder = self._folder / str(step)
+        folder = self.folder / str(step)
         if not (folder / CHECKSUMS).is_file():
             return "its save was not finished"
         try:
             sums = json.loads((folder / CHECKSUMS).read_bytes())
-        except ValueError:
+        except (ValueError, RecursionError):
             return f"{CHECKSUMS} is not what was saved"
         if not isinstance(sums, dict):
             return f"{CHECKSUMS} is not what was saved"
@@ -215,7 +214,7 @@ class Checkpoints:
         for name in self._share(list({*sums} | {*_files(folder)})):
             if not (folder / name).is_file():
                 return f"{name} is gone"
-            if sums.get(name) != _sha256(folder / name):
+            if sums.get(name) != sha256_of(folder / name):
                 return f"{name} is not what was saved"
         return None
 
@@ -240,11 +239,6 @@ def _wait_for(is_there: Callable[[], bool], path: Path) -> None:
         if time.monotonic() > end:
             raise TimeoutError(f"{path}: another process did not write its checksums in {_PATIENCE_SECONDS} s")
         time.sleep(0.05)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _short(error: Exception) -> str:

@@ -196,7 +196,7 @@ class Config:
             fields = json.loads(path.read_text())
         except FileNotFoundError:
             raise ConfigError(f"{path}: no such file; a run folder holds the config.json that train.py wrote") from None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"{path}: not JSON ({error})") from None
         if not isinstance(fields, dict):
             raise ConfigError(f"{path}: a JSON object is needed")
@@ -226,8 +226,9 @@ def _build(cls: type, fields: Mapping | ConfigDict, where: str):
             value = float(value)
         if type(value) is not wanted:
             raise ConfigError(f"{field}={value!r}: {wanted.__name__} is needed, not {type(value).__name__}")
-        if wanted is int and abs(value) > 2**32:
-            raise ConfigError(f"{field}={value}: at most 2**32 is needed")
+        # What devices count with; the seed has limits of its own.
+        if wanted is int and abs(value) >= 2**31 and name != "seed":
+            raise ConfigError(f"{field}={value}: less than 2**31 is needed")
         if wanted is float and not math.isfinite(value):
             raise ConfigError(f"{field}={value}: a finite number is needed")
         values[name] = value

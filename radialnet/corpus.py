@@ -108,8 +108,12 @@ def _existing(path: str) -> Path:
 
 
 def _to_read(path: Path, suffix: str = "") -> list[Path]:
-    """A file itself, or the files of a folder that end in `suffix`. Raises ConfigError where memory has no room."""
+    """A file itself, or the files of a folder that end in `suffix`. Raises ConfigError for what can't be read whole."""
     files = [file for file in _files(path) if file.name.endswith(suffix)] if path.is_dir() else [path]
+    for file in files:
+        # Pipes and devices have no end, or nobody who writes.
+        if not file.is_file():
+            raise ConfigError(f"{file}: not a regular file")
     num_bytes = sum(file.stat().st_size for file in files)
     check_memory(_READING * num_bytes, f"{path}: to read its {num_bytes / 1e9:.1f} GB of text")
     return files
@@ -142,7 +146,7 @@ def _jsonl_documents(path: Path, text_key: str) -> Iterator[Document]:
                 text = json.loads(line)[text_key]
                 # A lone surrogate can be written in JSON, but not as UTF-8.
                 text.encode()
-            except (ValueError, KeyError, TypeError, AttributeError):
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 raise ConfigError(
                     f"{path}, line {number}: a JSON object in UTF-8 with a text under {text_key!r} is needed"
                 ) from None

@@ -20,13 +20,14 @@ from numpy.typing import ArrayLike
 
 from radialnet.config import Config, ConfigError, DataConfig
 from radialnet.corpus import Document, check_memory, load_corpus
+from radialnet.files import sha256_of, write_whole
 from radialnet.hop_task import HopRows, make_tokenizer
 from radialnet.hop_task import manifest as hop_manifest
 from radialnet.run_folder import RunFolder
 from radialnet.tokenizer import BYTE_VOCAB_SIZE, Tokenizer
 
 # Part of the name of what is cached: raise it when the layout of the rows changes.
-LAYOUT = 1
+LAYOUT = 2
 # Bytes of memory that a token takes while rows are packed.
 _PACKING = 100
 PADDING = -1  # Document id of what fills up the last row.
@@ -34,19 +35,27 @@ PADDING = -1  # Document id of what fills up the last row.
 Batch = dict[str, np.ndarray]
 
 
+# The files of packed rows, and the one of their checksums.
+_ARRAYS, _SUMS = ("tokens", "documents", "positions"), "checksums.json"
+
+
 class PackedRows:
     """Rows of S+1 tokens, memory-mapped: a random-access source for Grain."""
 
     def __init__(self, folder: Path):
-        """Open what `write_rows` wrote. Raises ConfigError when it is damaged."""
+        """Open what `write_rows` wrote, after all of it was read once. Raises ConfigError when it is damaged."""
         try:
+            sums = json.loads((folder / _SUMS).read_bytes())
+            damaged = [name for name in _ARRAYS if sums[name] != sha256_of(folder / f"{name}.npy")]
             self.tokens, self.documents, self.positions = (
-                np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("tokens", "documents", "positions")
+                np.load(folder / f"{name}.npy", mmap_mode="r") for name in _ARRAYS
             )
-        except (OSError, ValueError, EOFError) as error:
+        except (OSError, ValueError, EOFError, KeyError, TypeError, RecursionError) as error:
+            damaged = [str(error)]
+        if damaged:
             raise ConfigError(
-                f"{folder}: damaged ({error}); delete the folder, and the rows are packed again"
-            ) from None
+                f"{folder}: damaged ({', '.join(damaged)}); delete the folder, and the rows are packed again"
+            )
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -89,8 +98,10 @@ def write_rows(folder: Path, documents: tuple[Document, ...], tokenizer: Tokeniz
         num_tokens = sum(map(len, ids))
         check_memory(_PACKING * num_tokens, f"{folder.parent}: to pack {num_tokens / 1e9:.1f} G tokens")
         arrays = pack(ids, tokenizer.separator_id, seq_len)
-        for name, array in zip(("tokens", "documents", "positions"), arrays, strict=True):
+        for name, array in zip(_ARRAYS, arrays, strict=True):
             np.save(partial / f"{name}.npy", array)
+        sums = {name: sha256_of(partial / f"{name}.npy") for name in _ARRAYS}
+        write_whole(partial / _SUMS, json.dumps(sums) + "\n")
         partial.rename(folder)
     except OSError as error:
         # Another run may have packed the same rows at the same time; its copy is as good.
@@ -131,7 +142,7 @@ def prepare(config: Config, folder: RunFolder) -> Dataset:
     cache = _cache_folder(cfg)
     if folder.config.exists():
         _check_manifest(folder.manifest, manifest["sha256"], cfg)
-        tokenizer = Tokenizer.load(folder.tokenizer)
+        tokenizer = tokenizer_of_run(folder)
     else:
         tokenizer = _tokenizer(cache, cfg, corpus.train)
     key = _key(LAYOUT, manifest["sha256"], tokenizer.fingerprint(), config.train.seq_len)
@@ -146,7 +157,22 @@ def prepare(config: Config, folder: RunFolder) -> Dataset:
             f"config.train.batch_size={config.train.batch_size}: {cfg.path or cfg.source} has text for "
             f"{len(rows['train'])} rows of config.train.seq_len={config.train.seq_len} to train on, less than one batch"
         )
-    return Dataset(tokenizer=tokenizer, manifest=manifest, **rows)
+    return Dataset(tokenizer=tokenizer, manifest={**manifest, "tokenizer": tokenizer.fingerprint()}, **rows)
+
+
+def tokenizer_of_run(folder: RunFolder) -> Tokenizer:
+    """The tokenizer that a run was trained with.
+
+    Raises:
+        ConfigError: it can't be read, or is not the one that the run's manifest tells of.
+    """
+    tokenizer = Tokenizer.load(folder.tokenizer)
+    known = _read_manifest(folder.manifest).get("tokenizer")
+    if known not in (None, tokenizer.fingerprint()):
+        raise ConfigError(
+            f"{folder.tokenizer}: not the tokenizer that the run was trained with; {folder.manifest} has its SHA-256"
+        )
+    return tokenizer
 
 
 def _hops(config: Config, folder: RunFolder) -> Dataset:
@@ -168,11 +194,16 @@ def _cache_folder(cfg: DataConfig) -> Path:
     return cache
 
 
-def _check_manifest(path: Path, sha256: str, cfg: DataConfig) -> None:
+def _read_manifest(path: Path) -> dict:
     try:
-        known = str(json.loads(path.read_text())["sha256"])
-    except (OSError, ValueError, KeyError, TypeError):
+        manifest = json.loads(path.read_text())
+        return {**manifest, "sha256": str(manifest["sha256"])}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise ConfigError(f"{path}: not a manifest of documents with a 'sha256'") from None
+
+
+def _check_manifest(path: Path, sha256: str, cfg: DataConfig) -> None:
+    known = _read_manifest(path)["sha256"]
     if known != sha256:
         raise ConfigError(
             f"config.data: the documents of {cfg.path or cfg.source!r} have SHA-256 {sha256[:12]}, "

@@ -1,5 +1,6 @@
 """Writing a file whole or not at all, and figures as JSON has them."""
 
+import hashlib
 import math
 import os
 import tempfile
@@ -23,6 +24,12 @@ def write_whole(path: Path, text: str) -> None:
         if isinstance(error, OSError) and error.filename is None:
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file's content, in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def finite(value):

@@ -10,6 +10,10 @@ import numpy as np
 _AMOUNTS = "Blues"
 
 
+# The files of `plot_run`.
+RUN_PLOTS = ("loss.png", "depth.png", "layers.png")
+
+
 def plot_run(lines: list[dict], folder: Path) -> list[Path]:
     """Draw loss, depth and layer use into `folder` and return the files.
 
@@ -25,9 +29,9 @@ def plot_run(lines: list[dict], folder: Path) -> list[Path]:
     if not train or not held_out:
         return []
     drawn = []
-    for name, draw in (("loss", _draw_loss), ("depth", _draw_depth), ("layers", _draw_layers)):
+    for name, draw in zip(RUN_PLOTS, (_draw_loss, _draw_depth, _draw_layers), strict=True):
         figure = draw(plt, train, held_out)
-        drawn.append(folder / f"{name}.png")
+        drawn.append(folder / name)
         _save(plt, figure, drawn[-1])
     return drawn
 
@@ -106,7 +110,10 @@ def _pyplot():
 
 
 def _save(plt, figure, path: Path) -> None:
-    figure.savefig(path, dpi=130, bbox_inches="tight")
+    # Aside, so that a kill leaves the old picture or the new one.
+    partial = path.with_name(f".{path.name}")
+    figure.savefig(partial, dpi=130, bbox_inches="tight", format="png")
+    partial.replace(path)
     plt.close(figure)
 
 

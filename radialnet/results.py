@@ -158,12 +158,13 @@ def earlier_runs(path: Path, settings: dict[str, dict]) -> list[dict]:
         return []
     try:
         runs = json.loads(path.read_text())["runs"]
+        names = [f"{run['model']}, seed {run['seed']}" for run in runs]
         kept = [run for run in runs if settings.get(run["model"]) == run["settings"]]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise ConfigError(f"{path}: not what this command has written; take another --out") from None
-    for run in runs:
+    for name, run in zip(names, runs, strict=True):
         if run not in kept:
-            warn(f"{path}: {run['model']}, seed {run['seed']}: was trained with another config and is left out")
+            warn(f"{path}: {name}: was trained with another config and is left out")
     return kept
 
 
@@ -187,6 +188,8 @@ def main() -> None:
         settings |= known
         # Before anything is trained: what is there already must be of these configs.
         finished([cell for runs in cells[file].values() for cell in runs], workdir / file)
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"--out={out}: not a folder")
     before, runs = earlier_runs(out / "RESULTS.json", settings), []
     for file, models in cells.items():
         every = [cell for of_model in models.values() for cell in of_model]
@@ -245,6 +248,6 @@ if __name__ == "__main__":
     _MODEL = flags.DEFINE_multi_string(
         "model", None, "A model to train; may be given again. All by default: 4 hours a seed."
     )
-    _JOBS = flags.DEFINE_integer("jobs", 1, "Runs at a time.")
+    _JOBS = flags.DEFINE_integer("jobs", 1, "Runs at a time.", lower_bound=1)
     _OUT = flags.DEFINE_string("out", "docs", "Where the results are written to, and added to.")
     cli.run(main)

@@ -89,9 +89,10 @@ class RunFolder:
         for number, text in enumerate(self.metrics.read_bytes().split(b"\n")[:-1], start=1):
             try:
                 line = json.loads(text)
-                lines.append({**line, "step": int(line["step"])})
-            except (ValueError, KeyError, TypeError):
-                raise ConfigError(f"{self.metrics}, line {number}: not a JSON object with a 'step'") from None
+                lines.append({**line, "step": int(line["step"]), "split": str(line["split"])})
+            except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+                told = "not a JSON object with a 'step' and a 'split'"
+                raise ConfigError(f"{self.metrics}, line {number}: {told}") from None
         return lines
 
     def drop_metrics_after(self, step: int) -> None:

@@ -9,6 +9,7 @@ from flax import nnx
 from radialnet.checkpoint import Checkpoints
 from radialnet.cli import warn
 from radialnet.config import Config, ConfigError
+from radialnet.data import tokenizer_of_run
 from radialnet.model import init_params
 from radialnet.router import Controllers
 from radialnet.run_folder import RunFolder, saved_steps
@@ -34,7 +35,7 @@ def load_trained(workdir: Path) -> TrainedModel:
     folder = RunFolder(workdir)
     config = Config.load(folder.config)
     keep_programs(config)
-    tokenizer = Tokenizer.load(folder.tokenizer)
+    tokenizer = tokenizer_of_run(folder)
     graph, params = abstract_params(config, tokenizer.vocab_size)
     controllers = jax.eval_shape(lambda: Controllers.init(config.router, config.model.pool_size))
     if not folder.checkpoints.is_dir():

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import shutil
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -24,7 +25,7 @@ from radialnet.metrics import figures
 from radialnet.model import init_params, upcycle
 from radialnet.non_finite import write_reproduction
 from radialnet.optimizer import make_optimizer
-from radialnet.plots import plot_run
+from radialnet.plots import RUN_PLOTS, plot_run
 from radialnet.preemption import Preemption
 from radialnet.progress import Progress
 from radialnet.run_folder import RunFolder
@@ -40,6 +41,7 @@ _FIXED_SECTIONS = ("model", "cache", "data")
 _FIXED_FIELDS = {
     ("router", "form"),
     ("router", "hidden"),
+    ("router", "exit_training"),
     ("train", "batch_size"),
     ("train", "seq_len"),
     ("train", "seed"),
@@ -111,9 +113,15 @@ def train(config: Config, workdir: Path) -> None:
         else:
             console.print(f"{workdir}: done, {step} of {config.train.num_steps} steps")
         # 8. What is made of the finished run, also when a kill came between its last step and here.
-        if step < config.train.num_steps or not folder.plots.exists():
+        if step < config.train.num_steps or not _are_drawn(folder):
             paths = plot_run(folder.read_metrics(), folder.plots)
             console.print("plots: " + ", ".join(str(path) for path in paths))
+
+
+def _are_drawn(folder: RunFolder) -> bool:
+    """Whether the plots are those of the metrics."""
+    plots = [folder.plots / name for name in RUN_PLOTS]
+    return all(plot.exists() and plot.stat().st_mtime >= folder.metrics.stat().st_mtime for plot in plots)
 
 
 @contextlib.contextmanager
@@ -133,7 +141,8 @@ def _locked(folder: RunFolder) -> Iterator[None]:
 def _check_folder(config: Config, folder: RunFolder, console: rich.console.Console) -> None:
     """Whether the config may go on with the run in the folder, if there is one; prints the changes that are allowed."""
     for path in (folder.root, folder.checkpoints):
-        if path.exists() and not path.is_dir():
+        # A link to what is not there, as of a disk that is not mounted, is no folder either.
+        if (path.exists() or path.is_symlink()) and not path.is_dir():
             raise ConfigError(f"--workdir={folder.root}: {path} is not a folder")
     if not folder.config.exists():
         if folder.has_checkpoint():
@@ -150,6 +159,8 @@ def _check_folder(config: Config, folder: RunFolder, console: rich.console.Conso
                     f"{name}={value!r}, but the run in {folder.root} was started with {old!r}; take a new --workdir"
                 )
             console.print(f"{name} is now {value!r}, was {old!r}")
+    if not folder.has_checkpoint() and (lines := folder.read_metrics()):
+        warn(f"{folder.root}: no checkpoint; the run starts anew, and {len(lines)} lines of its metrics go")
 
 
 def _fresh_state(config: Config, tokenizer: Tokenizer, is_new: bool) -> tuple[nnx.GraphDef, TrainState]:
@@ -202,6 +213,10 @@ def _restore(checkpoints: Checkpoints, step: int, state: TrainState) -> TrainSta
         **checkpoints.restore(step, {name: x for name, x in wanted.items() if checkpoints.has(step, name)}),
     }
     counts = trees["counts"]
+    if counts["step"] != step:
+        raise ConfigError(
+            f"{checkpoints.folder / str(step)}: holds step {counts['step']}; give the folder its name back"
+        )
     return TrainState(
         step=counts["step"],
         params=trees["params"],
@@ -291,6 +306,8 @@ def _loop(run: Run, writer: MetricsWriter, preemption: Preemption) -> None:
             try:
                 report = write_reproduction(run.folder.non_finite, config, run.dataset, trees, error)
             except (OSError, ConfigError) as failed:
+                # What is there of it would be taken for a run.
+                shutil.rmtree(run.folder.non_finite, ignore_errors=True)
                 warn(f"{run.folder.non_finite}: can't be written ({failed})")
                 raise error from None
             told = f"{error}; {report} tells of what, and its folder is a run that comes to them"

@@ -36,6 +36,8 @@ def lines_of(*changes, num_healthy=10):
 def test_a_healthy_run_raises_none():
     assert alarms(make_config(), lines_of()) == {}
     assert alarms(make_config(), []) == {}
+    of_before = {name: value for name, value in LINE.items() if name not in ("expected_depth", "router_grad_norm")}
+    assert alarms(make_config(), [of_before] * HISTORY) == {}
 
 
 @pytest.mark.parametrize("name", SICK)

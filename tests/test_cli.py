@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -99,6 +100,35 @@ def test_the_same_command_again_says_that_it_is_done(trained, text):
     # Nor does the config become one that nothing was trained with.
     train(workdir, *text, "--config.router.estimator=score")
     assert [path.read_bytes() for path in files] == before
+
+
+def test_plots_that_a_kill_left_out_are_drawn_later(trained, text, tmp_path):
+    workdir = shutil.copytree(trained[0], tmp_path / "run")
+    drawn = (workdir / "plots" / "depth.png").read_bytes()
+    (workdir / "plots" / "depth.png").unlink()
+    stdout, _ = train(workdir, *text)
+    assert "done, 10 of 10 steps" in stdout and (workdir / "plots" / "depth.png").read_bytes() == drawn
+    stdout, _ = train(workdir, *text)
+    assert "plots: " not in stdout
+
+
+def test_a_run_without_its_checkpoints_starts_anew_and_says_so(trained, text, tmp_path):
+    workdir = shutil.copytree(trained[0], tmp_path / "run")
+    (workdir / "checkpoints").rename(tmp_path / "gone")
+    (workdir / "checkpoints").symlink_to(tmp_path / "nowhere")
+    _, stderr = train(workdir, *text, code=2)
+    assert stderr.count("\n") == 1 and f"{workdir}/checkpoints is not a folder" in stderr
+    (workdir / "checkpoints").unlink()
+    stdout, stderr = train(workdir, *text, "--config.train.num_steps=1")
+    assert f"{workdir}: no checkpoint; the run starts anew, and 3 lines of its metrics go" in stderr
+    assert "step 0 of 1" in stdout
+
+
+def test_a_checkpoint_under_another_name_is_refused(trained, text, tmp_path):
+    workdir = shutil.copytree(trained[0], tmp_path / "run")
+    (workdir / "checkpoints" / "10").rename(workdir / "checkpoints" / "9")
+    _, stderr = train(workdir, *text, code=2)
+    assert stderr.count("\n") == 1 and "checkpoints/9: holds step 10" in stderr
 
 
 @pytest.mark.slow

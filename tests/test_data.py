@@ -1,5 +1,6 @@
 import hashlib
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -226,7 +227,12 @@ def test_a_changed_corpus_is_refused_by_an_old_run(begun, folder):
 
 def test_an_old_run_keeps_its_tokenizer(begun):
     run, config = begun
-    Tokenizer.train(["something else"], 300).save(run.tokenizer)
+    other = Tokenizer.train(["something else"], 300)
+    other.save(run.tokenizer)
+    with pytest.raises(ConfigError, match="tokenizer.json: not the tokenizer that the run was trained with"):
+        prepare(config, run)
+    manifest = json.loads(run.manifest.read_text())
+    run.write_manifest({**manifest, "tokenizer": other.fingerprint()})
     assert prepare(config, run).tokenizer.fingerprint() == Tokenizer.load(run.tokenizer).fingerprint()
     run.config.unlink()
     assert prepare(config, run).tokenizer.vocab_size == BYTE_VOCAB_SIZE, "left over by a run that never began"
@@ -245,10 +251,20 @@ def test_damaged_files_of_a_run_are_named(begun, content):
 
 def test_damaged_rows_are_named(begun, tmp_path):
     run, config = begun
-    path = next((tmp_path / "cache").rglob("tokens.npy"))
-    path.write_bytes(path.read_bytes()[:20])
-    with pytest.raises(ConfigError, match=path.parent.name):
-        prepare(config, run)
+    for file in ("tokens.npy", "documents.npy", "positions.npy", "checksums.json"):
+        path = next((tmp_path / "cache").rglob(file))
+        whole = path.read_bytes()
+        flipped = bytearray(whole)
+        flipped[-9] ^= 64
+        for content in (whole[:20], bytes(flipped)):
+            path.write_bytes(content)
+            with pytest.raises(ConfigError, match=f"{path.parent.name}: damaged"):
+                prepare(config, run)
+        path.unlink()
+        with pytest.raises(ConfigError, match=f"{path.parent.name}: damaged"):
+            prepare(config, run)
+        path.write_bytes(whole)
+    prepare(config, run)
 
 
 def test_a_cache_that_is_no_folder(folder, tmp_path):
@@ -266,7 +282,15 @@ def test_jsonl(tmp_path):
     good = path.read_bytes() + b"\n"
     path.write_bytes(good)
     assert len(read_held_out(path, "body")) == 30, "an empty line is no document"
-    for bad in (b'{"other": 1}', b'{"body": 5}', b'{"body": "\xff"}', b'{"body": "\\ud800"}', b"[]", b"{"):
+    for bad in (
+        b'{"other": 1}',
+        b'{"body": 5}',
+        b'{"body": "\xff"}',
+        b"[" * 200_000,
+        b'{"body": "\\ud800"}',
+        b"[]",
+        b"{",
+    ):
         path.write_bytes(good + bad + b"\n")
         with pytest.raises(ConfigError, match="line 32.*'body'"):
             load_corpus(config_of("jsonl", path, tmp_path, data__text_key="body").data)
@@ -282,6 +306,15 @@ def test_a_folder_without_text(tmp_path):
     (tmp_path / "empty.txt").write_text("")
     with pytest.raises(ConfigError, match="config.data.path=.*no text"):
         load_corpus(config_of("text", tmp_path, tmp_path).data)
+
+
+@pytest.mark.parametrize("source", ["text", "jsonl"])
+def test_a_pipe_is_no_file(tmp_path, source):
+    """It was waited for, for good."""
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    for path in (tmp_path, tmp_path / "pipe.jsonl"):
+        with pytest.raises(ConfigError, match="pipe.jsonl: not a regular file"):
+            load_corpus(config_of(source, path, tmp_path).data)
 
 
 def test_a_split_without_documents(tmp_path):

@@ -151,7 +151,13 @@ def test_markdown_has_a_line_for_each_model_and_figure():
 
 
 @pytest.mark.parametrize(
-    "flag, named", [("--seeds=0,x", "--seeds=0,x"), ("--model=nope", "--model=nope: one of dense;")]
+    "flag, named",
+    [
+        ("--seeds=0,x", "--seeds=0,x"),
+        ("--model=nope", "--model=nope: one of dense;"),
+        ("--jobs=0", "jobs"),
+        ("--out=README.md", "--out=README.md: not a folder"),
+    ],
 )
 def test_bad_flags(flag, named):
     _, stderr = run("-m", "radialnet.results", "--workdir=nowhere", flag, code=2)

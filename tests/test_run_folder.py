@@ -17,9 +17,21 @@ def test_lines_of_later_steps_and_a_cut_one_are_dropped(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
-@pytest.mark.parametrize("damaged", [b'{"step": ', b"[1]", b'{"split": "train"}', b"\xff"])
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        b'{"step": ',
+        b"[1]",
+        b'{"split": "train"}',
+        b'{"step": 2}',
+        b'{"step": Infinity, "split": "train"}',
+        b"[" * 100_000,
+        b"\xff",
+    ],
+)
 def test_a_damaged_line_is_named(tmp_path, damaged):
     folder = RunFolder(tmp_path)
-    folder.metrics.write_bytes(b'{"step": 1}\n' + damaged + b'\n{"step": 3}\n')
+    line = b'{"step": 1, "split": "train"}\n'
+    folder.metrics.write_bytes(line + damaged + b"\n" + line)
     with pytest.raises(ConfigError, match=r"metrics\.jsonl, line 2: not a JSON object"):
         folder.read_metrics()
