@@ -121,7 +121,8 @@ def train(config: Config, workdir: Path) -> None:
 def _are_drawn(folder: RunFolder) -> bool:
     """Whether the plots are those of the metrics."""
     plots = [folder.plots / name for name in RUN_PLOTS]
-    return all(plot.exists() and plot.stat().st_mtime >= folder.metrics.stat().st_mtime for plot in plots)
+    written = folder.metrics.stat().st_mtime if folder.metrics.exists() else 0.0
+    return all(plot.exists() and plot.stat().st_mtime >= written for plot in plots)
 
 
 @contextlib.contextmanager
