@@ -15,6 +15,7 @@ import platform
 import statistics
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -33,12 +34,14 @@ from radialnet.hops import hop_figures
 from radialnet.plots import SweepPoint, plot_sweep
 from radialnet.run_folder import RunFolder
 from radialnet.study import (
+    CURVE_FIGURES,
     EXIT_BIASES,
     FIGURES,
     HOP_MODELS,
     MODELS,
     cells_of,
     figures_of,
+    loss_ratio,
     mean_curve,
     merged,
     settings_of,
@@ -57,7 +60,8 @@ def markdown(result: dict) -> str:
         "",
         f"Written by this command, which adds its runs to those before; last on {result['date']}, {result['machine']}.",
         f"Commits of the runs: {', '.join(sorted({run['commit'] for run in result['runs']}))}.",
-        "Held-out loss in nats per byte of Python's standard library, means over seeds ± their standard deviation.",
+        "Held-out loss in nats per byte of Python's standard library, means over seeds ± their standard deviation; one",
+        "model against another by the seeds that both have.",
         "Every model is trained with the same optimizer on as many tokens. Depth and FLOPs are what held-out tokens",
         "executed. Minutes are those of the training steps, on a core that others may have shared.",
         "",
@@ -68,9 +72,10 @@ def markdown(result: dict) -> str:
     dense = result["models"].get("dense")
     for name, found in result["models"].items():
         spread = "" if found["ce_std"] is None else f" ± {found['ce_std']:.4f}"
-        against = "–" if dense is None else f"{100 * (found['ce'] / dense['ce'] - 1):+.1f} %"
+        ratio = dense and loss_ratio(found, dense)
+        against = "–" if ratio is None else f"{100 * (ratio - 1):+.1f} %"
         lines.append(
-            f"| {name} | {', '.join(map(str, found['seeds']))} | {found['depth']:.2f} "
+            f"| {name} | {', '.join(found['ce_by_seed'])} | {found['depth']:.2f} "
             f"| {found['flops_per_token'] / 1e6:.3f} | {found['ce']:.4f}{spread} | {against} "
             f"| {found['load_entropy']:.2f} | {found['route_mi']:.2f} "
             f"| {found['tokens_trained'] / 1e6:.1f} | {found['seconds'] / 60:.0f} |"
@@ -117,7 +122,9 @@ def markdown(result: dict) -> str:
 def _read_depths(folder: Path) -> list[dict]:
     trained = load_trained(folder)
     rows = prepare(trained.config, RunFolder(folder)).eval
-    return [evaluate_trained(trained, rows, trained.config.model.max_depth, bias) for bias in EXIT_BIASES]
+    max_depth = trained.config.model.max_depth
+    found = [evaluate_trained(trained, rows, max_depth, bias) for bias in EXIT_BIASES]
+    return [{name: figures[name] for name in CURVE_FIGURES} for figures in found]
 
 
 def _hop_report(folder: Path) -> dict:
@@ -137,15 +144,14 @@ def _commit() -> str:
 
 def _note(commit: str, folder: Path) -> None:
     """Note in a run's folder that it is trained at a commit, or in part."""
-    folder.mkdir(parents=True, exist_ok=True)
     with (folder / "commits.txt").open("a") as file:
         file.write(commit + "\n")
 
 
 def _noted(folder: Path) -> str:
-    """The commits that a run was trained at, as far as they are known: another command may have trained it."""
+    """The commits that a run was trained at, or "": another command may have trained it."""
     path = folder / "commits.txt"
-    return " and ".join(dict.fromkeys(path.read_text().split())) if path.exists() else "unknown"
+    return " and ".join(dict.fromkeys(path.read_text().split())) if path.exists() else ""
 
 
 def earlier_runs(path: Path, settings: dict[str, dict]) -> list[dict]:
@@ -191,15 +197,13 @@ def main() -> None:
     if out.exists() and not out.is_dir():
         raise ConfigError(f"--out={out}: not a folder")
     before, runs = earlier_runs(out / "RESULTS.json", settings), []
+    known_commits = {(run["model"], run["seed"]): run["commit"] for run in before}
     for file, models in cells.items():
         every = [cell for of_model in models.values() for cell in of_model]
         if not every:
             continue
         commands = [command_of(cell, f"configs/{file}.py", workdir / file) for cell in every]
-        for name, row in finished(every, workdir / file).items():
-            if row is None:
-                _note(commit, workdir / file / name)
-        rows, num_failed = train_grid(every, commands, workdir / file, _JOBS.value, console)
+        rows, num_failed = train_grid(every, commands, workdir / file, _JOBS.value, console, partial(_note, commit))
         lost = [row["cell"] for row in rows if row["ce"] is None]
         for name in lost:
             print(f"error: {name}: its held-out loss is not finite", file=sys.stderr)
@@ -208,8 +212,9 @@ def main() -> None:
         found = {row["cell"]: row for row in rows}
         for name, of_model in models.items():
             for cell in of_model:
-                commits = _noted(workdir / file / cell.name)
-                run = {"model": name, "seed": cell.config.train.seed, "commit": commits, "settings": settings[name]}
+                seed = cell.config.train.seed
+                commits = _noted(workdir / file / cell.name) or known_commits.get((name, seed), "unknown")
+                run = {"model": name, "seed": seed, "commit": commits, "settings": settings[name]}
                 run |= {figure: found[cell.name][figure] for figure in FIGURES}
                 if name == "radial":
                     run["curve"] = _read_depths(workdir / file / cell.name)

@@ -83,7 +83,17 @@ def summary(runs: list[dict]) -> dict:
     losses = [run["ce"] for run in runs]
     spread = statistics.stdev(losses) if len(losses) > 1 else None
     means = {name: statistics.fmean(run[name] for run in runs) for name in FIGURES}
-    return {**means, "ce_std": spread, "seeds": sorted(run["seed"] for run in runs)}
+    return {**means, "ce_std": spread, "ce_by_seed": {str(run["seed"]): run["ce"] for run in runs}}
+
+
+def loss_ratio(model: dict, other: dict) -> float | None:
+    """The loss of one model over that of another, means over the seeds that both have; None without any.
+
+    Seeds share their order of the data: what one makes easier it makes easier for all.
+    """
+    left, right = model["ce_by_seed"], other["ce_by_seed"]
+    common = left.keys() & right.keys()
+    return sum(left[seed] for seed in common) / sum(right[seed] for seed in common) if common else None
 
 
 FIGURES = ("ce", "bpb", "depth", "flops_per_token", "load_entropy", "route_mi", "tokens_trained", "seconds")
@@ -110,11 +120,13 @@ def settings_of(cell: Cell) -> dict:
     }
 
 
+CURVE_FIGURES = ("ce", "depth", "flops_per_token")
+
+
 def mean_curve(curves: list[list[dict]]) -> list[dict]:
     """Means over seeds of what one model reads at each of `EXIT_BIASES`."""
-    names = ("ce", "depth", "flops_per_token")
     return [
-        {"exit_bias": bias, **{name: statistics.fmean(row[name] for row in rows) for name in names}}
+        {"exit_bias": bias, **{name: statistics.fmean(row[name] for row in rows) for name in CURVE_FIGURES}}
         for bias, rows in zip(EXIT_BIASES, zip(*curves, strict=True), strict=True)
     ]
 
@@ -126,19 +138,18 @@ def layers_saved(curve: list[dict], tolerance: float) -> float:
 
 
 def figures_of(models: dict[str, dict], curve: list[dict], hop_runs: list[dict]) -> dict[str, float | None]:
-    """The figures that users and docs rely on; None where a run is missing for one.
+    """The figures that users and docs rely on; None where a run is missing for one. Ratios of losses: `loss_ratio`.
 
     Args:
         models: their summaries.
         curve: `mean_curve` of `radial`.
         hop_runs: those of radial networks on the hop task.
     """
-    ce = {name: found["ce"] for name, found in models.items()}
     correlations = [run["hops"]["spearman"] for run in hop_runs if run["hops"]["spearman"] is not None]
 
     def ratio(left: str, *right: str) -> float | None:
-        known = [ce[name] for name in right if name in ce]
-        return ce[left] / min(known) if left in ce and known else None
+        found = [loss_ratio(models[left], models[name]) for name in right if left in models and name in models]
+        return max((ratio for ratio in found if ratio is not None), default=None)
 
     def of(model: str, name: str) -> float | None:
         return models[model][name] if model in models else None

@@ -163,13 +163,19 @@ def finished(cells: list[Cell], workdir: Path) -> dict[str, dict | None]:
 
 
 def train_grid(
-    cells: list[Cell], commands: list[list[str]], workdir: Path, jobs: int, console: Console
+    cells: list[Cell],
+    commands: list[list[str]],
+    workdir: Path,
+    jobs: int,
+    console: Console,
+    begins: Callable[[Path], None] = lambda folder: None,
 ) -> tuple[list[dict], int]:
     """Train the cells that are not finished. Returns the rows of all that are, and how many failed.
 
     Args:
         commands: of each cell.
         jobs: cells trained at a time.
+        begins: called with the folder of each that begins to be trained.
 
     Raises:
         ConfigError: a finished cell was trained with another config; nothing was trained then.
@@ -187,6 +193,7 @@ def train_grid(
         return [row for _, row in done]
 
     def on_start(log: Path) -> None:
+        begins(log.parent)
         console.print(f"{logs[log].name}: training, its output is in {log}")
 
     def on_end(log: Path, code: int) -> None:

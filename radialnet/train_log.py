@@ -38,7 +38,8 @@ class TrainLog:
         self._config, self._vocab_size, self._writer, self._progress = config, vocab_size, writer, progress
         self._no_sums, self._sums, self._num_steps = no_sums, window["sums"], int(window["num_steps"])
         self._lines = collections.deque((line for line in before if line["split"] == "train"), HISTORY)
-        self._alarms, self._memory = alarms(config, list(self._lines)), MemoryWatch()
+        self._alarms = alarms(config, list(self._lines)) if config.log.alarms != "off" else {}
+        self._memory = MemoryWatch()
         self._pending = None
 
     def window(self) -> dict:

@@ -94,6 +94,8 @@ def train(config: Config, workdir: Path) -> None:
         if not is_there:
             workdir.mkdir(parents=True, exist_ok=True)
             stack.enter_context(_locked(folder))
+            if folder.config.exists() or folder.has_checkpoint():
+                raise ConfigError(f"--workdir={workdir}: another process has begun a run in it meanwhile")
         cfg = config.checkpoint
         checkpoints = stack.enter_context(Checkpoints(folder.checkpoints, cfg.keep, cfg.keep_every))
         step = checkpoints.newest(report=warn) or 0
@@ -101,8 +103,9 @@ def train(config: Config, workdir: Path) -> None:
             state = _restore(checkpoints, step, state)
         if step < config.train.num_steps:
             # 5. What the folder is told by, now that all of it is known to work; the config last, for it marks a run.
-            dataset.tokenizer.save(folder.tokenizer)
-            folder.write_manifest(dataset.manifest)
+            if not folder.config.exists():
+                dataset.tokenizer.save(folder.tokenizer)
+                folder.write_manifest(dataset.manifest)
             config.save(folder.config)
             bytes_V = jnp.asarray(dataset.tokenizer.bytes_per_token)
             run = Run(config, folder, dataset, graph, state, step, checkpoints, bytes_V, console)
@@ -115,7 +118,7 @@ def train(config: Config, workdir: Path) -> None:
         # 8. What is made of the finished run, also when a kill came between its last step and here.
         if step < config.train.num_steps or not _are_drawn(folder):
             paths = plot_run(folder.read_metrics(), folder.plots)
-            console.print("plots: " + ", ".join(str(path) for path in paths))
+            console.print("plots: " + (", ".join(str(path) for path in paths) or "no figures to draw"))
 
 
 def _are_drawn(folder: RunFolder) -> bool:
@@ -207,12 +210,10 @@ def _trees(state: TrainState) -> dict:
 
 
 def _restore(checkpoints: Checkpoints, step: int, state: TrainState) -> TrainState:
-    wanted = _trees(state)
-    # Runs of before spikes were looked for have none; their window fills anew.
-    trees = {
-        **wanted,
-        **checkpoints.restore(step, {name: x for name, x in wanted.items() if checkpoints.has(step, name)}),
-    }
+    trees = _trees(state)
+    # Runs of before spikes were looked for have no window of them; it fills anew.
+    names = [name for name in trees if name != "recent" or checkpoints.has(step, name)]
+    trees |= checkpoints.restore(step, {name: trees[name] for name in names})
     counts = trees["counts"]
     if counts["step"] != step:
         raise ConfigError(
@@ -257,7 +258,8 @@ def _loop(run: Run, writer: MetricsWriter, preemption: Preemption) -> None:
     no_sums = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), lowered.out_info[1])
     # What belongs to a line of metrics that wasn't due yet when the checkpoint was saved.
     window = {"sums": no_sums, "num_steps": jnp.int32(0), "seconds": jnp.float32(0)}
-    if run.step:
+    # Runs of before checksums have none: their first line is of the steps since.
+    if run.step and run.checkpoints.has(run.step, "window"):
         window = run.checkpoints.restore(run.step, {"window": window})["window"]
     run.console.print(f"compiled the training step in {time.perf_counter() - start:.1f} s")
     eval_fn = jax.jit(partial(eval_step, config=config, graph=run.graph))

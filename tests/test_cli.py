@@ -108,8 +108,24 @@ def test_plots_that_a_kill_left_out_are_drawn_later(trained, text, tmp_path):
     (workdir / "plots" / "depth.png").unlink()
     stdout, _ = train(workdir, *text)
     assert "done, 10 of 10 steps" in stdout and (workdir / "plots" / "depth.png").read_bytes() == drawn
-    stdout, _ = train(workdir, *text)
-    assert "plots: " not in stdout
+    assert "plots: " not in train(workdir, *text)[0]
+    os.utime(workdir / "plots" / "loss.png", (0, 0))
+    assert "plots: " in train(workdir, *text)[0], "older than what they show"
+
+
+def test_a_checkpoint_that_lacks_a_part_is_refused(trained, text, tmp_path):
+    """One without checksums is taken as it is; parameters that are not in it were replaced by fresh ones."""
+    workdir = shutil.copytree(trained[0], tmp_path / "run")
+    (workdir / "checkpoints" / "10" / CHECKSUMS).unlink()
+    more = "--config.train.num_steps=12"
+    for part in ("recent", "window"):
+        shutil.rmtree(workdir / "checkpoints" / "10" / part)
+    of_before = shutil.copytree(workdir, tmp_path / "before")
+    stdout, stderr = train(of_before, *text, more)
+    assert "step 10 of 12" in stdout and "has no checksums.json; taken as it is" in stderr
+    shutil.rmtree(workdir / "checkpoints" / "10" / "params")
+    _, stderr = train(workdir, *text, more, code=2)
+    assert "checkpoints/10: can't be restored" in stderr
 
 
 def test_a_run_without_its_checkpoints_starts_anew_and_says_so(trained, text, tmp_path):

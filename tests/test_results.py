@@ -31,7 +31,7 @@ def row(ce, seed=0, **more):
 
 def test_summary_is_mean_and_standard_deviation():
     found = study.summary([row(1.0, depth=4.0, seed=7), row(1.5, depth=4.5, seed=2)])
-    assert found["ce"] == 1.25 and found["depth"] == 4.25 and found["seeds"] == [2, 7]
+    assert found["ce"] == 1.25 and found["depth"] == 4.25 and found["ce_by_seed"] == {"7": 1.0, "2": 1.5}
     assert found["ce_std"] == pytest.approx(0.125**0.5)
     assert study.summary([row(1.0)])["ce_std"] is None
 
@@ -72,6 +72,13 @@ def figures(runs):
     return models, study.figures_of(models, CURVE, of(runs, "hops, radial"))
 
 
+def test_losses_are_compared_by_the_seeds_that_both_have():
+    left = study.summary([row(1.0), row(2.0, seed=1), row(9.0, seed=2)])
+    right = study.summary([row(2.0), row(3.0, seed=1), row(9.0, seed=3)])
+    assert study.loss_ratio(left, right) == 3 / 5
+    assert study.loss_ratio(left, study.summary([row(2.0, seed=4)])) is None
+
+
 def test_layers_saved_counts_the_deepest_cut_that_keeps_the_loss():
     assert [point["ce"] for point in CURVE] == pytest.approx(LOSSES)
     assert [point["exit_bias"] for point in CURVE] == list(study.EXIT_BIASES)
@@ -106,7 +113,7 @@ def test_runs_are_added_to_those_before(tmp_path, capsys):
     written = json.loads((tmp_path / "RESULTS.json").read_text())
     assert [run["model"] for run in written["runs"] if run["seed"] == 0] == [*study.MODELS, *study.HOP_MODELS]
     assert len(written["runs"]) == len(runs) and written["models"]["dense"]["ce"] == 1.5
-    assert written["models"]["radial"]["seeds"] == [0, 3]
+    assert set(written["models"]["radial"]["ce_by_seed"]) == {"0", "3"}
     capsys.readouterr()
     settings["dense"] = {"model": "another"}
     assert len(results.earlier_runs(tmp_path / "RESULTS.json", settings)) == len(runs) - 1
