@@ -23,7 +23,7 @@ from radialnet.corpus import Document, check_memory, load_corpus
 from radialnet.files import sha256_of, write_whole
 from radialnet.hop_task import HopRows, make_tokenizer
 from radialnet.hop_task import manifest as hop_manifest
-from radialnet.run_folder import RunFolder
+from radialnet.run_folder import CHECKSUMS, RunFolder
 from radialnet.tokenizer import BYTE_VOCAB_SIZE, Tokenizer
 
 # Part of the name of what is cached: raise it when the layout of the rows changes.
@@ -35,8 +35,8 @@ PADDING = -1  # Document id of what fills up the last row.
 Batch = dict[str, np.ndarray]
 
 
-# The files of packed rows, and the one of their checksums.
-_ARRAYS, _SUMS = ("tokens", "documents", "positions"), "checksums.json"
+# The files of packed rows.
+_ARRAYS = ("tokens", "documents", "positions")
 
 
 class PackedRows:
@@ -45,7 +45,7 @@ class PackedRows:
     def __init__(self, folder: Path):
         """Open what `write_rows` wrote, after all of it was read once. Raises ConfigError when it is damaged."""
         try:
-            sums = json.loads((folder / _SUMS).read_bytes())
+            sums = json.loads((folder / CHECKSUMS).read_bytes())
             damaged = [name for name in _ARRAYS if sums[name] != sha256_of(folder / f"{name}.npy")]
             self.tokens, self.documents, self.positions = (
                 np.load(folder / f"{name}.npy", mmap_mode="r") for name in _ARRAYS
@@ -101,7 +101,7 @@ def write_rows(folder: Path, documents: tuple[Document, ...], tokenizer: Tokeniz
         for name, array in zip(_ARRAYS, arrays, strict=True):
             np.save(partial / f"{name}.npy", array)
         sums = {name: sha256_of(partial / f"{name}.npy") for name in _ARRAYS}
-        write_whole(partial / _SUMS, json.dumps(sums) + "\n")
+        write_whole(partial / CHECKSUMS, json.dumps(sums) + "\n")
         partial.rename(folder)
     except OSError as error:
         # Another run may have packed the same rows at the same time; its copy is as good.

@@ -24,7 +24,6 @@ from rich.console import Console
 
 from configs import dense_micro, hops
 from radialnet import cli
-from radialnet.cli import warn
 from radialnet.config import ConfigError
 from radialnet.data import prepare
 from radialnet.evaluate import evaluate_trained
@@ -170,7 +169,7 @@ def earlier_runs(path: Path, settings: dict[str, dict]) -> list[dict]:
         raise ConfigError(f"{path}: not what this command has written; take another --out") from None
     for name, run in zip(names, runs, strict=True):
         if run not in kept:
-            warn(f"{path}: {name}: was trained with another config and is left out")
+            cli.warn(f"{path}: {name}: was trained with another config and is left out")
     return kept
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from radialnet.config import ConfigError
 from radialnet.files import write_whole
 
-# What makes a checkpoint count: the checksums of its files, written when all of them are on disk.
+# The checksums of the files beside it, written when all of them are on disk: what makes a checkpoint count.
 CHECKSUMS = "checksums.json"
 
 

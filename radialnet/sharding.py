@@ -1,5 +1,7 @@
 """Where arrays live when there are several devices and processes."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,6 +21,12 @@ def replicated(like: NamedSharding) -> NamedSharding:
 
 def max_over_processes(value: int) -> jax.Array:
     """The largest of the values that the processes give, each once; all of them must call. Doesn't wait for it."""
+    split, largest = _largest()
+    return largest(jax.make_array_from_process_local_data(split, np.full(jax.local_device_count(), value, np.int32)))
+
+
+@functools.cache
+def _largest():
+    """Once, for it is asked at every step."""
     split = along("device", jax.devices())
-    values = jax.make_array_from_process_local_data(split, np.full(jax.local_device_count(), value, np.int32))
-    return jax.jit(jnp.max, out_shardings=replicated(split))(values)
+    return split, jax.jit(jnp.max, out_shardings=replicated(split))
