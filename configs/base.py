@@ -103,6 +103,15 @@ def get_config() -> ConfigDict:
     checkpoint.keep = 2  # Newest checkpoints kept.
     checkpoint.keep_every = 0  # Besides, those of each so many steps are kept for good; 0 = none.
 
+    config.mesh = mesh = ConfigDict()
+    # Sizes of the device mesh (sharding.py); one of them may be -1, the devices that the others leave.
+    mesh.data = -1  # Copies of the parameters; split: the batch.
+    mesh.fsdp = 1  # Split: the batch, and each parameter's width.
+    mesh.pool = 1  # Split: the batch, and the layers of the pool.
+    mesh.tensor = 1  # Split: heads and hidden units of each layer.
+    # gather: layers come to the tokens, once a step | exchange: tokens go to the layers, at each depth step | auto.
+    mesh.pool_dispatch = "auto"
+
     config.log = log = ConfigDict()
     log.every_steps = 10  # Training lines in metrics.jsonl.
     log.alarms = "warn"  # What signs of a router gone wrong lead to (alarms.py): off | warn | stop, exit code 4.

@@ -44,7 +44,7 @@ from radialnet.model import init_params
 from radialnet.optimizer import make_optimizer
 from radialnet.pool import Positions
 from radialnet.report import Report
-from radialnet.router import Controllers, Router, schedule
+from radialnet.router import Controllers, Router, row_keys, schedule
 from radialnet.run_folder import RunFolder
 from radialnet.train_step import TrainState, init_state, train_step
 
@@ -220,7 +220,7 @@ def _router(config: Config) -> Callable[[], object]:
         positions=Positions.of(token_BS, token_BS, config.model),
         controllers=Controllers.init(config.router, config.model.pool_size),
         at=schedule(config.router, config.model.max_depth, jnp.int32(0)),
-        rng=jax.random.key(0),
+        rng_B=row_keys(jax.random.key(0), 0, shape[0]),
     )
     h_BSD = jax.random.normal(jax.random.key(0), (*shape, config.model.d_model))
     active_BS = jnp.ones(shape, bool)

@@ -81,6 +81,9 @@ class RouterConfig:
     capacity: float
     capacity_every: int
 
+    def hidden_size(self, model: ModelConfig) -> int:
+        return self.hidden or model.d_model
+
     @property
     def is_trained(self) -> bool:
         return self.form in TRAINED_FORMS
@@ -133,6 +136,15 @@ class TrainConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    data: int
+    fsdp: int
+    pool: int
+    tensor: int
+    pool_dispatch: str
+
+
+@dataclasses.dataclass(frozen=True)
 class EvalConfig:
     every_steps: int
     num_batches: int
@@ -165,6 +177,7 @@ class Config:
     train: TrainConfig
     eval: EvalConfig
     checkpoint: CheckpointConfig
+    mesh: MeshConfig
     log: LogConfig
 
     @classmethod
@@ -432,7 +445,52 @@ def _validate_run(config: Config) -> None:
     _at_least("checkpoint", config.checkpoint, 1, "keep")
     _at_least("log", config.log, 1, "every_steps")
     _at_least("log", config.log, 0, "sample_tokens")
+    _validate_mesh(config)
     _one_of("config.log.alarms", config.log.alarms, ("off", "warn", "stop"))
+
+
+def _validate_mesh(config: Config) -> None:
+    mesh = config.mesh
+    sizes = {axis: getattr(mesh, axis) for axis in ("data", "fsdp", "pool", "tensor")}
+    for axis, size in sizes.items():
+        _require(size == -1 or size >= 1, f"config.mesh.{axis}={size}: at least 1, or -1 for the rest, is needed")
+    _require(
+        list(sizes.values()).count(-1) <= 1,
+        f"config.mesh: {' and '.join(axis for axis, size in sizes.items() if size == -1)} can't both be -1, the rest",
+    )
+    _one_of("config.mesh.pool_dispatch", mesh.pool_dispatch, ("auto", "gather", "exchange"))
+    _require(
+        mesh.pool_dispatch != "exchange" or config.router.estimator != "dense",
+        "config.mesh.pool_dispatch='exchange' runs the chosen layer alone, config.router.estimator='dense' all of them",
+    )
+    check_mesh(config, sizes)
+
+
+def check_mesh(config: Config, sizes: Mapping[str, int]) -> None:
+    """Whether the axes of a mesh divide what is split over them; one of size -1 is not known yet.
+
+    Raises:
+        ConfigError: they don't.
+    """
+    model, train = config.model, config.train
+    known = {axis: max(size, 1) for axis, size in sizes.items()}
+    tables, rows = known["fsdp"] * known["pool"] * known["tensor"], known["data"] * known["fsdp"] * known["pool"]
+    split = [
+        ("pool", known["pool"], "model.pool_size", model.pool_size),
+        ("tensor", known["tensor"], "model.num_kv_heads", model.num_kv_heads),
+        ("tensor", known["tensor"], "model.d_ff", model.d_ff),
+        ("fsdp · pool · tensor", tables, "model.d_model", model.d_model),
+        (
+            "data · fsdp · pool · config.train.accumulate_steps",
+            rows * train.accumulate_steps,
+            "train.batch_size",
+            train.batch_size,
+        ),
+    ]
+    if config.router.is_trained:
+        split.append(("tensor", known["tensor"], "router.hidden", config.router.hidden_size(model)))
+    for axes, size, field, value in split:
+        _require(value % size == 0, f"config.mesh.{axes}={size} does not divide config.{field}={value}")
 
 
 def check_hops(

@@ -30,7 +30,7 @@ class Inputs:
     positions: Positions
     controllers: Controllers
     at: Schedule
-    rng: jax.Array
+    rng_B: jax.Array  # A key for each row.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +56,12 @@ class DepthLoop:
     def modules(self, params) -> tuple[Router, LayerPool]:
         return nnx.merge(self.graph, params)
 
+    def gathered(self, params):
+        """The parameters with all layers on this device."""
+        router, pool = self.modules(params)
+        pool.gather()
+        return nnx.split((router, pool))[1]
+
 
 @flax.struct.dataclass
 class Trace:
@@ -79,7 +85,7 @@ def decide(
     Returns:
         The gate of the update, the log of the product of (1 - p_exit) so far, the sums, and the route.
     """
-    args = (active_BS, depth_step, inputs.controllers, inputs.at, inputs.rng, before, decided)
+    args = (active_BS, depth_step, inputs.controllers, inputs.at, inputs.rng_B, before, decided)
     route = router(h_BSD, inputs.token_BS, *args)
     log_survival_BS += route.log_survive_BS
     gate_BS = jnp.ones(active_BS.shape)
@@ -93,7 +99,7 @@ def decide(
 
 def unrolled(loop: DepthLoop, params, h_BSD: jax.Array, is_real_BS: jax.Array, inputs: Inputs):
     """All depth steps, one after the other in the program. Returns the residual stream at the exits and the trace."""
-    router, pool = loop.modules(params)
+    router, pool = loop.modules(loop.gathered(params))
     active_BS, log_survival_BS = is_real_BS, jnp.zeros(is_real_BS.shape)
     cache = pool.empty_cache(loop.view, loop.max_depth, *is_real_BS.shape)
     leaves_at_BS, steps = router.no_plan(is_real_BS.shape), []
@@ -137,6 +143,7 @@ class _StepState:
 
 
 def _forward(loop: DepthLoop, params, h_BSD, is_real_BS, inputs):
+    params = loop.gathered(params)
     router, pool = loop.modules(params)
     active_BS, log_survival_BS = is_real_BS, jnp.zeros(is_real_BS.shape)
     cache = pool.empty_cache(loop.view, loop.max_depth, *is_real_BS.shape)
@@ -230,7 +237,8 @@ def _scanned_backward(loop: DepthLoop, residuals, d_outputs):
 
     d_entries = tuple(jnp.zeros(x.shape, jnp.float32) for x in (last_cache.k_BCGK, last_cache.v_BCGK))
     block = pool.block
-    d_block = {name: jnp.zeros_like(weight) for name, weight in block.weights(block.BEFORE + block.AFTER).items()}
+    weights = block.weights(block.BEFORE + block.AFTER)
+    d_block = {name: jnp.zeros(weight.shape, jnp.float32) for name, weight in weights.items()}
     d_router = jax.tree.map(jnp.zeros_like, router_params)
     carry = d_h_BSD, jnp.zeros(h_TBSD.shape[1:3]), d_entries, d_block, d_router
     d_sums = differentiable(d_trace.sums)
@@ -239,8 +247,7 @@ def _scanned_backward(loop: DepthLoop, residuals, d_outputs):
     (d_h_BSD, _, _, d_block, d_router), _ = jax.lax.scan(step, carry, steps, reverse=True)
 
     nnx.update(router, d_router)
-    for name, grad in d_block.items():
-        getattr(block, name)[...] = grad
+    pool.scatter_sum(d_block)
     return nnx.split((router, pool))[1], d_h_BSD, None, None
 
 

@@ -8,6 +8,7 @@ from flax import nnx
 
 from radialnet.config import ModelConfig
 from radialnet.grouped import RowFunction
+from radialnet.sharding import ALONE, Axes, Parallel
 
 
 def rms_norm(x: jax.Array, scale: jax.Array | float = 1.0) -> jax.Array:
@@ -38,62 +39,83 @@ class Block(nnx.Module):
 
     The two halves of a layer, before and after attention, are functions of rows of one layer (`row_function`).
     RMSNorm, QK-norm (arXiv 2302.05442), rotary positions, grouped-query attention, SwiGLU MLP (arXiv 2002.05202).
+
+    Heads that share a key and value head, and it, lie side by side in `qkv` [L, D, G, H/G + 2, K], and so do gates and
+    values of `mlp_in` [L, D, 2, F]: any part of the heads or of the hidden units is a layer of its own, but for a sum.
     """
 
     BEFORE = ("attention_norm", "qkv", "query_norm", "key_norm")  # The weights of each half.
     AFTER = ("attention_out", "mlp_norm", "mlp_in", "mlp_out")
 
-    def __init__(self, cfg: ModelConfig, num_layers: int, residual_scale: float, rngs: nnx.Rngs):
-        d_model, size = cfg.d_model, cfg.head_size
-        q_width, kv_width = cfg.num_heads * size, cfg.num_kv_heads * size
-        self.widths = (q_width, kv_width)
-        self.dtype = jnp.dtype(cfg.dtype)
+    def __init__(
+        self,
+        cfg: ModelConfig,
+        num_layers: int,
+        residual_scale: float,
+        rngs: nnx.Rngs,
+        layer_axis: str | None = None,
+        parallel: Parallel = ALONE,
+    ):
+        """
+        Args:
+            layer_axis: the logical name of the first axis (`sharding.RULES`).
+        """
+        d_model, size, kv_heads = cfg.d_model, cfg.head_size, cfg.num_kv_heads
+        self.shared = cfg.num_heads // kv_heads  # Query heads of a key and value head.
+        self.dtype, self.parallel = jnp.dtype(cfg.dtype), parallel
 
-        def normal(rows: int, columns: int, scale: float = 1.0) -> nnx.Param:
-            weights = jax.random.normal(rngs.params(), (num_layers, rows, columns)) * (scale * rows**-0.5)
-            return nnx.Param(weights)
+        def normal(rows: int, *columns: int, axes: Axes, scale: float = 1.0) -> nnx.Param:
+            weights = jax.random.normal(rngs.params(), (num_layers, rows, *columns)) * (scale * rows**-0.5)
+            return nnx.Param(weights, axes=(layer_axis, *axes))
 
         def ones(width: int) -> nnx.Param:
-            return nnx.Param(jnp.ones((num_layers, width)))
+            return nnx.Param(jnp.ones((num_layers, width)), axes=(layer_axis, None))
 
         self.attention_norm, self.mlp_norm = ones(d_model), ones(d_model)
         self.query_norm, self.key_norm = ones(size), ones(size)
-        self.qkv = normal(d_model, q_width + 2 * kv_width)
-        self.attention_out = normal(q_width, d_model, residual_scale)
-        self.mlp_in = normal(d_model, 2 * cfg.d_ff)
-        self.mlp_out = normal(cfg.d_ff, d_model, residual_scale)
+        self.qkv = normal(d_model, kv_heads, self.shared + 2, size, axes=("embed", "heads", None, None))
+        self.attention_out = normal(cfg.num_heads * size, d_model, axes=("heads", "embed"), scale=residual_scale)
+        self.mlp_in = normal(d_model, 2, cfg.d_ff, axes=("embed", None, "mlp"))
+        self.mlp_out = normal(cfg.d_ff, d_model, axes=("mlp", "embed"), scale=residual_scale)
+
+    def params(self) -> dict[str, nnx.Param]:
+        return {name: getattr(self, name) for name in (*self.BEFORE, *self.AFTER)}
 
     def weights(self, names: tuple[str, ...]) -> dict[str, jax.Array]:
-        return {name: getattr(self, name)[...] for name in names}
+        """Vectors [L, X] and matrices [L, X, Y], by name."""
+        weights = {name: self.params()[name][...] for name in names}
+        return {name: x.reshape(*x.shape[:2], -1) if x.ndim > 2 else x for name, x in weights.items()}
 
     @property
     def before_attention(self) -> RowFunction:
         """Of the rows h [P, D] and rotation [P, K]: queries [P, H·K], keys and values [P, G·K], ready for attention."""
-        return partial(_before_attention, widths=self.widths, dtype=self.dtype)
+        return partial(_before_attention, shared=self.shared, dtype=self.dtype)
 
     @property
     def after_attention(self) -> RowFunction:
         """Of the rows h [P, D] and what attention gave [P, H·K]: the layer's whole update of the residual stream."""
-        return partial(_after_attention, dtype=self.dtype)
+        return partial(_after_attention, dtype=self.dtype, total=self.parallel.sum_tensor)
 
 
-def _before_attention(w, rows, product, widths, dtype):
+def _before_attention(w, rows, product, shared, dtype):
     h_PD, rotation_PK = rows
     qkv_PX = product("qkv", rms_norm(h_PD, w["attention_norm"]).astype(dtype))
-    q_width, kv_width = widths
-    q_PX, k_PX, v_PX = jnp.split(qkv_PX, [q_width, q_width + kv_width], axis=-1)
+    num_rows, size = len(h_PD), rotation_PK.shape[-1]
+    qkv_PGJK = qkv_PX.reshape(num_rows, -1, shared + 2, size)
 
-    def turned(x_PX, scale_PK):
-        x_PHK = x_PX.reshape(x_PX.shape[0], -1, scale_PK.shape[-1])
-        return rope(rms_norm(x_PHK, scale_PK[:, None]), rotation_PK).reshape(x_PX.shape)
+    def turned(x_PHK, scale_PK):
+        return rope(rms_norm(x_PHK, scale_PK[:, None]), rotation_PK).reshape(num_rows, -1)
 
-    return turned(q_PX, w["query_norm"]), turned(k_PX, w["key_norm"]), v_PX
+    q_PHK, k_PGK = qkv_PGJK[:, :, :shared].reshape(num_rows, -1, size), qkv_PGJK[:, :, shared]
+    v_PX = qkv_PGJK[:, :, shared + 1].reshape(num_rows, -1)
+    return turned(q_PHK, w["query_norm"]), turned(k_PGK, w["key_norm"]), v_PX
 
 
-def _after_attention(w, rows, product, dtype):
+def _after_attention(w, rows, product, dtype, total):
     h_PD, mixed_PX = rows
-    attended_PD = product("attention_out", mixed_PX).astype(h_PD.dtype)
+    # Of the heads and hidden units that are here, so that the sums over all devices of a layer are still to be taken.
+    attended_PD = total(product("attention_out", mixed_PX)).astype(h_PD.dtype)
     normed_PD = rms_norm(h_PD + attended_PD, w["mlp_norm"]).astype(dtype)
     gate_PF, up_PF = jnp.split(product("mlp_in", normed_PD), 2, axis=-1)
-    mlp_PD = product("mlp_out", jax.nn.silu(gate_PF) * up_PF, keep=False)
+    mlp_PD = total(product("mlp_out", jax.nn.silu(gate_PF) * up_PF, keep=False))
     return attended_PD + mlp_PD.astype(h_PD.dtype)

@@ -7,6 +7,7 @@ from radialnet.config import RouterConfig
 from radialnet.metrics import RoutingSums
 from radialnet.model import Read
 from radialnet.router import Schedule
+from radialnet.sharding import ALONE, Parallel
 
 # Logits that are in memory at a time.
 LOGITS_IN_MEMORY = 2**22
@@ -95,23 +96,32 @@ def router_z_loss(sums: RoutingSums) -> jax.Array:
     return sums.z / jnp.maximum(sums.num_decisions, 1)
 
 
-def read_losses(read: Read, head_DV: jax.Array, target_N: jax.Array, is_target_N: jax.Array, nats_N: jax.Array):
+def read_losses(
+    read: Read,
+    head_DV: jax.Array,
+    target_N: jax.Array,
+    is_target_N: jax.Array,
+    nats_N: jax.Array,
+    parallel: Parallel = ALONE,
+) -> dict[str, jax.Array]:
     """The terms that train exits by what going on is worth.
+
+    Args:
+        target_N, is_target_N, nats_N: of this device's tokens (`Parallel.my_tokens`).
 
     Returns:
         `loss_read`: mean cross-entropy at the states that were read, without which an exit there would mean nothing;
         `loss_benefit`: mean squared error of -e as a prediction of what each further layer took off the cross-entropy.
     """
-    is_read_N = is_target_N & read.is_read_BS.ravel()
-    num_reads = jnp.maximum(is_read_N.sum(), 1)
-    final_ND = read.final_BSD.reshape(is_read_N.size, -1)
+    is_read_N = is_target_N & parallel.my_tokens(read.is_read_BS.ravel())
+    final_ND = parallel.my_tokens(read.final_BSD.reshape(-1, read.final_BSD.shape[-1]))
     read_nats, read_nats_N = cross_entropy(final_ND, head_DV, target_N, is_read_N)
-    benefit_N = (read_nats_N - nats_N) / read.num_left_BS.ravel()
-    error_N = jax.lax.stop_gradient(benefit_N) + read.exit_logit_BS.ravel()
-    return {
-        "loss_read": read_nats / num_reads,
-        "loss_benefit": jnp.where(is_read_N, error_N**2, 0).sum() / num_reads,
-    }
+    benefit_N = (read_nats_N - nats_N) / parallel.my_tokens(read.num_left_BS.ravel(), filling=1)
+    error_N = jax.lax.stop_gradient(benefit_N) + parallel.my_tokens(read.exit_logit_BS.ravel())
+    squares = jnp.where(is_read_N, error_N**2, 0).sum()
+    num_reads, read_nats, squares = parallel.sum_all((is_read_N.sum(), read_nats, squares))
+    num_reads = jnp.maximum(num_reads, 1)
+    return {"loss_read": read_nats / num_reads, "loss_benefit": squares / num_reads}
 
 
 def total_loss(

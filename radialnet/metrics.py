@@ -219,7 +219,7 @@ def _router_flops(config: Config, executes_T: np.ndarray) -> float:
     model, form = config.model, config.router.form
     if not config.router.is_trained:
         return 0.0
-    hidden = config.router.hidden or model.d_model
+    hidden = config.router.hidden_size(model)
     if form == "mod":
         # At the steps at which tokens compete: a score and its prediction for every token.
         return len(executes_T) // config.router.capacity_every * 2 * 2 * hidden * (model.d_model + 1)

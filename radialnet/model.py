@@ -1,17 +1,20 @@
 """RadialTransformer: embedding, T depth steps of router and pool, output node, head."""
 
+from collections.abc import Sequence
+
 import flax.struct
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from radialnet.config import Config
+from radialnet.config import Config, check_mesh
 from radialnet.depth import DepthLoop, Inputs, Trace, scanned, unrolled
 from radialnet.layers import rms_norm
 from radialnet.metrics import RoutingSums
 from radialnet.peer_routers import make_router
 from radialnet.pool import LayerPool, Positions, clone_groups
-from radialnet.router import Controllers, Schedule, group_of_layer
+from radialnet.router import Controllers, Schedule, draw, group_of_layer, row_keys
+from radialnet.sharding import ALONE, Axes, Parallel, Placement, make_mesh
 
 
 @flax.struct.dataclass
@@ -37,10 +40,10 @@ class Read:
     num_left_BS: jax.Array  # Layers that the token still executed.
 
     @classmethod
-    def of(cls, trace: Trace, depth_BS: jax.Array, min_depth: int, rng: jax.Array) -> "Read":
+    def of(cls, trace: Trace, depth_BS: jax.Array, min_depth: int, rng_B: jax.Array) -> "Read":
         """A step of each token, drawn at random from those it could have left at. `final_BSD` is the bare state."""
         num_steps_BS = depth_BS - min_depth
-        step_BS = min_depth + (jax.random.uniform(rng, depth_BS.shape) * num_steps_BS).astype(jnp.int32)
+        step_BS = min_depth + (draw(jax.random.uniform, rng_B, depth_BS.shape) * num_steps_BS).astype(jnp.int32)
         step_BS = jnp.clip(step_BS, min(min_depth, len(trace.h_BSD) - 1), len(trace.h_BSD) - 1)
         return cls(
             is_read_BS=num_steps_BS > 0,
@@ -59,8 +62,12 @@ class RadialTransformer(nnx.Module):
     `depth` has the loop over depth steps.
     """
 
-    def __init__(self, config: Config, vocab_size: int, rngs: nnx.Rngs):
-        model = config.model
+    def __init__(self, config: Config, vocab_size: int, rngs: nnx.Rngs, parallel: Parallel = ALONE):
+        """
+        Args:
+            parallel: the part of a device in it, where it runs on several.
+        """
+        model, self.parallel = config.model, parallel
         self.cfg, self.view = model, config.cache.view
         # A fixed route has no probabilities to learn: nothing is gained by running all layers.
         self.estimator = config.router.estimator if config.router.is_trained else "straight_through"
@@ -69,13 +76,20 @@ class RadialTransformer(nnx.Module):
         # Keeps the variance of the residual stream about constant in depth (GPT-2's rule): two branches a layer.
         num_executed = model.prelude_layers + model.max_depth + model.coda_layers
         scale = (2 * num_executed) ** -0.5
-        self.embedding = nnx.Param(jax.random.normal(rngs.params(), (vocab_size, model.d_model)) * model.d_model**-0.5)
-        self.prelude = LayerPool(model, model.prelude_layers, scale, rngs) if model.prelude_layers else None
-        self.router = make_router(model, config.router, rngs)
-        self.pool = LayerPool(model, model.pool_size, scale, rngs)
-        self.coda = LayerPool(model, model.coda_layers, scale, rngs) if model.coda_layers else None
-        self.final_norm = nnx.Param(jnp.ones(model.d_model))
-        self.head = nnx.Param(jax.random.normal(rngs.params(), (model.d_model, vocab_size)) * 0.02)
+
+        def normal(rows: int, columns: int, scale: float, axes: Axes) -> nnx.Param:
+            return nnx.Param(jax.random.normal(rngs.params(), (rows, columns)) * scale, axes=axes)
+
+        def unshared(num_layers: int) -> LayerPool | None:
+            return LayerPool(model, num_layers, scale, rngs, parallel=parallel) if num_layers else None
+
+        self.embedding = normal(vocab_size, model.d_model, model.d_model**-0.5, (None, "width"))
+        self.prelude = unshared(model.prelude_layers)
+        self.router = make_router(model, config.router, rngs, parallel)
+        self.pool = LayerPool(model, model.pool_size, scale, rngs, "layer", parallel)
+        self.coda = unshared(model.coda_layers)
+        self.final_norm = nnx.Param(jnp.ones(model.d_model), axes=(None,))
+        self.head = normal(model.d_model, vocab_size, 0.02, ("width", None))
         if model.init == "clones":
             clone_groups(self.pool.block, model.pool_size, model.max_depth)
 
@@ -97,7 +111,7 @@ class RadialTransformer(nnx.Module):
             position_BS: position of each token in its document.
             controllers: the router's biases.
             at: the router's schedule at this training step.
-            rng: for the selection noise and random routes.
+            rng: for the selection noise and random routes, each row of the whole batch by a key of its own.
             max_depth: overrides the trained T; a trained router takes the steps beyond it as the last trained one.
         """
         max_depth = max_depth or self.cfg.max_depth
@@ -117,14 +131,16 @@ class RadialTransformer(nnx.Module):
             reads_states=self.reads_states,
         )
         run = unrolled if self.estimator == "dense" else scanned
-        inputs = Inputs(token_BS, positions, controllers, at, rng)
+        first_row, batch = self.parallel.first_row(len(token_BS)), len(token_BS)
+        inputs = Inputs(token_BS, positions, controllers, at, row_keys(rng, first_row, batch))
         h_BSD, trace = run(loop, params, h_BSD, is_real_BS, inputs)
         depth_BS = (trace.layer_BS < self.cfg.pool_size).sum(0)
 
         h_BSD = self._run_unshared(self.coda, h_BSD, is_real_BS, positions)
         final_BSD, read = self._final(h_BSD), None
         if self.reads_states:
-            read = Read.of(trace, depth_BS, self.cfg.min_depth, jax.random.fold_in(rng, max_depth))
+            read_rng_B = row_keys(jax.random.fold_in(rng, max_depth), first_row, batch)
+            read = Read.of(trace, depth_BS, self.cfg.min_depth, read_rng_B)
             read = read.replace(final_BSD=self._final(read.final_BSD))
         head = self.head[...].astype(final_BSD.dtype)
         return Output(
@@ -152,10 +168,42 @@ class RadialTransformer(nnx.Module):
         return h_BSD
 
 
-def init_params(config: Config, vocab_size: int) -> tuple[nnx.GraphDef, dict]:
-    """The model's structure and its freshly initialised parameters, a nested dict of arrays."""
-    graph, params = nnx.split(RadialTransformer(config, vocab_size, nnx.Rngs(config.train.seed)), nnx.Param)
+def init_params(config: Config, vocab_size: int, parallel: Parallel = ALONE) -> tuple[nnx.GraphDef, dict]:
+    """The model's structure and its freshly initialised parameters, a nested dict of arrays.
+
+    Args:
+        parallel: the part of a device in the model, where that runs on several; its structure alone depends on it.
+    """
+    model = RadialTransformer(config, vocab_size, nnx.Rngs(config.train.seed), parallel)
+    graph, params = nnx.split(model, nnx.Param)
     return graph, nnx.to_pure_dict(params)
+
+
+def abstract_params(config: Config, vocab_size: int, parallel: Parallel = ALONE) -> tuple[nnx.GraphDef, dict]:
+    """`init_params` without the arrays: shapes and dtypes only."""
+    graph = None
+
+    def build() -> dict:
+        nonlocal graph
+        graph, params = init_params(config, vocab_size, parallel)
+        return params
+
+    params = jax.eval_shape(build)
+    return graph, params
+
+
+def param_axes(graph: nnx.GraphDef, params: dict) -> dict:
+    """The logical axes of each parameter."""
+    state = nnx.split(nnx.merge(graph, params), nnx.Param)[1]
+    return nnx.to_pure_dict(jax.tree.map(lambda param: param.axes, state, is_leaf=lambda x: isinstance(x, nnx.Param)))
+
+
+def place(config: Config, vocab_size: int, devices: Sequence[jax.Device]) -> Placement:
+    """How a model lies on devices, by the mesh of its config. Raises ConfigError: they don't go together."""
+    axes = param_axes(*abstract_params(config, vocab_size))
+    mesh = make_mesh(config.mesh, devices)
+    check_mesh(config, mesh.shape)
+    return Placement(mesh, Parallel(**mesh.shape), axes)
 
 
 def upcycle(params: dict, dense_params: dict, num_layers: int, max_depth: int) -> dict:

@@ -11,15 +11,16 @@ import jax.numpy as jnp
 from flax import nnx
 
 from radialnet.config import ModelConfig, RouterConfig
-from radialnet.router import Controllers, Decision, Route, Router, Schedule, mlp
+from radialnet.router import Controllers, Decision, Route, Router, Schedule
+from radialnet.sharding import ALONE, Parallel
 
 # The score of a token that can't be chosen.
 _NEVER = -1e9
 
 
-def make_router(model_cfg: ModelConfig, cfg: RouterConfig, rngs: nnx.Rngs) -> Router:
+def make_router(model_cfg: ModelConfig, cfg: RouterConfig, rngs: nnx.Rngs, parallel: Parallel = ALONE) -> Router:
     """The router of a form."""
-    return {"mod": CapacityRouter, "recursion": RecursionRouter}.get(cfg.form, Router)(model_cfg, cfg, rngs)
+    return {"mod": CapacityRouter, "recursion": RecursionRouter}.get(cfg.form, Router)(model_cfg, cfg, rngs, parallel)
 
 
 class CapacityRouter(Router):
@@ -29,12 +30,14 @@ class CapacityRouter(Router):
     predict it from the token alone, and decides in evaluation (section 3.5 of the paper).
     """
 
-    def __init__(self, model_cfg: ModelConfig, cfg: RouterConfig, rngs: nnx.Rngs):
-        super().__init__(model_cfg, cfg, rngs, num_outputs=1)
+    def __init__(self, model_cfg: ModelConfig, cfg: RouterConfig, rngs: nnx.Rngs, parallel: Parallel):
+        super().__init__(model_cfg, cfg, rngs, parallel, num_outputs=1)
         d_model, hidden = self.hidden.shape
-        self.predictor_hidden = nnx.Param(jax.random.normal(rngs.params(), (d_model, hidden)) * d_model**-0.5)
-        self.predictor_out = nnx.Param(jax.random.normal(rngs.params(), (hidden, 1)) * 0.1 * hidden**-0.5)
-        self.predictor_bias = nnx.Param(jnp.zeros(1))
+        hidden_DH = jax.random.normal(rngs.params(), (d_model, hidden)) * d_model**-0.5
+        self.predictor_hidden = nnx.Param(hidden_DH, axes=("embed", "hidden"))
+        out_H1 = jax.random.normal(rngs.params(), (hidden, 1)) * 0.1 * hidden**-0.5
+        self.predictor_out = nnx.Param(out_H1, axes=("hidden", None))
+        self.predictor_bias = nnx.Param(jnp.zeros(1), axes=(None,))
 
     def __call__(
         self,
@@ -44,7 +47,7 @@ class CapacityRouter(Router):
         depth_step: jax.Array,
         controllers: Controllers,
         at: Schedule,
-        rng: jax.Array,
+        rng_B: jax.Array,
         leaves_at_BS: jax.Array | None = None,
         decided: Decision | None = None,
     ) -> Route:
@@ -52,7 +55,7 @@ class CapacityRouter(Router):
         x_BSD = self._inputs(h_BSD, jnp.minimum(depth_step, self.max_depth - 1))
         score_BS = self._logits(x_BSD)[..., 0]
         # It learns to predict, and changes nothing of what it predicts from.
-        predicted_BS1 = mlp(jax.lax.stop_gradient(x_BSD), self.predictor_hidden[...], self.predictor_out[...])
+        predicted_BS1 = self._mlp(jax.lax.stop_gradient(x_BSD), self.predictor_hidden, self.predictor_out)
         predicted_BS = (predicted_BS1 + self.predictor_bias[...])[..., 0]
         every = self.cfg.capacity_every
         is_routed = depth_step % every == every - 1
@@ -91,9 +94,9 @@ class RecursionRouter(Router):
     The exit bias counts against every round after the first, so that its controller holds the mean depth.
     """
 
-    def __init__(self, model_cfg: ModelConfig, cfg: RouterConfig, rngs: nnx.Rngs):
+    def __init__(self, model_cfg: ModelConfig, cfg: RouterConfig, rngs: nnx.Rngs, parallel: Parallel):
         self.num_rounds = model_cfg.max_depth // model_cfg.pool_size
-        super().__init__(model_cfg, cfg, rngs, num_outputs=self.num_rounds)
+        super().__init__(model_cfg, cfg, rngs, parallel, num_outputs=self.num_rounds)
 
     def no_plan(self, shape: tuple[int, ...]) -> jax.Array:
         return jnp.zeros(shape, jnp.int32)
@@ -106,7 +109,7 @@ class RecursionRouter(Router):
         depth_step: jax.Array,
         controllers: Controllers,
         at: Schedule,
-        rng: jax.Array,
+        rng_B: jax.Array,
         leaves_at_BS: jax.Array | None = None,
         decided: Decision | None = None,
     ) -> Route:

@@ -12,6 +12,7 @@ from radialnet.config import ModelConfig
 from radialnet.grouping import Groups, gather, permute, plan, scatter
 from radialnet.layers import Block, rotation
 from radialnet.router import Route, group_of_layer
+from radialnet.sharding import ALONE, Parallel
 from radialnet.visibility import Visibility
 
 
@@ -90,19 +91,48 @@ class LayerPool(nnx.Module):
     depth that keep one cache for all steps and add up the gradient of the weights in place.
     """
 
-    def __init__(self, cfg: ModelConfig, num_layers: int, residual_scale: float, rngs: nnx.Rngs):
-        self.cfg, self.num_layers = cfg, num_layers
-        self.block = Block(cfg, num_layers, residual_scale, rngs)
+    def __init__(
+        self,
+        cfg: ModelConfig,
+        num_layers: int,
+        residual_scale: float,
+        rngs: nnx.Rngs,
+        layer_axis: str | None = None,
+        parallel: Parallel = ALONE,
+    ):
+        """
+        Args:
+            layer_axis: the logical name of the axis of layers (`sharding.RULES`).
+        """
+        self.cfg, self.num_layers, self.parallel = cfg, num_layers, parallel
+        self.block = Block(cfg, num_layers, residual_scale, rngs, layer_axis, parallel)
+
+    def gather(self) -> None:
+        """Bring the weights of all layers to this device, in place: once for all depth steps. Matrices come in the
+        precision that they are multiplied in.
+        """
+        if self.parallel.num_devices > 1:
+            for param in self.block.params().values():
+                weights = param[...] if param[...].ndim == 2 else param[...].astype(self.block.dtype)
+                param.set_value(self.parallel.gather(weights, param.axes))
+
+    def scatter_sum(self, d_block: dict[str, jax.Array]) -> None:
+        """The transpose of `gather`, of gradients of the weights as `Block.weights` gives those: each device's part of
+        their sums in place of the weights.
+        """
+        for name, param in self.block.params().items():
+            param.set_value(self.parallel.scatter_sum(d_block[name].reshape(param.shape), param.axes))
 
     def empty_cache(self, view: str, max_depth: int, batch: int, seq: int) -> UnifiedCache:
         cfg = self.cfg
-        return UnifiedCache.empty(view, max_depth, batch, seq, cfg.num_kv_heads, cfg.head_size, jnp.dtype(cfg.dtype))
+        heads = cfg.num_kv_heads // self.parallel.tensor
+        return UnifiedCache.empty(view, max_depth, batch, seq, heads, cfg.head_size, jnp.dtype(cfg.dtype))
 
     def empty_products(self, num_depth_steps: int, num_tokens: int) -> Products:
         """Room for the products of some depth steps."""
         cfg, block, shape = self.cfg, self.block, jax.ShapeDtypeStruct
         h_ND, rotation_NK = (shape((num_tokens, width), jnp.float32) for width in (cfg.d_model, cfg.head_size))
-        mixed_NX = shape((num_tokens, cfg.num_heads * cfg.head_size), jnp.dtype(cfg.dtype))
+        mixed_NX = shape((num_tokens, cfg.d_model // self.parallel.tensor), jnp.dtype(cfg.dtype))
         before, after = block.weights(block.BEFORE), block.weights(block.AFTER)
         return Products(
             grouped.empty_kept(block.before_attention, before, (h_ND,), (rotation_NK,), num_depth_steps),

@@ -12,6 +12,7 @@ the largest of the L+1 nodes, `factored` decides to leave (p_exit > 1/2) before 
 Everything here is fp32.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import flax.struct
@@ -21,6 +22,7 @@ from flax import nnx
 
 from radialnet.config import ModelConfig, RouterConfig
 from radialnet.layers import rms_norm
+from radialnet.sharding import ALONE, Axes, Parallel
 
 
 @flax.struct.dataclass
@@ -139,22 +141,33 @@ def prior_logits(kind: str, num_layers: int, max_depth: int, depth_step: jax.Arr
 class Router(nnx.Module):
     """RMSNorm, plus a step embedding, then an MLP to the L+1 nodes."""
 
-    def __init__(self, model_cfg: ModelConfig, cfg: RouterConfig, rngs: nnx.Rngs, num_outputs: int | None = None):
-        d_model, hidden, num_layers = model_cfg.d_model, cfg.hidden or model_cfg.d_model, model_cfg.pool_size
+    def __init__(
+        self,
+        model_cfg: ModelConfig,
+        cfg: RouterConfig,
+        rngs: nnx.Rngs,
+        parallel: Parallel = ALONE,
+        num_outputs: int | None = None,
+    ):
+        d_model, hidden, num_layers = model_cfg.d_model, cfg.hidden_size(model_cfg), model_cfg.pool_size
         num_outputs = num_outputs or num_layers + 1
-        self.cfg, self.num_layers = cfg, num_layers
+        self.cfg, self.num_layers, self.parallel = cfg, num_layers, parallel
         self.min_depth, self.max_depth = model_cfg.min_depth, model_cfg.max_depth
         if not cfg.is_trained:
             return
-        self.norm = nnx.Param(jnp.ones(d_model))
-        self.step_embedding = nnx.Param(jax.random.normal(rngs.params(), (model_cfg.max_depth, d_model)))
-        self.hidden = nnx.Param(jax.random.normal(rngs.params(), (d_model, hidden)) * d_model**-0.5)
+
+        def normal(rows: int, columns: int, scale: float, axes: Axes) -> nnx.Param:
+            return nnx.Param(jax.random.normal(rngs.params(), (rows, columns)) * scale, axes=axes)
+
+        self.norm = nnx.Param(jnp.ones(d_model), axes=(None,))
+        self.step_embedding = normal(model_cfg.max_depth, d_model, 1.0, (None, "embed"))
+        self.hidden = normal(d_model, hidden, d_model**-0.5, ("embed", "hidden"))
         # Small: at first all layers are nearly as likely, and a token's exit depends on the exit bias alone.
-        self.out = nnx.Param(jax.random.normal(rngs.params(), (hidden, num_outputs)) * 0.1 * hidden**-0.5)
-        self.out_bias = nnx.Param(jnp.zeros(num_outputs))
+        self.out = normal(hidden, num_outputs, 0.1 * hidden**-0.5, ("hidden", None))
+        self.out_bias = nnx.Param(jnp.zeros(num_outputs), axes=(None,))
         if cfg.predicts_benefit:
-            self.exit_hidden = nnx.Param(jax.random.normal(rngs.params(), (d_model, hidden)) * d_model**-0.5)
-            self.exit_out = nnx.Param(jnp.zeros((hidden, 1)))
+            self.exit_hidden = normal(d_model, hidden, d_model**-0.5, ("embed", "hidden"))
+            self.exit_out = nnx.Param(jnp.zeros((hidden, 1)), axes=("hidden", None))
 
     def __call__(
         self,
@@ -164,29 +177,30 @@ class Router(nnx.Module):
         depth_step: jax.Array,
         controllers: Controllers,
         at: Schedule,
-        rng: jax.Array,
+        rng_B: jax.Array,
         leaves_at_BS: jax.Array | None = None,
         decided: Decision | None = None,
     ) -> Route:
         """Route the active tokens. A depth step beyond the trained max depth is treated as the last trained one.
 
         Args:
+            rng_B: a key for each row, so that what is drawn for it doesn't depend on the others.
             leaves_at_BS: `Decision.leaves_at_BS` of the step before, in forms that have it.
             decided: choices to keep to, made before from the same inputs: a backward pass that computes the
                 probabilities again must not choose again, for the last bit of a logit could choose otherwise.
         """
         # The same tokens at every step.
-        explores_BS = jax.random.uniform(rng, active_BS.shape) < at.explore if self.cfg.explore else False
-        rng = jax.random.fold_in(rng, depth_step)
+        explores_BS = draw(jax.random.uniform, rng_B, active_BS.shape) < at.explore if self.cfg.explore else False
+        rng_B = jax.vmap(lambda rng: jax.random.fold_in(rng, depth_step))(rng_B)
         if not self.cfg.is_trained:
-            return self._fixed_route(token_BS, active_BS, depth_step, rng)
+            return self._fixed_route(token_BS, active_BS, depth_step, rng_B)
         trained_step = jnp.minimum(depth_step, self.max_depth - 1)
         x_BSD = self._inputs(h_BSD, trained_step)
         logits_BSN = self._logits(x_BSD)
         layer_logits_BSL, exit_logit_BS = logits_BSN[..., :-1], logits_BSN[..., -1]
         if self.cfg.predicts_benefit:
             # It learns to predict, and changes nothing of what it predicts from.
-            predicted_BS1 = mlp(jax.lax.stop_gradient(x_BSD), self.exit_hidden[...], self.exit_out[...])
+            predicted_BS1 = self._mlp(jax.lax.stop_gradient(x_BSD), self.exit_hidden, self.exit_out)
             exit_logit_BS = predicted_BS1[..., 0] + self.out_bias[...][-1]
         if self.cfg.form == "early_exit":
             # The order of the layers is given, so that there is nothing to learn but when to leave.
@@ -206,7 +220,7 @@ class Router(nnx.Module):
                 leave_BS,
                 active_BS & can_exit & jnp.logical_not(explores_BS),
                 at,
-                rng,
+                rng_B,
             )
         log_p_BSL = jax.nn.log_softmax(biased_BSL, axis=-1)
         return Route.of(
@@ -237,26 +251,31 @@ class Router(nnx.Module):
         return prior_logits(self.cfg.prior, self.num_layers, self.max_depth, depth_step)
 
     def _logits(self, x_BSD: jax.Array) -> jax.Array:
-        return mlp(x_BSD, self.hidden[...], self.out[...]) + self.out_bias[...]
+        return self._mlp(x_BSD, self.hidden, self.out) + self.out_bias[...]
 
-    def _decide(self, selection_BSL, leave_BS, may_exit_BS, at: Schedule, rng) -> Decision:
+    def _mlp(self, x_BSD: jax.Array, hidden: nnx.Param, out: nnx.Param) -> jax.Array:
+        """Two products with GELU in between, in fp32 on accelerators too, where the default is less."""
+        matmul = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+        return self.parallel.sum_tensor(matmul(jax.nn.gelu(matmul(x_BSD, hidden[...])), out[...]))
+
+    def _decide(self, selection_BSL, leave_BS, may_exit_BS, at: Schedule, rng_B) -> Decision:
         """The hard choice, by the logits and the selection noise."""
         if self.cfg.noise > 0:
-            layer_rng, exit_rng = jax.random.split(rng)
-            selection_BSL += at.noise * jax.random.gumbel(layer_rng, selection_BSL.shape)
+            layer_rng_B, exit_rng_B = jnp.moveaxis(jax.vmap(jax.random.split)(rng_B), 1, 0)
+            selection_BSL += at.noise * draw(jax.random.gumbel, layer_rng_B, selection_BSL.shape)
             # The two forms compare the exit with a constant and with a noisy maximum.
             exit_noise = jax.random.gumbel if self.cfg.form == "flat" else jax.random.logistic
-            leave_BS += at.noise * exit_noise(exit_rng, leave_BS.shape)
+            leave_BS += at.noise * draw(exit_noise, exit_rng_B, leave_BS.shape)
         threshold_BS = 0.0 if self.cfg.form != "flat" else selection_BSL.max(axis=-1)
         layer_BS = jnp.argmax(selection_BSL, axis=-1).astype(jnp.int32)
         return Decision(layer_BS, may_exit_BS & (leave_BS > threshold_BS))
 
-    def _fixed_route(self, token_BS, active_BS, depth_step, rng) -> Route:
+    def _fixed_route(self, token_BS, active_BS, depth_step, rng_B) -> Route:
         shape, num_layers = token_BS.shape, self.num_layers
         if self.cfg.form in ("sequential", "cyclic"):
             layer_BS = jnp.full(shape, depth_step % num_layers, jnp.int32)
         elif self.cfg.form == "random":
-            layer_BS = jax.random.randint(rng, shape, 0, num_layers, jnp.int32)
+            layer_BS = draw(partial(jax.random.randint, minval=0, maxval=num_layers, dtype=jnp.int32), rng_B, shape)
         else:
             layer_BS = _hash(token_BS, depth_step, num_layers)
         return Route.of(Decision(layer_BS, jnp.zeros(shape, bool)), active_BS, self.num_layers)
@@ -271,10 +290,14 @@ def _hash(token_BS: jax.Array, depth_step: jax.Array, num_layers: int) -> jax.Ar
     return ((x ^ (x >> 16)) % jnp.uint32(num_layers)).astype(jnp.int32)
 
 
-def mlp(x_BSD: jax.Array, hidden_DH: jax.Array, out_HN: jax.Array) -> jax.Array:
-    """Two products with GELU in between, in fp32 on accelerators too, where the default is less."""
-    matmul = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
-    return matmul(jax.nn.gelu(matmul(x_BSD, hidden_DH)), out_HN)
+def row_keys(rng: jax.Array, first_row: jax.Array | int, num_rows: int) -> jax.Array:
+    """A key for each row of a batch, by its number: the same whichever device has the row."""
+    return jax.vmap(lambda row: jax.random.fold_in(rng, row))(first_row + jnp.arange(num_rows))
+
+
+def draw(distribution: Callable[..., jax.Array], rng_B: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Random numbers [B, …], those of each row by its own key."""
+    return jax.vmap(lambda rng: distribution(rng, shape=shape[1:]))(rng_B)
 
 
 def choice_gate(log_p: jax.Array, estimator: str) -> jax.Array:

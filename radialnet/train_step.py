@@ -1,5 +1,7 @@
 """TrainState, train_step and eval_step: pure functions, no I/O."""
 
+from functools import partial
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -12,6 +14,7 @@ from radialnet.metrics import BatchSums
 from radialnet.model import Output
 from radialnet.optimizer import clip, learning_rate
 from radialnet.router import Controllers, Schedule, schedule, update_exit_bias, update_load_bias
+from radialnet.sharding import ONE_DEVICE, Parallel, Placement
 
 Batch = dict[str, jax.Array]
 
@@ -42,6 +45,20 @@ def init_state(config: Config, params: dict, optimizer: optax.GradientTransforma
     )
 
 
+def state_shardings(placement: Placement, optimizer: optax.GradientTransformation, state: TrainState) -> TrainState:
+    """Where each array of a state lies: what the optimizer knows of a parameter with it, the rest on all devices."""
+    params = placement.shardings()
+    moments = optax.tree.map_params(
+        optimizer,
+        lambda _, sharding: sharding,
+        state.optimizer,
+        params,
+        transform_non_params=lambda _: placement.everywhere,
+    )
+    rest = jax.tree.map(lambda _: placement.everywhere, state)
+    return rest.replace(params=params, optimizer=moments)
+
+
 def forward(
     graph: nnx.GraphDef,
     params: dict,
@@ -64,44 +81,61 @@ def _sums(
     at: Schedule,
     bytes_V: jax.Array,
     num_targets: jax.Array,
+    parallel: Parallel,
 ) -> tuple[jax.Array, BatchSums]:
-    """The loss of a batch, with the cross-entropy as a mean over `num_targets`, and its sums."""
-    final_ND = output.final_BSD.reshape(-1, output.final_BSD.shape[-1])
-    target_N, is_target_N = batch["target"].ravel(), batch["is_target"].ravel()
+    """The loss of a batch, with the cross-entropy as a mean over `num_targets`, and its sums.
+
+    On several devices all are those of the whole batch, `batch` and `output` those of this device's rows. Where devices
+    have copies of tokens, each of them takes its part of those to the head.
+    """
+    final_ND = parallel.my_tokens(output.final_BSD.reshape(-1, output.final_BSD.shape[-1]))
+    target_N, is_target_N = (parallel.my_tokens(batch[name].ravel()) for name in ("target", "is_target"))
     nats, nats_N = cross_entropy(final_ND, head_DV, target_N, is_target_N)
-    read = read_losses(output.read, head_DV, target_N, is_target_N, nats_N) if output.read is not None else {}
-    losses = total_loss(config.router, nats / jnp.maximum(num_targets, 1), output.routing, at, read)
     num_bytes = jnp.where(batch["is_target"], bytes_V[batch["target"]], 0).sum().astype(jnp.float32)
+    num_bytes, routing = parallel.sum_rows((num_bytes, output.routing))
+    read = {}
+    if output.read is not None:
+        read = read_losses(output.read, head_DV, target_N, is_target_N, nats_N, parallel)
+    mean_nats = parallel.sum_all(nats) / jnp.maximum(num_targets, 1)
+    losses = total_loss(config.router, mean_nats, routing, at, read)
     weighted = {name: loss * num_targets for name, loss in losses.items()}
-    return losses["loss"], BatchSums(weighted, num_targets, num_bytes, output.routing)
+    return losses["loss"], BatchSums(weighted, num_targets, num_bytes, routing)
 
 
 def _grads(
-    config: Config,
-    graph: nnx.GraphDef,
-    state: TrainState,
+    params: dict,
     batch: Batch,
+    controllers: Controllers,
     at: Schedule,
     bytes_V: jax.Array,
     rng: jax.Array,
+    *,
+    config: Config,
+    graph: nnx.GraphDef,
+    placement: Placement,
 ) -> tuple[dict, BatchSums]:
-    """The gradient of a batch and its sums, in `train.accumulate_steps` parts one after the other.
+    """The gradient of a batch and its sums, in `train.accumulate_steps` parts one after the other. On several devices:
+    from the parts of parameters and batch of one of them, within `Placement.on_each_device`.
 
     Each part takes every num_parts-th row. The cross-entropy is the mean over all targets of the batch; the router's
     terms are means of those of the parts, for a part knows no other's routes.
     """
-    num_parts = config.train.accumulate_steps
-    num_targets = batch["is_target"].sum().astype(jnp.float32) / num_parts
+    num_parts, parallel = config.train.accumulate_steps, placement.parallel
+    num_targets = parallel.sum_rows(batch["is_target"].sum().astype(jnp.float32)) / num_parts
 
     def of_part(part, rng):
         def loss_of(params):
-            output = forward(graph, params, part, state.controllers, at, rng)
-            return _sums(config, part, output, params["head"], at, bytes_V, num_targets)
+            params = placement.gathered(params)
+            output = forward(graph, params, part, controllers, at, rng)
+            loss, sums = _sums(config, part, output, params["head"], at, bytes_V, num_targets, parallel)
+            # What is differentiated is the sum over all devices (`sharding`).
+            return loss / parallel.num_devices, sums
 
-        return jax.grad(loss_of, has_aux=True)(state.params)
+        return jax.grad(loss_of, has_aux=True)(params)
 
     if num_parts == 1:
-        return of_part(batch, rng)
+        grads, sums = of_part(batch, rng)
+        return placement.sum_of_copies(grads), sums
     parts = jax.tree.map(lambda x: x.reshape(-1, num_parts, *x.shape[1:]).swapaxes(0, 1), batch)
     zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(of_part, jax.tree.map(lambda x: x[0], parts), rng))
 
@@ -110,7 +144,7 @@ def _grads(
         return jax.tree.map(jnp.add, totals, of_part(part, jax.random.fold_in(rng, index))), None
 
     (grads, sums), _ = jax.lax.scan(add, zeros, (jnp.arange(num_parts), parts))
-    return jax.tree.map(lambda grad: grad / num_parts, grads), sums
+    return placement.sum_of_copies(jax.tree.map(lambda grad: grad / num_parts, grads)), sums
 
 
 def train_step(
@@ -121,6 +155,7 @@ def train_step(
     config: Config,
     graph: nnx.GraphDef,
     optimizer: optax.GradientTransformation,
+    placement: Placement = ONE_DEVICE,
 ) -> tuple[TrainState, BatchSums, dict[str, jax.Array]]:
     """One optimizer step.
 
@@ -131,13 +166,15 @@ def train_step(
     Args:
         batch: `token`, `target`, `document`, `position`, `is_target`, each [B, S].
         bytes_V: bytes of raw text that each token stands for.
+        graph: of the model for that placement.
 
     Returns:
         The new state, the sums of the batch (zeros for a skipped step), and scalars by their names in metrics.jsonl.
     """
     rng = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
     at = schedule(config.router, config.model.max_depth, state.step)
-    grads, sums = _grads(config, graph, state, batch, at, bytes_V, rng)
+    grads_of = placement.on_each_device(partial(_grads, config=config, graph=graph, placement=placement), (True, False))
+    grads, sums = grads_of(state.params, batch, state.controllers, at, bytes_V, rng)
     grad_norm = optax.tree.norm(grads)
     mean_loss = sums.losses["loss"] / jnp.maximum(sums.num_targets, 1)
     is_finite = jnp.isfinite(mean_loss) & jnp.isfinite(grad_norm)
@@ -214,12 +251,19 @@ def eval_step(
     config: Config,
     graph: nnx.GraphDef,
     max_depth: int | None = None,
+    placement: Placement = ONE_DEVICE,
 ) -> BatchSums:
     """The sums of a held-out batch, routed without noise, with the controllers frozen, as of training step `step`.
 
     `random` routes are the same in every batch, so that an evaluation gives the same figures every time.
     """
     at = schedule(config.router, config.model.max_depth, step).for_evaluation()
-    output = forward(graph, params, batch, controllers, at, jax.random.key(0), max_depth)
-    num_targets = batch["is_target"].sum().astype(jnp.float32)
-    return _sums(config, batch, output, params["head"], at, bytes_V, num_targets)[1]
+    parallel = placement.parallel
+
+    def sums_of(params, batch, controllers, at, bytes_V):
+        params = placement.gathered(params)
+        output = forward(graph, params, batch, controllers, at, jax.random.key(0), max_depth)
+        num_targets = parallel.sum_rows(batch["is_target"].sum().astype(jnp.float32))
+        return (_sums(config, batch, output, params["head"], at, bytes_V, num_targets, parallel)[1],)
+
+    return placement.on_each_device(sums_of, (False,))(params, batch, controllers, at, bytes_V)[0]

@@ -10,7 +10,7 @@ from radialnet.checkpoint import Checkpoints
 from radialnet.cli import warn
 from radialnet.config import Config, ConfigError
 from radialnet.data import tokenizer_of_run
-from radialnet.model import init_params
+from radialnet.model import abstract_params
 from radialnet.router import Controllers
 from radialnet.run_folder import RunFolder, saved_steps
 from radialnet.tokenizer import Tokenizer
@@ -62,16 +62,3 @@ def keep_programs(config: Config) -> None:
     if not jax.config.jax_compilation_cache_dir:
         cache = Path(config.data.cache_dir).expanduser() / "programs"
         jax.config.update("jax_compilation_cache_dir", str(cache))
-
-
-def abstract_params(config: Config, vocab_size: int) -> tuple[nnx.GraphDef, dict]:
-    """`init_params` without the arrays: shapes and dtypes only."""
-    graph = None
-
-    def build() -> dict:
-        nonlocal graph
-        graph, params = init_params(config, vocab_size)
-        return params
-
-    params = jax.eval_shape(build)
-    return graph, params

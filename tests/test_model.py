@@ -59,10 +59,11 @@ def plain_network(config, params, token, document, position):
             if layer is None:
                 continue
             w = {name: array[layer] for name, array in params["pool"]["block"].items()}
-            q, k, v = np.split(norm(h[i], w["attention_norm"]) @ w["qkv"], [heads * size, (heads + kv_heads) * size])
-            queries[i] = w, p * survival[i], turn(norm(q.reshape(heads, size), w["query_norm"]), position[i])
-            key = turn(norm(k.reshape(kv_heads, size), w["key_norm"]), position[i])
-            entries[t, i] = key, v.reshape(kv_heads, size)
+            # Query heads, key and value of each group of heads, side by side.
+            qkv = np.einsum("d,dgjk->gjk", norm(h[i], w["attention_norm"]), w["qkv"])
+            q, key, value = qkv[:, :-2].reshape(heads, size), qkv[:, -2], qkv[:, -1]
+            queries[i] = w, p * survival[i], turn(norm(q, w["query_norm"]), position[i])
+            entries[t, i] = turn(norm(key, w["key_norm"]), position[i]), value
             layer_TS[t, i] = layer
         for i, (w, gate, query) in queries.items():
             arrays = document[None], (layer_TS < model.pool_size)[:, None], layer_TS[:, None]
@@ -73,7 +74,7 @@ def plain_network(config, params, token, document, position):
                 weights = softmax(np.array([entries[at][0][group] @ query[head] / size**0.5 for at in seen]))
                 mixed[head] = sum(p * entries[at][1][group] for p, at in zip(weights, seen, strict=True))
             attended = mixed.ravel() @ w["attention_out"]
-            gated, up = np.split(norm(h[i] + attended, w["mlp_norm"]) @ w["mlp_in"], 2)
+            gated, up = np.einsum("d,djf->jf", norm(h[i] + attended, w["mlp_norm"]), w["mlp_in"])
             h[i] = h[i] + gate * (attended + (gated / (1 + np.exp(-gated)) * up) @ w["mlp_out"])
             depth[i] += 1
     return norm(h, params["final_norm"]) @ params["head"], depth

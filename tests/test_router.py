@@ -9,6 +9,7 @@ from radialnet.router import (
     choice_gate,
     group_of_layer,
     prior_logits,
+    row_keys,
     schedule,
     update_exit_bias,
     update_load_bias,
@@ -30,7 +31,7 @@ def route(config, num_rows=400, depth_step=1, seed=0, controllers=None, router=N
     plan = schedule(config.router, T, jnp.int32(0)).replace(**at)
     controllers = controllers or Controllers.init(config.router, L)
     active = jnp.arange(num_rows)[:, None] % 7 != 0
-    found = router(h, token, active, depth_step, controllers, plan, jax.random.key(9))
+    found = router(h, token, active, depth_step, controllers, plan, row_keys(jax.random.key(9), 0, len(h)))
     if not config.router.is_trained:
         return found, token
     x = np.asarray(h)
