@@ -2,7 +2,8 @@
 
 What: 64 layers of width 2048 in the pool, at most 24 per token and 20 on average; bf16 products. 3.0B parameters in
 the pool, 0.9B of them used by a token. Give it your own text by --config.data.source=jsonl --config.data.path=FILE.
-Cost: 40 GB for parameters and optimizer, before activations. A run uses one device as yet, so it does not fit anywhere.
+Cost: 40 GB for parameters and optimizer, split over 64 chips; memory and FLOPs of a device on pods in docs/SCALING.md.
+Compiled for them, not run.
 Expected: not measured.
 Command: python train.py --config=configs/radial_base.py --workdir=runs/radial_base
 """
@@ -32,5 +33,9 @@ def get_config() -> ConfigDict:
     config.train.num_steps = 100_000
     config.train.batch_size = 512
     config.train.seq_len = 2048
+
+    # 64 chips, or a multiple: a quarter of every layer's heads and hidden units on each, weights split 16 times.
+    config.mesh.fsdp = 16
+    config.mesh.tensor = 4
 
     return config

@@ -131,7 +131,20 @@ def _dot(left, right, sums):
     return jax.lax.dot_general(left, right, (sums, ((), ())), preferred_element_type=jnp.float32)
 
 
-def _call(kernel, platform, grid, scalars, in_specs, inputs, out_specs, out_shape):
+def _cost(num_products, q, k, inputs):
+    """What a kernel costs that takes so many products of queries and entries, if tokens see all those before them.
+
+    For XLA to order its work by, and for `program` to count. Entries of n steps are there by and by.
+    """
+    batch, heads, num_tiles, tile, size = q.shape
+    num_entries, num_steps = k.shape[2] * k.shape[3], max(k.shape[2] // num_tiles, 1)
+    share = (num_tiles + 1) / (2 * num_tiles) * (num_steps + 1) / (2 * num_steps)
+    pairs = int(batch * heads * num_tiles * tile * num_entries * share)
+    read = sum(x.size * x.dtype.itemsize for x in inputs)
+    return pl.CostEstimate(flops=2 * num_products * pairs * size, transcendentals=pairs, bytes_accessed=read)
+
+
+def _call(kernel, platform, grid, scalars, in_specs, inputs, out_specs, out_shape, cost):
     """Run a kernel. `scalars` are what its loops go by; those of a row lie in a TPU's scalar memory."""
 
     def of_row(x):
@@ -150,6 +163,7 @@ def _call(kernel, platform, grid, scalars, in_specs, inputs, out_specs, out_shap
         out_specs=out_specs,
         out_shape=out_shape,
         compiler_params=params[platform],
+        cost_estimate=cost,
         interpret=platform == "interpreted",
         name=kernel.func.__name__.strip("_"),
     )(*scalars, *inputs)
@@ -236,15 +250,17 @@ def _forward(platform, q_BQHK, k_BCGK, v_BCGK, visibility):
     shared = q.shape[1] // k.shape[1]
     queries, entries = tiled.positions()[:3], tiled.positions()[3:]
     lse = jax.ShapeDtypeStruct((*q.shape[:-1], 1), jnp.float32)
+    inputs = *queries, *entries, q, k, v
     mixed, lse = _call(
         partial(_forward_kernel, scale=q_BQHK.shape[-1] ** -0.5),
         platform,
         grid=q.shape[:3],
         scalars=(tiled.count_B1I, tiled.entries_BIJ),
         in_specs=[*map(_one_tile, queries), *map(_all_tiles, entries), _one_tile(q), *[_all_tiles(k, shared)] * 2],
-        inputs=(*queries, *entries, q, k, v),
+        inputs=inputs,
         out_specs=(_one_tile(q), _one_tile(lse)),
         out_shape=(jax.ShapeDtypeStruct(q.shape, q.dtype), lse),
+        cost=_cost(2, q, k, inputs),
     )
     return _from_tiles(mixed, q_BQHK), _from_tiles(lse, q_BQHK[..., :1])[..., 0]
 
@@ -272,6 +288,7 @@ def _backward(platform, q_BQHK, k_BCGK, v_BCGK, visibility, lse_BQH, norm_BQH, d
         inputs=inputs,
         out_specs=_one_tile(q),
         out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
+        cost=_cost(3, q, k, inputs),
     )
     of_heads = partial(_all_tiles, num_heads=shared)
     dk, dv = _call(
@@ -289,5 +306,6 @@ def _backward(platform, q_BQHK, k_BCGK, v_BCGK, visibility, lse_BQH, norm_BQH, d
         inputs=inputs,
         out_specs=(_one_tile(k), _one_tile(k)),
         out_shape=(jax.ShapeDtypeStruct(k.shape, jnp.float32),) * 2,
+        cost=_cost(4, q, k, inputs),
     )
     return _from_tiles(dq, q_BQHK), _from_tiles(dk, k_BCGK), _from_tiles(dv, v_BCGK)

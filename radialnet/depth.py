@@ -41,6 +41,7 @@ class DepthLoop:
         graph: of the pair (router, pool).
         keeps_products: whether the backward pass finds what the layers computed, or computes it again, a step at a time
             (rematerialisation: memory of a step's activations instead of T steps').
+        keeps_attended: whether it finds what attention did; needed where it finds the products.
         reads_states: whether the loss looks at the states between steps, so that `Trace.h_BSD` carries a gradient.
             Exits are then trained by what is read there, and not by the survival gate.
     """
@@ -51,6 +52,7 @@ class DepthLoop:
     estimator: str
     vocab_size: int
     keeps_products: bool
+    keeps_attended: bool
     reads_states: bool
 
     def modules(self, params) -> tuple[Router, LayerPool]:
@@ -128,7 +130,8 @@ def differentiable(sums: StepSums):
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def scanned(loop: DepthLoop, params, h_BSD: jax.Array, is_real_BS: jax.Array, inputs: Inputs):
     """`unrolled` as a scan. No gradient reaches `inputs`."""
-    return _forward(dataclasses.replace(loop, keeps_products=False), params, h_BSD, is_real_BS, inputs)[:2]
+    loop = dataclasses.replace(loop, keeps_products=False, keeps_attended=False)
+    return _forward(loop, params, h_BSD, is_real_BS, inputs)[:2]
 
 
 @flax.struct.dataclass
@@ -165,7 +168,7 @@ def _forward(loop: DepthLoop, params, h_BSD, is_real_BS, inputs):
             active_BS=active_BS,
             decided=route.decided,
             cache=cache.varying(),
-            attended=attended if loop.keeps_products else None,
+            attended=attended if loop.keeps_attended else None,
         )
         # The update of a token that executes nothing is exactly 0: its state stays as it is.
         h_BSD = h_BSD + gate_BS[..., None] * update_BSD

@@ -188,7 +188,13 @@ def figures(sums: BatchSums) -> dict:
 
 
 def flops_per_token(config: Config, vocab_size: int, executes_T: Sequence[float]) -> float:
-    """FLOPs of a forward pass per token, 2 per multiply-add of matrix products, attention included.
+    """FLOPs of a forward pass per token, 2 per multiply-add of matrix products, with attention (`flops_by_part`)."""
+    return float(sum(flops_by_part(config, vocab_size, executes_T).values()))
+
+
+def flops_by_part(config: Config, vocab_size: int, executes_T: Sequence[float]) -> dict[str, float]:
+    """`flops_per_token` of the pool's `layers`, their `attention`, the `unshared` layers of prelude and coda and
+    `unshared_attention`, the `router` and the `head`.
 
     Attention is counted over the entries that a causal query sees on average: half of those of its row that are filled.
     In the views `all` and `same_layer` they are those of all steps so far.
@@ -210,9 +216,15 @@ def flops_per_token(config: Config, vocab_size: int, executes_T: Sequence[float]
         seen_T = np.full(max_depth, executes_T[0])
     else:
         seen_T = np.cumsum(executes_T)
-    routed = (executes_T * (layer + attention * seen_T)).sum()
-    unrouted = (model.prelude_layers + model.coda_layers) * (layer + attention)
-    return float(routed + unrouted + _router_flops(config, executes_T) + 2 * d_model * vocab_size)
+    num_unshared = model.prelude_layers + model.coda_layers
+    return {
+        "layers": float(executes_T.sum() * layer),
+        "attention": float((executes_T * attention * seen_T).sum()),
+        "unshared": num_unshared * layer,
+        "unshared_attention": num_unshared * attention,
+        "router": _router_flops(config, executes_T),
+        "head": 2 * d_model * vocab_size,
+    }
 
 
 def _router_flops(config: Config, executes_T: np.ndarray) -> float:

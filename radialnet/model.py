@@ -1,5 +1,6 @@
 """RadialTransformer: embedding, T depth steps of router and pool, output node, head."""
 
+import dataclasses
 from collections.abc import Sequence
 
 import flax.struct
@@ -9,6 +10,7 @@ from flax import nnx
 
 from radialnet.config import Config, check_mesh
 from radialnet.depth import DepthLoop, Inputs, Trace, scanned, unrolled
+from radialnet.exchange import choose
 from radialnet.layers import rms_norm
 from radialnet.metrics import RoutingSums
 from radialnet.peer_routers import make_router
@@ -81,7 +83,8 @@ class RadialTransformer(nnx.Module):
             return nnx.Param(jax.random.normal(rngs.params(), (rows, columns)) * scale, axes=axes)
 
         def unshared(num_layers: int) -> LayerPool | None:
-            return LayerPool(model, num_layers, scale, rngs, parallel=parallel) if num_layers else None
+            at_home = dataclasses.replace(parallel, exchanges=False)
+            return LayerPool(model, num_layers, scale, rngs, parallel=at_home) if num_layers else None
 
         self.embedding = normal(vocab_size, model.d_model, model.d_model**-0.5, (None, "width"))
         self.prelude = unshared(model.prelude_layers)
@@ -127,7 +130,9 @@ class RadialTransformer(nnx.Module):
             max_depth,
             self.estimator,
             self.vocab_size,
-            keeps_products=self.cfg.remat == "none",
+            # Of rows that are computed elsewhere nothing is kept but what comes back.
+            keeps_products=self.cfg.remat == "none" and not self.parallel.exchanges,
+            keeps_attended=self.cfg.remat == "none" or self.parallel.exchanges,
             reads_states=self.reads_states,
         )
         run = unrolled if self.estimator == "dense" else scanned
@@ -203,7 +208,8 @@ def place(config: Config, vocab_size: int, devices: Sequence[jax.Device]) -> Pla
     axes = param_axes(*abstract_params(config, vocab_size))
     mesh = make_mesh(config.mesh, devices)
     check_mesh(config, mesh.shape)
-    return Placement(mesh, Parallel(**mesh.shape), axes)
+    exchanges, why = choose(config, mesh.shape)
+    return Placement(mesh, Parallel(**mesh.shape, exchanges=exchanges), axes, why)
 
 
 def upcycle(params: dict, dense_params: dict, num_layers: int, max_depth: int) -> dict:

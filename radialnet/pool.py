@@ -5,10 +5,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from radialnet import attention, grouped
+from radialnet import attention, exchange, grouped
 from radialnet.attention import attend, attend_backward, attend_forward, attend_with_own
 from radialnet.cache import Packing, UnifiedCache, document_starts
 from radialnet.config import ModelConfig
+from radialnet.exchange import Exchange
 from radialnet.grouping import Groups, gather, permute, plan, scatter
 from radialnet.layers import Block, rotation
 from radialnet.router import Route, group_of_layer
@@ -61,9 +62,17 @@ class _Orders:
     entries_to_sorted: jax.Array
     query_layer_BS: jax.Array
     entry_layer_BS: jax.Array
+    exchange: Exchange | None  # Where rows go to the devices that have their layers.
 
     @classmethod
-    def of(cls, groups: Groups, layer_BS: jax.Array, packing: Packing, entries_are_packed: bool) -> "_Orders":
+    def of(
+        cls,
+        groups: Groups,
+        layer_BS: jax.Array,
+        packing: Packing,
+        entries_are_packed: bool,
+        exchange: Exchange | None,
+    ) -> "_Orders":
         none = len(groups.row_N)
         to_packed = jnp.take(groups.slot_N, packing.source_N, mode="fill", fill_value=none)
         from_packed = jnp.take(packing.place_N, groups.row_N, mode="fill", fill_value=none)
@@ -71,7 +80,7 @@ class _Orders:
         packed_layer_BS = jnp.take_along_axis(layer_BS, jnp.maximum(packing.token_BS, 0), axis=1)
         entry_layer_BS = packed_layer_BS if entries_are_packed else layer_BS
         orders = to_packed, from_packed, to_entries, from_entries
-        return cls(groups, packing, *orders, packed_layer_BS, entry_layer_BS)
+        return cls(groups, packing, *orders, packed_layer_BS, entry_layer_BS, exchange)
 
     def append(self, cache: UnifiedCache, k_NX, v_NX, depth_step: jax.Array) -> UnifiedCache:
         """The cache with the entries of the step, from sorted keys and values."""
@@ -185,8 +194,8 @@ class LayerPool(nnx.Module):
         groups, to_packed, to_sorted = orders.groups, orders.sorted_to_packed, orders.packed_to_sorted
         h_ND = scatter(h_BSD.reshape(-1, h_BSD.shape[-1]), groups)
         fixed = (scatter(positions.rotation_NK, groups),)
-        (q_NX, k_NX, v_NX), before = grouped.map_forward(
-            block.before_attention, block.weights(block.BEFORE), (h_ND,), groups, fixed, products.before, t
+        (q_NX, k_NX, v_NX), before, num_computed = self._map_forward(
+            block.before_attention, block.BEFORE, (h_ND,), orders, fixed, products.before, t
         )
         q_BSHK = self._heads(permute(q_NX, to_packed, to_sorted), layer_BS.shape)
         if not is_again:
@@ -194,12 +203,12 @@ class LayerPool(nnx.Module):
         visibility = orders.visibility(cache, positions)
         mixed_BSHK, lse_BSH = attend_forward(q_BSHK, cache.k_BCGK, cache.v_BCGK, visibility, self.attention_backend)
         mixed_NX = permute(mixed_BSHK.reshape(q_NX.shape), to_sorted, to_packed)
-        update_ND, after = grouped.map_forward(
-            block.after_attention, block.weights(block.AFTER), (h_ND, mixed_NX), groups, (), products.after, t
+        update_ND, after, _ = self._map_forward(
+            block.after_attention, block.AFTER, (h_ND, mixed_NX), orders, (), products.after, t
         )
         update_ND = gather(update_ND, groups)
         attended = Attended(q_BSHK, mixed_BSHK, lse_BSH, update_ND)
-        return update_ND.reshape(h_BSD.shape), cache, attended, Products(before, after), groups.num_computed()
+        return update_ND.reshape(h_BSD.shape), cache, attended, Products(before, after), num_computed
 
     def backward(
         self,
@@ -230,17 +239,16 @@ class LayerPool(nnx.Module):
         h_ND = scatter(h_BSD.reshape(-1, h_BSD.shape[-1]), groups)
         mixed_NX = permute(attended.mixed_BSHK.reshape(len(h_ND), -1), to_sorted, to_packed)
         d_update_ND = scatter(d_update_BSD.reshape(h_ND.shape), groups)
-        weights = block.weights(block.AFTER)
-        d_after, (d_h_ND, d_mixed_NX) = grouped.map_backward(
+        d_after, (d_h_ND, d_mixed_NX) = self._map_backward(
             block.after_attention,
-            weights,
+            block.AFTER,
             (h_ND, mixed_NX),
-            groups,
+            orders,
             (),
             products.after,
             t,
             d_update_ND,
-            {name: d_block[name] for name in weights},
+            d_block,
         )
 
         d_mixed_BSHK = permute(d_mixed_NX, to_packed, to_sorted).reshape(attended.mixed_BSHK.shape)
@@ -264,20 +272,36 @@ class LayerPool(nnx.Module):
                 for grad in (grad.astype(d_q_BSHK.dtype) for grad in d_new)
             ),
         )
-        weights = block.weights(block.BEFORE)
-        d_before, (d_h_before_ND,) = grouped.map_backward(
+        d_before, (d_h_before_ND,) = self._map_backward(
             block.before_attention,
-            weights,
+            block.BEFORE,
             (h_ND,),
-            groups,
+            orders,
             (scatter(positions.rotation_NK, groups),),
             products.before,
             t,
             d_qkv,
-            {name: d_block[name] for name in weights},
+            d_block,
         )
         d_h_BSD = gather(d_h_ND + d_h_before_ND, groups).reshape(h_BSD.shape)
         return d_h_BSD, d_entries, {**d_before, **d_after}
+
+    def _map_forward(self, function, names, rows, orders: _Orders, fixed, kept, t):
+        """Outputs and products of a half of the layers, and the number of rows that were computed here."""
+        weights = self.block.weights(names)
+        if orders.exchange is None:
+            outputs, kept = grouped.map_forward(function, weights, rows, orders.groups, fixed, kept, t)
+            return outputs, kept, orders.groups.num_computed()
+        assert not kept, "rows that are computed elsewhere leave no products here"
+        outputs, num_computed = exchange.map_forward(function, weights, rows, orders.exchange, fixed)
+        return outputs, {}, num_computed
+
+    def _map_backward(self, function, names, rows, orders: _Orders, fixed, kept, t, d_outputs, d_block):
+        """The gradients of `_map_forward`, those of the weights added to what `d_block` has of them."""
+        weights, d_weights = self.block.weights(names), {name: d_block[name] for name in names}
+        if orders.exchange is None:
+            return grouped.map_backward(function, weights, rows, orders.groups, fixed, kept, t, d_outputs, d_weights)
+        return exchange.map_backward(function, weights, rows, orders.exchange, fixed, d_outputs, d_weights)
 
     def all_layers(
         self, h_BSD: jax.Array, layer_BS: jax.Array, cache: UnifiedCache, positions: Positions, depth_step: jax.Array
@@ -344,7 +368,9 @@ class LayerPool(nnx.Module):
 
     def _orders(self, layer_BS: jax.Array, cache: UnifiedCache) -> _Orders:
         packing = Packing.of(layer_BS < self.num_layers)
-        return _Orders.of(self._groups(layer_BS.ravel()), layer_BS, packing, cache.is_packed)
+        groups, parallel = self._groups(layer_BS.ravel()), self.parallel
+        exchange = Exchange.of(groups, parallel.pool) if parallel.exchanges else None
+        return _Orders.of(groups, layer_BS, packing, cache.is_packed, exchange)
 
     def _heads(self, x_NX: jax.Array, shape: tuple[int, ...]) -> jax.Array:
         return x_NX.reshape(*shape, -1, self.cfg.head_size)

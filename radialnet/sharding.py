@@ -142,6 +142,7 @@ class Placement:
     mesh: Mesh | None = None  # None: on one device, where arrays are anyway.
     parallel: Parallel = ALONE
     axes: PyTree = None  # Of every parameter.
+    why: str = ""  # Why tokens go to layers or layers to tokens.
 
     def gathered(self, params: PyTree) -> PyTree:
         """The parameters on one device, whole but for what is computed in parts; the pool as it lies, for it is

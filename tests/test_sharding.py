@@ -133,15 +133,21 @@ def alone():
     return of
 
 
-@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("dispatch, mesh", [
+    *(("gather", mesh) for mesh in MESHES),
+    *(("exchange", mesh) for mesh in MESHES if "pool" in mesh),
+])  # fmt: skip
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_eight_devices_equal_one(alone, mesh, recipe):
+def test_eight_devices_equal_one(alone, dispatch, mesh, recipe):
     want = alone(recipe)
     routing = want["sums"].routing
-    assert (np.asarray(routing.load_L())[[1, 4, 5]] == 0).all() and (routing.tokens_by_depth[1:] > 0).all(), "uneven, with exits"
-    config = mesh_config(MESHES[mesh], **RECIPES[recipe])
+    assert (np.asarray(routing.load_L())[[1, 4, 5]] == 0).all() and (routing.tokens_by_depth[1:] > 0).all(), (
+        "uneven, with exits"
+    )
+    config = mesh_config(MESHES[mesh], mesh__pool_dispatch=dispatch, **RECIPES[recipe])
     step = Step(config)
     assert step.placement.parallel.num_devices == 8
+    assert step.placement.parallel.exchanges == (dispatch == "exchange")
     found = step(batch_of(config))
     jax.tree.map_with_path(
         lambda path, a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5, err_msg=jax.tree_util.keystr(path)),

@@ -1,0 +1,234 @@
+"""What a compiled program does, read from its text: FLOPs and collectives of one device, each loop body as often as it
+runs.
+
+XLA's own cost analysis counts the body of a loop once. Products are `dot`, or `convolution` as TPUs have them; kernels
+tell their FLOPs by a cost estimate. A loop runs as often as its condition says, where that compares a counter with a
+constant; where the number depends on data, as often as its name says (`rounds_usually_4`, `exchange`).
+"""
+
+import collections
+import dataclasses
+import functools
+import math
+import re
+
+COLLECTIVES = (
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "all-to-all",
+    "ragged-all-to-all",
+    "collective-permute",
+    "collective-broadcast",
+)
+
+_BYTES = {
+    "pred": 1,
+    "s4": 0.5,
+    "u4": 0.5,
+    "s8": 1,
+    "u8": 1,
+    "s16": 2,
+    "u16": 2,
+    "bf16": 2,
+    "f16": 2,
+    "s32": 4,
+    "u32": 4,
+}
+_BYTES |= {"f32": 4, "s64": 8, "u64": 8, "f64": 8, "c64": 8, "c128": 16, "token": 0}
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
+_ARRAY = re.compile(r"\b([a-z]+[0-9]*)\[([0-9,]*)\]")
+_CALLED = re.compile(
+    r"\b(?:calls|to_apply|body|branch_computations|true_computation|false_computation)=(\{[^}]*\}|%?[\w.\-]+)"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Instruction:
+    name: str
+    result: str  # Its type.
+    operation: str
+    arguments: str
+    rest: str  # Attributes.
+
+    @property
+    def operands(self) -> list[str]:
+        return re.findall(r"%([\w.\-]+)", self.arguments)
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What a program, or a part of it, does on one device."""
+
+    flops: float = 0.0
+    collectives: collections.Counter = dataclasses.field(default_factory=collections.Counter)  # Bytes by kind.
+    counts: collections.Counter = dataclasses.field(default_factory=collections.Counter)  # How often, by kind.
+    unknown: tuple[str, ...] = ()  # Loops with work in them that run nobody knows how often; counted once.
+
+    def times(self, number: float) -> "Work":
+        def each(counter):
+            return collections.Counter({kind: number * value for kind, value in counter.items()})
+
+        return Work(number * self.flops, each(self.collectives), each(self.counts), self.unknown)
+
+    def __add__(self, other: "Work") -> "Work":
+        return Work(
+            self.flops + other.flops,
+            self.collectives + other.collectives,
+            self.counts + other.counts,
+            self.unknown + other.unknown,
+        )
+
+
+def work_of(text: str) -> Work:
+    """The work of one run of a program on one device, from `Compiled.as_text()`."""
+    entry, computations = _parse(text)
+
+    @functools.cache
+    def of(name: str) -> Work:
+        instructions = computations[name]
+        types = {instruction.name: instruction.result for instruction in instructions}
+        total = Work()
+        # A collective that goes on while other work is done stands in all of that; it counts where it starts.
+        goes_on = name.startswith("async_collective_fusion")
+        goes_on |= any("AsyncCollectiveDone" in instruction.rest for instruction in instructions)
+        for instruction in instructions:
+            if not (goes_on and instruction.operation in COLLECTIVES):
+                total += _own(instruction, types)
+            called = _called(instruction)
+            if instruction.operation == "while":
+                body = of(called[0])
+                times = _trip_count(instruction, computations)
+                if times is None:
+                    has_work = body.flops or body.collectives
+                    total += dataclasses.replace(body, unknown=(*body.unknown, instruction.name) if has_work else ())
+                else:
+                    total += body.times(times)
+            elif instruction.operation == "conditional":
+                total += max((of(branch) for branch in called), key=lambda work: work.flops)
+            elif instruction.operation in ("fusion", "call", "async-start"):
+                for each in called:
+                    total += of(each)
+        return total
+
+    return of(entry)
+
+
+def _parse(text: str) -> tuple[str, dict[str, list[_Instruction]]]:
+    entry, computations, current = None, {}, None
+    for line in text.splitlines():
+        if found := _COMPUTATION.match(line):
+            current = computations.setdefault(found[2], [])
+            entry = found[2] if found[1] else entry
+        elif current is not None and (found := _INSTRUCTION.match(line)):
+            current.append(_instruction(found[1], found[2]))
+    return entry, computations
+
+
+def _instruction(name: str, text: str) -> _Instruction:
+    # The type may be a tuple in brackets, of any depth.
+    end = _closing(text, 0) if text.startswith("(") else text.index(" ")
+    result, text = text[: end + 1], text[end + 1 :].lstrip()
+    begin = text.index("(")
+    end = _closing(text, begin)
+    return _Instruction(name, result, text[:begin].strip(), text[begin + 1 : end], text[end + 1 :])
+
+
+def _closing(text: str, begin: int) -> int:
+    depth = 0
+    for index in range(begin, len(text)):
+        depth += {"(": 1, ")": -1}.get(text[index], 0)
+        if depth == 0:
+            return index
+    raise ValueError(f"no closing bracket: {text[:80]}")
+
+
+def _called(instruction: _Instruction) -> list[str]:
+    found = _CALLED.findall(instruction.rest)
+    return [name.strip().lstrip("%") for group in found for name in group.strip("{}").split(",")]
+
+
+def _trip_count(loop: _Instruction, computations: dict[str, list[_Instruction]]) -> int | None:
+    if known := re.search(r'known_trip_count":\{"n":"(\d+)"', loop.rest):
+        return int(known[1])
+    if usual := re.search(r"rounds_usually_(\d+)", loop.rest):
+        return int(usual[1])
+    condition = computations[re.search(r"condition=%?([\w.\-]+)", loop.rest)[1]]
+    constants = {each.name: int(each.arguments) for each in condition if _is_whole_number(each)}
+    for each in condition:
+        if each.operation == "compare" and "direction=LT" in each.rest:
+            limits = [constants[name] for name in each.operands if name in constants]
+            return limits[0] if limits else None
+        # A fusion of the comparison, of the counter and the constant.
+        if each.operation == "fusion" and len(each.operands) == 2:
+            limits = [constants[name] for name in each.operands if name in constants]
+            if limits:
+                return limits[0]
+    return None
+
+
+def _is_whole_number(instruction: _Instruction) -> bool:
+    return instruction.operation == "constant" and instruction.arguments.isdigit()
+
+
+def _own(instruction: _Instruction, types: dict[str, str]) -> Work:
+    """What an instruction does by itself."""
+    operation = instruction.operation
+    if operation == "convolution":
+        return Work(2 * _elements(instruction.result) * _summed_by_convolution(instruction, types))
+    if operation == "dot":
+        return Work(2 * _elements(instruction.result) * _summed_by_dot(instruction, types))
+    if operation == "custom-call" and (flops := re.search(r'"cost_estimate":\{"flops":"(\d+)"', instruction.rest)):
+        return Work(float(flops[1]))
+    kind = operation.removesuffix("-start")
+    if kind in COLLECTIVES:
+        # Of the larger side: what a gather gives, what a scatter takes. A start gives both.
+        sizes = [_bytes(array) for array in _ARRAY.findall(instruction.result)]
+        own = max(sizes) if operation.endswith("-start") else sum(sizes)
+        taken = sum(
+            sum(_bytes(array) for array in _ARRAY.findall(types.get(name, ""))) for name in instruction.operands
+        )
+        moved = max(own, taken)
+        return Work(collectives=collections.Counter({kind: moved}), counts=collections.Counter({kind: 1}))
+    return Work()
+
+
+def _dims(type_: str) -> list[int]:
+    found = _ARRAY.search(type_)
+    return [int(size) for size in found[2].split(",") if size] if found else []
+
+
+def _elements(type_: str) -> int:
+    return math.prod(_dims(type_))
+
+
+def _bytes(array: tuple[str, str]) -> float:
+    return _BYTES.get(array[0], 0) * math.prod(int(size) for size in array[1].split(",") if size)
+
+
+def _summed_by_convolution(instruction: _Instruction, types: dict[str, str]) -> int:
+    """Elements that are summed up for each of the result: input features, times the window."""
+    kernel_labels = re.search(r"dim_labels=\w+_(\w+)->", instruction.rest)[1]
+    kernel = _dims(types[instruction.operands[1]])
+    window = re.search(r"window=\{size=([0-9x]+)", instruction.rest)
+    sizes = [int(size) for size in window[1].split("x")] if window else []
+    return kernel[kernel_labels.index("i")] * math.prod(sizes)
+
+
+def _summed_by_dot(instruction: _Instruction, types: dict[str, str]) -> int:
+    dims = re.search(r"lhs_contracting_dims=\{([0-9,]*)\}", instruction.rest)[1]
+    lhs = _dims(types[instruction.operands[0]])
+    return math.prod(lhs[int(dim)] for dim in dims.split(",") if dim)
+
+
+def largest_arrays(text: str, number: int = 5) -> list[str]:
+    """The types of the largest arrays of a program, with what makes them, the largest first."""
+    sizes = {}
+    for instructions in _parse(text)[1].values():
+        for instruction in instructions:
+            for array in _ARRAY.findall(instruction.result):
+                label = f"{array[0]}[{array[1]}]"
+                sizes[label] = _bytes(array)
+    largest = sorted(sizes, key=sizes.get, reverse=True)[:number]
+    return [f"{label} {sizes[label] / 1e9:.2f} GB" for label in largest]
