@@ -1,37 +1,54 @@
-"""A training step compiled ahead of time for an accelerator that is not there.
+"""A training step, and a step of decoding, compiled ahead of time for accelerators that are not there.
 
-    python -m radialnet.aot --config=configs/radial_small.py --topology=v5e:2x2
+    python -m radialnet.aot --config=configs/radial_base.py --topology=v5e:16x16
+    python -m radialnet.aot --config=configs/radial_large.py --topology=v5p:8x8x8 --num_slices=2
     python -m radialnet.aot --config=configs/radial_small.py --topology=h100
 
-Runs on any machine. For TPUs it needs `pip install "jax[tpu]"`, for an H100 `pip install "jax[cuda12]"`; run it with
-JAX_PLATFORMS=cpu. The step is compiled for one device of the topology. The last line of stdout is one JSON object:
-`peak_memory_gb`, `compile_s`, `kernels` (calls of Pallas kernels in the program), and `flops` as XLA counts them: the
-body of a loop once, the inside of a kernel not at all. Exit code 1 if the program does not fit.
+Runs on any machine, without accelerator. For TPUs it needs `pip install -r requirements-tpu.txt`, for an H100
+`pip install "jax[cuda12]"`. The training step is compiled for all devices of the topology, on the mesh of the config;
+decoding, which one device does, for one of them.
+
+It prints what the program takes and does on each device, and as the last line one JSON object: `peak_memory_gb`;
+`flops` and `flops_over_ideal`, what it computes against what the layers that are executed, head, router and attention
+come to (every token at full depth, each device its part); `collectives` by kind, how often and how many GB;
+`compile_s`. Exit code 1 if the program does not fit into memory.
 """
 
 import dataclasses
 import json
+import math
 import os
 import re
 import sys
 import time
+from collections.abc import Sequence
 from functools import partial
 
 import jax
 import jax.numpy as jnp
+import rich.console
+import rich.table
 from absl import flags
 from jax.experimental import topologies
 from ml_collections import config_flags
 
 from radialnet import attention, cli, grouped
-from radialnet.config import Config, ConfigError
+from radialnet.config import PAGE_SIZE, Config, ConfigError
+from radialnet.decode_cache import DecodeCache, Stages
+from radialnet.decode_step import Decoding, Weights, decode_step
 from radialnet.hop_task import make_tokenizer
-from radialnet.model import init_params
+from radialnet.metrics import flops_by_part
+from radialnet.model import abstract_params, init_params, place
 from radialnet.optimizer import make_optimizer
+from radialnet.program import work_of
+from radialnet.router import Controllers, schedule
+from radialnet.sharding import AXES, Placement
 from radialnet.tokenizer import BYTE_VOCAB_SIZE
-from radialnet.train_step import init_state, train_step
+from radialnet.train_step import init_state, state_shardings, train_step
 
 EXIT_DOES_NOT_FIT = 1
+# Rows that decode side by side.
+DECODE_ROWS = 16
 
 # What XLA has to know of a GPU to compile for it: the fields of its GpuTargetConfigProto, by NVIDIA's data sheet and
 # CUDA's table of compute capability 9.0.
@@ -51,16 +68,23 @@ gpu_device_info {
 """
 
 
-def device_of(topology: str):
-    """One device of a topology: `h100`, or a TPU's name and shape like `v5e:2x2`. Raises ConfigError."""
-    # libtpu asks the cloud's metadata server who it is, and waits for an answer.
+class DoesNotFitError(RuntimeError):
+    """A program needs more memory than a device has."""
+
+
+def devices_of(topology: str, num_slices: int = 1) -> list:
+    """The devices of a topology: `h100`, or a TPU's name and shape like `v5e:2x2`. Raises ConfigError."""
+    # libtpu asks the cloud's metadata server who it is, and waits for an answer; and it allows one process at a time to
+    # have the TPUs of a machine, which nobody wants here.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    options = {"num_slices": num_slices} if num_slices > 1 else {}
     try:
         if topology == "h100":
             return topologies.get_topology_desc(
                 topology, platform="cuda", target_config=_H100, topology="1x1x1"
-            ).devices[0]
-        return topologies.get_topology_desc(topology, platform="tpu").devices[0]
+            ).devices
+        return topologies.get_topology_desc(topology, platform="tpu", **options).devices
     except (RuntimeError, ValueError, NotImplementedError, KeyError) as error:
         needed = "cuda12" if topology == "h100" else "tpu"
         reason = (str(error).strip().splitlines() or [repr(error)])[0]
@@ -77,24 +101,45 @@ def for_platform(config: Config, platform: str) -> Config:
     return dataclasses.replace(config, model=model)
 
 
-def lower(config: Config, device) -> jax.stages.Lowered:
-    """The training step of a config for one device. Nothing of the size of the model is ever made."""
-    sharding = jax.sharding.SingleDeviceSharding(device)
-    optimizer = make_optimizer(config)
-    graphs, vocab_size = [], _vocab_size(config)
-
-    def init():
-        graph, params = init_params(config, vocab_size)
-        graphs.append(graph)
-        return init_state(config, params, optimizer)
-
+def trace(config: Config, devices: Sequence) -> tuple[jax.stages.Traced, Placement]:
+    """The training step of a config on devices. Nothing of the size of the model is ever made."""
+    vocab_size, optimizer = _vocab_size(config), make_optimizer(config)
+    placement = place(config, vocab_size, devices)
+    graph, _ = abstract_params(config, vocab_size, placement.parallel)
+    state = jax.eval_shape(lambda: init_state(config, init_params(config, vocab_size)[1], optimizer))
+    state = jax.tree.map(_on, state, state_shardings(placement, optimizer, state))
     shape = config.train.batch_size, config.train.seq_len
     batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name in ("token", "target", "document", "position")}
     batch["is_target"] = jax.ShapeDtypeStruct(shape, jnp.bool_)
-    inputs = jax.eval_shape(init), batch, jax.ShapeDtypeStruct((vocab_size,), jnp.int32)
-    inputs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), inputs)
-    step = partial(train_step, config=config, graph=graphs[0], optimizer=optimizer)
-    return jax.jit(step, donate_argnums=0).lower(*inputs)
+    batch = {name: _on(x, placement.by_row) for name, x in batch.items()}
+    bytes_V = _on(jax.ShapeDtypeStruct((vocab_size,), jnp.int32), placement.everywhere)
+    step = partial(train_step, config=config, graph=graph, optimizer=optimizer, placement=placement)
+    return jax.jit(step, donate_argnums=0).trace(state, batch, bytes_V), placement
+
+
+def trace_decode(config: Config, device) -> jax.stages.Traced:
+    """A step of decoding, of `DECODE_ROWS` rows that may become as long as those of training, on one device."""
+    vocab_size, model = _vocab_size(config), config.model
+    graph, params = abstract_params(config, vocab_size)
+    stages = Stages(model.prelude_layers, model.max_depth, model.coda_layers)
+    num_pages = DECODE_ROWS * -(-config.train.seq_len * stages.total // PAGE_SIZE)
+
+    def inputs(params):
+        controllers = Controllers.init(config.router, model.pool_size)
+        at = schedule(config.router, model.max_depth, jnp.int32(config.train.num_steps)).for_evaluation()
+        sizes = DECODE_ROWS, config.train.seq_len, num_pages, PAGE_SIZE, model.num_kv_heads, model.head_size
+        cache = DecodeCache.empty(config.cache.view, stages, *sizes, jnp.dtype(model.dtype))
+        row_R = jnp.zeros(DECODE_ROWS, jnp.int32)
+        return Weights.of(graph, params, controllers, at), cache, row_R, row_R, row_R > 0
+
+    sharding = jax.sharding.SingleDeviceSharding(device)
+    given = jax.tree.map(lambda x: _on(x, sharding), jax.eval_shape(inputs, params))
+    decoding = Decoding(config, graph, stages, separator_id=0)
+    return jax.jit(partial(decode_step, decoding), donate_argnums=1).trace(*given)
+
+
+def _on(x: jax.ShapeDtypeStruct, sharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
 
 def _vocab_size(config: Config) -> int:
@@ -104,35 +149,141 @@ def _vocab_size(config: Config) -> int:
     return BYTE_VOCAB_SIZE if config.data.tokenizer == "byte" else config.data.vocab_size
 
 
-def main() -> None:
-    config = cli.read_config(_CONFIG)
-    device = device_of(_TOPOLOGY.value)
-    config = for_platform(config, "gpu" if _TOPOLOGY.value == "h100" else "tpu")
+def ideal_flops(config: Config, placement: Placement) -> float:
+    """FLOPs of a training step on one device, if nothing is computed twice or for nothing: its part of all tokens',
+    each of them at full depth.
+
+    Backwards a product costs twice what it does forwards. What is rematerialised counts as it is meant to be: layers
+    and their attention (`model.remat`), or their products but the last (`exchange`); the router, always; and what the
+    kernels of attention compute of scores again.
+    """
+    model, exchanges = config.model, placement.parallel.exchanges
+    part = flops_by_part(config, _vocab_size(config), [1.0] * model.max_depth)
+    again, attended_again = (1.0, 1.0) if model.remat == "step" else (0.0, 0.0)
+    if exchanges:
+        last = 2 * model.d_model * model.d_ff * model.max_depth / part["layers"]
+        again, attended_again = 1 - last, 0.0
+    # Forwards two products of queries and entries; backwards five of them, and two computed again by each kernel.
+    attention_backward = 7 / 2
+    heads = 2 if config.router.predicts_benefit and model.min_depth < model.max_depth else 1
+    total = (
+        (3 + again) * part["layers"]
+        + (1 + attended_again + attention_backward) * part["attention"]
+        + 3 * part["unshared"]
+        + (1 + attention_backward) * part["unshared_attention"]
+        + 4 * part["router"]
+        + 3 * heads * part["head"]
+    )
+    return total * config.train.batch_size * config.train.seq_len / placement.parallel.num_devices
+
+
+def compiled(traced: jax.stages.Traced) -> tuple[jax.stages.Compiled, float]:
+    """The program, and the seconds that it took. Raises DoesNotFitError."""
     start = time.perf_counter()
     try:
-        program = lower(config, device).compile()
+        program = traced.lower().compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        print("error: does not fit:", " ".join(str(error).split())[:500], file=sys.stderr)
-        sys.exit(EXIT_DOES_NOT_FIT)
+        reason = " ".join(str(error).split()).removeprefix("RESOURCE_EXHAUSTED: ")[:300]
+        raise DoesNotFitError(f"{reason} The largest arrays: {', '.join(_largest(traced.jaxpr))}") from None
+    return program, time.perf_counter() - start
+
+
+def _largest(jaxpr, number: int = 5) -> list[str]:
+    """The largest arrays of what runs on one device."""
+    sizes = {}
+
+    def look(jaxpr, is_here):
+        for equation in jaxpr.eqns:
+            for inner in jax.core.jaxprs_in_params(equation.params):
+                look(inner, is_here or equation.primitive.name == "shard_map")
+            for array in (variable.aval for variable in equation.outvars) if is_here else ():
+                if hasattr(array, "shape"):
+                    label = f"{array.dtype.name}[{','.join(map(str, array.shape))}]"
+                    sizes[label] = math.prod(array.shape) * array.dtype.itemsize
+
+    has_mesh = any(equation.primitive.name == "shard_map" for equation in jaxpr.eqns)
+    look(jaxpr.jaxpr, not has_mesh)
+    largest = sorted(sizes, key=sizes.get, reverse=True)[:number]
+    return [f"{label} {sizes[label] / 1e9:.2f} GB" for label in largest]
+
+
+def _memory_gb(program: jax.stages.Compiled) -> float:
     memory = program.memory_analysis()
-    # Not all platforms tell the peak or FLOPs; together these are a bound of the peak.
+    # Not all platforms tell the peak; together these are a bound of it.
     total = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
-    found = {
-        "device": device.device_kind,
+    return (memory.peak_memory_in_bytes or total - memory.alias_size_in_bytes) / 1e9
+
+
+def report(config: Config, devices: Sequence) -> dict:
+    """What the training step takes and does on each device. Raises DoesNotFitError, ConfigError."""
+    traced, placement = trace(config, devices)
+    program, seconds = compiled(traced)
+    text = program.as_text()
+    work, ideal = work_of(text), ideal_flops(config, placement)
+    return {
+        "device": devices[0].device_kind,
+        "num_devices": placement.parallel.num_devices,
+        "mesh": {axis: getattr(placement.parallel, axis) for axis in AXES},
+        "dispatch": "exchange" if placement.parallel.exchanges else "gather",
+        "why": placement.why,
         "grouped_backend": config.model.grouped_backend,
         "attention_backend": config.model.attention_backend,
-        "peak_memory_gb": (memory.peak_memory_in_bytes or total - memory.alias_size_in_bytes) / 1e9,
-        "flops": (program.cost_analysis() or {}).get("flops"),
-        "kernels": len(re.findall(r'custom_call_target="(?:tpu_custom_call|[^"]*triton[^"]*)"', program.as_text())),
-        "compile_s": round(time.perf_counter() - start, 1),
+        "kernels": len(re.findall(r'custom_call_target="(?:tpu_custom_call|[^"]*triton[^"]*)"', text)),
+        "peak_memory_gb": round(_memory_gb(program), 3),
+        "flops": work.flops,
+        "ideal_flops": ideal,
+        "flops_over_ideal": round(work.flops / ideal, 4),
+        "loops_of_unknown_length": list(work.unknown),
+        "collectives": {
+            kind: {"count": round(work.counts[kind]), "gb": round(work.collectives[kind] / 1e9, 3)}
+            for kind in sorted(work.collectives)
+        },
+        "compile_s": round(seconds, 1),
     }
+
+
+def report_decode(config: Config, device) -> dict:
+    """What a step of decoding takes and does. Raises DoesNotFitError."""
+    program, seconds = compiled(trace_decode(config, device))
+    return {"rows": DECODE_ROWS, "peak_memory_gb": round(_memory_gb(program), 3), "compile_s": round(seconds, 1)}
+
+
+def _print(found: dict) -> None:
+    console, table = rich.console.Console(highlight=False), rich.table.Table(show_header=False, box=None)
+    table.add_row("devices", f"{found['num_devices']} {found['device']}")
+    table.add_row("mesh", " · ".join(f"{axis}={size}" for axis, size in found["mesh"].items()))
+    table.add_row("dispatch", f"{found['dispatch']} ({found['why']})")
+    table.add_row("peak memory", f"{found['peak_memory_gb']:.2f} GB a device")
+    table.add_row("FLOPs", f"{found['flops'] / 1e12:.2f} T a device, {found['flops_over_ideal']:.3f} of the ideal")
+    for kind, moved in found["collectives"].items():
+        table.add_row(kind, f"{moved['gb']:.3f} GB a device, {moved['count']} times")
+    table.add_row("compiled in", f"{found['compile_s']} s")
+    console.print(table)
+
+
+def main() -> None:
+    topology, num_slices = _TOPOLOGY.value, _NUM_SLICES.value
+    config = for_platform(cli.read_config(_CONFIG), "gpu" if topology == "h100" else "tpu")
+    devices = devices_of(topology, num_slices)
+    try:
+        found = report_decode(config, devices[0]) if _PROGRAM.value == "decode" else report(config, devices)
+    except DoesNotFitError as error:
+        print("error: does not fit:", error, file=sys.stderr)
+        sys.exit(EXIT_DOES_NOT_FIT)
+    if _PROGRAM.value == "train":
+        _print(found)
     print(json.dumps(found))
 
 
 if __name__ == "__main__":
     _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.", lock_config=True)
     _TOPOLOGY = flags.DEFINE_string("topology", None, "What to compile for: h100, or a TPU's like v5e:2x2.")
+    _NUM_SLICES = flags.DEFINE_integer("num_slices", 1, "How many such topologies, joined by their network.")
+    _PROGRAM = flags.DEFINE_enum("program", "train", ["train", "decode"], "The step of what.")
     flags.mark_flags_as_required(["config", "topology"])
+    if not os.environ.get("JAX_PLATFORMS"):
+        # Nothing runs here, so that no accelerator is looked for.
+        jax.config.update("jax_platforms", "cpu")
     cli.run(main)

@@ -183,13 +183,14 @@ def _own(instruction: _Instruction, types: dict[str, str]) -> Work:
         return Work(float(flops[1]))
     kind = operation.removesuffix("-start")
     if kind in COLLECTIVES:
-        # Of the larger side: what a gather gives, what a scatter takes. A start gives both.
-        sizes = [_bytes(array) for array in _ARRAY.findall(instruction.result)]
-        own = max(sizes) if operation.endswith("-start") else sum(sizes)
-        taken = sum(
-            sum(_bytes(array) for array in _ARRAY.findall(types.get(name, ""))) for name in instruction.operands
-        )
-        moved = max(own, taken)
+        given = [_bytes(array) for array in _ARRAY.findall(instruction.result)]
+        taken = [sum(_bytes(x) for x in _ARRAY.findall(types.get(name, ""))) for name in instruction.operands]
+        if kind == "ragged-all-to-all":
+            # From one array into another; one of them is as long as what may move.
+            moved = min(taken[:2])
+        else:
+            # The larger side: what a gather gives, what a scatter takes. A start gives both.
+            moved = max(max(given) if operation.endswith("-start") else sum(given), sum(taken))
         return Work(collectives=collections.Counter({kind: moved}), counts=collections.Counter({kind: 1}))
     return Work()
 
@@ -220,15 +221,3 @@ def _summed_by_dot(instruction: _Instruction, types: dict[str, str]) -> int:
     dims = re.search(r"lhs_contracting_dims=\{([0-9,]*)\}", instruction.rest)[1]
     lhs = _dims(types[instruction.operands[0]])
     return math.prod(lhs[int(dim)] for dim in dims.split(",") if dim)
-
-
-def largest_arrays(text: str, number: int = 5) -> list[str]:
-    """The types of the largest arrays of a program, with what makes them, the largest first."""
-    sizes = {}
-    for instructions in _parse(text)[1].values():
-        for instruction in instructions:
-            for array in _ARRAY.findall(instruction.result):
-                label = f"{array[0]}[{array[1]}]"
-                sizes[label] = _bytes(array)
-    largest = sorted(sizes, key=sizes.get, reverse=True)[:number]
-    return [f"{label} {sizes[label] / 1e9:.2f} GB" for label in largest]
