@@ -1,4 +1,7 @@
-"""Train a run, or go on with it: python train.py --config=configs/radial_nano.py [--workdir=DIR] [--config.a.b=…]"""
+"""Train a run, or go on with it: python train.py --config=configs/radial_nano.py [--workdir=DIR] [--config.a.b=…]
+
+On all devices there are, and with all processes of a TPU pod, GKE, Slurm or MPI job; each of them runs this command.
+"""
 
 from pathlib import Path
 
@@ -11,14 +14,20 @@ _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.",
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "The run folder, runs/<name of the config> by default; the same command goes on with it."
 )
+_DISTRIBUTED = flags.DEFINE_enum("distributed", "auto", ["auto", "on", "off"], "Whether to look for other processes.")
+_COORDINATOR = flags.DEFINE_string("coordinator_address", None, "host:port of process 0, where no job tells.")
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes there are, where no job tells.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, where no job tells.")
 
 
 def main() -> None:
     config = cli.read_config(_CONFIG)
     name = Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
     # Here, so that a mistake in the config is reported at once and not after seconds of imports.
+    from radialnet.sharding import join_processes
     from radialnet.trainer import train
 
+    join_processes(_DISTRIBUTED.value, _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
     train(config, Path(_WORKDIR.value or Path("runs", name)))
 
 

@@ -44,7 +44,7 @@ from radialnet.program import work_of
 from radialnet.router import Controllers, schedule
 from radialnet.sharding import AXES, Placement
 from radialnet.tokenizer import BYTE_VOCAB_SIZE
-from radialnet.train_step import init_state, state_shardings, train_step
+from radialnet.train_step import init_state, state_shardings, step_shardings, train_step
 
 EXIT_DOES_NOT_FIT = 1
 # Rows that decode side by side.
@@ -114,7 +114,8 @@ def trace(config: Config, devices: Sequence) -> tuple[jax.stages.Traced, Placeme
     batch = {name: _on(x, placement.by_row) for name, x in batch.items()}
     bytes_V = _on(jax.ShapeDtypeStruct((vocab_size,), jnp.int32), placement.everywhere)
     step = partial(train_step, config=config, graph=graph, optimizer=optimizer, placement=placement)
-    return jax.jit(step, donate_argnums=0).trace(state, batch, bytes_V), placement
+    out = step_shardings(placement, optimizer, state)
+    return jax.jit(step, donate_argnums=0, out_shardings=out).trace(state, batch, bytes_V), placement
 
 
 def trace_decode(config: Config, device) -> jax.stages.Traced:

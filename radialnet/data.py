@@ -225,12 +225,32 @@ def _key(*parts: object) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
-def train_batches(rows: Rows, batch_size: int, seed: int) -> grain.MapDataset:
+def train_batches(rows: Rows, batch_size: int, seed: int, own: Sequence[int] | None = None) -> grain.MapDataset:
     """The batch of every training step: `train_batches(...)[step]`, a pure function of (seed, step).
 
-    Each epoch goes through all rows once, in an order of its own.
+    Each epoch goes through all rows once, in an order of its own, however many processes share them.
+
+    Args:
+        own: which rows of each batch are read; by default all.
     """
-    return grain.MapDataset.source(rows).shuffle(seed=seed).repeat().batch(batch_size)
+    if own is None or len(own) == batch_size:
+        return grain.MapDataset.source(rows).shuffle(seed=seed).repeat().batch(batch_size)
+    return grain.MapDataset.source(_OwnRows(rows, batch_size, seed, own)).batch(len(own))
+
+
+class _OwnRows:
+    """Some rows of each batch, one batch after the other: a random-access source for Grain."""
+
+    def __init__(self, rows: Rows, batch_size: int, seed: int, own: Sequence[int]):
+        self._rows, self._own = rows, tuple(own)
+        self._numbers = train_row_numbers(rows, batch_size, seed)
+
+    def __len__(self) -> int:
+        return len(self._numbers) * len(self._own)
+
+    def __getitem__(self, index: int) -> Batch:
+        step, place = divmod(index, len(self._own))
+        return self._rows[int(self._numbers[step][self._own[place]])]
 
 
 def train_row_numbers(rows: Rows, batch_size: int, seed: int) -> grain.MapDataset:
@@ -244,15 +264,17 @@ def prefetch(batches: grain.MapDataset, start: int) -> Iterator[Batch]:
     return iter(batches[start:].to_iter_dataset(options))
 
 
-def eval_batches(rows: Rows, batch_size: int, num_batches: int) -> Iterator[Batch]:
-    """The rows in order, in batches filled up with padding; `num_batches` 0 = all of them."""
+def eval_batches(rows: Rows, batch_size: int, num_batches: int, own: Sequence[int] | None = None) -> Iterator[Batch]:
+    """The rows in order, in batches filled up with padding; `num_batches` 0 = all of them.
+
+    Args:
+        own: which rows of each batch are read; by default all.
+    """
     available = -(-len(rows) // batch_size)
+    own = range(batch_size) if own is None else own
+    padding = {name: np.zeros_like(array) for name, array in rows[0].items()}
+    padding["document"] = np.full_like(padding["document"], PADDING)
     for index in range(min(num_batches, available) if num_batches else available):
-        members = [rows[row] for row in range(index * batch_size, min((index + 1) * batch_size, len(rows)))]
-        batch = {name: np.stack([member[name] for member in members]) for name in members[0]}
-        missing = batch_size - len(members)
-        fill = {"document": PADDING}
-        yield {
-            name: np.pad(array, ((0, missing), (0, 0)), constant_values=fill.get(name, 0))
-            for name, array in batch.items()
-        }
+        numbers = [index * batch_size + place for place in own]
+        members = [rows[number] if number < len(rows) else padding for number in numbers]
+        yield {name: np.stack([member[name] for member in members]) for name in padding}

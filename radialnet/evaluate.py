@@ -51,11 +51,11 @@ def evaluate(
     """
     batches = iter(batches)
     first = next(batches)
-    jax.block_until_ready(step_fn(params, controllers, jnp.int32(step), first, bytes_V))
+    jax.block_until_ready(step_fn(params, controllers, np.int32(step), first, bytes_V))
     start = time.perf_counter()
     total = None
     for batch in itertools.chain([first], batches):
-        sums = step_fn(params, controllers, jnp.int32(step), batch, bytes_V)
+        sums = step_fn(params, controllers, np.int32(step), batch, bytes_V)
         total = sums if total is None else add(total, sums)
     jax.block_until_ready(total)
     return total, time.perf_counter() - start

@@ -14,10 +14,12 @@ from radialnet.config import Config
 from radialnet.data import Dataset, train_batches, train_row_numbers
 from radialnet.files import write_whole
 from radialnet.run_folder import RunFolder
+from radialnet.sharding import wait_for_processes
 
 
 def write_reproduction(folder: Path, config: Config, dataset: Dataset, trees: dict, error: NonFiniteError) -> Path:
-    """Write a run folder that stands right before the first of the updates: training in it does them again.
+    """Write a run folder that stands right before the first of the updates: training in it does them again. All
+    processes call it.
 
     Beside it, `report.json` tells the steps, the seed and the numbers of the training rows, and `batches.npz` has the
     rows themselves. What was there of an earlier end goes.
@@ -29,19 +31,23 @@ def write_reproduction(folder: Path, config: Config, dataset: Dataset, trees: di
     Returns:
         The report.
     """
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    is_first = jax.process_index() == 0
+    if is_first:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+    wait_for_processes("begin a report")
     run, batch_size, seed = RunFolder(folder), config.train.batch_size, config.train.seed
     steps = range(error.first_step, error.first_step + config.train.max_skipped_steps)
     # Step n is the n-th, so that it reads the batch before it in the order of the data.
     rows = {step: train_row_numbers(dataset.train, batch_size, seed)[step - 1].tolist() for step in steps}
-    batches = train_batches(dataset.train, batch_size, seed)
-    names = {f"{name}_{step}": array for step in steps for name, array in batches[step - 1].items()}
-    np.savez_compressed(folder / "batches.npz", **names)
-    report = {"error": str(error), "steps": list(steps), "seed": seed, "rows": rows}
-    write_whole(folder / "report.json", json.dumps(report, indent=1) + "\n")
-    dataset.tokenizer.save(run.tokenizer)
-    run.write_manifest(dataset.manifest)
+    if is_first:
+        batches = train_batches(dataset.train, batch_size, seed)
+        names = {f"{name}_{step}": array for step in steps for name, array in batches[step - 1].items()}
+        np.savez_compressed(folder / "batches.npz", **names)
+        report = {"error": str(error), "steps": list(steps), "seed": seed, "rows": rows}
+        write_whole(folder / "report.json", json.dumps(report, indent=1) + "\n")
+        dataset.tokenizer.save(run.tokenizer)
+        run.write_manifest(dataset.manifest)
     # Neither they nor what came after them changed any of the state but the counts.
     counts, in_a_row = trees["counts"], trees["counts"]["skipped_in_a_row"]
     counts = {
@@ -54,6 +60,7 @@ def write_reproduction(folder: Path, config: Config, dataset: Dataset, trees: di
     if error.first_step > 1:
         with Checkpoints(run.checkpoints) as checkpoints:
             checkpoints.save(error.first_step - 1, {**trees, "counts": counts, "window": window})
-    # Last, for it marks a run.
-    config.save(run.config)
+    if is_first:
+        # Last, for it marks a run.
+        config.save(run.config)
     return folder / "report.json"

@@ -25,7 +25,7 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import mesh_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from radialnet.config import ConfigError, MeshConfig
@@ -192,15 +192,16 @@ class Placement:
         return sharded
 
     def own_rows(self, num_rows: int) -> list[int]:
-        """Which rows of a batch devices of this process hold, in order."""
-        return sorted({row for part in self._parts(num_rows).values() for row in part})
-
-    def _parts(self, num_rows: int) -> dict[jax.Device, range]:
-        indices = self.by_row.addressable_devices_indices_map((num_rows,))
-        return {device: range(*index.indices(num_rows)) for device, (index,) in indices.items()}
+        """Which rows of a batch the devices of this process hold, in order."""
+        if self.parallel.num_devices == 1:
+            return list(range(num_rows))
+        parts = self.by_row.addressable_devices_indices_map((num_rows,)).values()
+        return sorted({row for (part,) in parts for row in range(*part.indices(num_rows))})
 
     def put_rows(self, own: dict[str, np.ndarray], num_rows: int) -> dict[str, jax.Array]:
         """A batch on the devices, from the rows that this process read (`own_rows`)."""
+        if self.parallel.num_devices == 1:
+            return own
         place = {row: index for index, row in enumerate(self.own_rows(num_rows))}
 
         def put(x_BX: np.ndarray) -> jax.Array:
@@ -214,6 +215,8 @@ class Placement:
 
     def put_everywhere(self, tree: PyTree) -> PyTree:
         """Copies on all devices, of values that all processes have."""
+        if self.parallel.num_devices == 1:
+            return jax.tree.map(jnp.asarray, tree)
 
         def put(x) -> jax.Array:
             x = np.asarray(x)
@@ -270,6 +273,38 @@ def make_mesh(cfg: MeshConfig, devices: Sequence[jax.Device]) -> Mesh:
         used = list(devices)[: math.prod(sizes)]
         grid = mesh_utils.create_device_mesh(sizes, used, allow_split_physical_axes=True)
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def join_processes(
+    how: str, coordinator_address: str | None = None, num_processes: int | None = None, process_id: int | None = None
+) -> None:
+    """Find the other processes of the run, before anything is computed.
+
+    Args:
+        how: `on`, `off`, or `auto`: those of a TPU pod, GKE, Slurm or MPI job, if there is one.
+        coordinator_address, num_processes, process_id: where none of those tells.
+
+    Raises:
+        ConfigError: the other processes can't be found, or what is given does not go together.
+    """
+    given = coordinator_address, num_processes, process_id
+    if how == "off":
+        if any(value is not None for value in given):
+            raise ConfigError("--distributed=off does not go with --coordinator_address, --num_processes, --process_id")
+        return
+    try:
+        jax.distributed.initialize(*given)
+    except (ValueError, RuntimeError) as error:
+        if how == "auto" and all(value is None for value in given):
+            return
+        reason = (str(error).strip().splitlines() or [repr(error)])[0]
+        raise ConfigError(f"--distributed={how}: the other processes of the run can't be found ({reason})") from None
+
+
+def wait_for_processes(name: str) -> None:
+    """Until all processes have come to the point of that name."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
 
 
 def along(axis: str, devices: list[jax.Device]) -> NamedSharding:

@@ -3,7 +3,7 @@
 import collections
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 
 from radialnet.alarms import HISTORY, alarms
 from radialnet.cli import AlarmError, NonFiniteError, warn
@@ -27,6 +27,7 @@ class TrainLog:
         no_sums: BatchSums,
         window: dict,
         before: list[dict],
+        num_devices: int = 1,
     ):
         """
         Args:
@@ -36,6 +37,7 @@ class TrainLog:
         """
         self.clock = Clock(float(window["seconds"]))
         self._config, self._vocab_size, self._writer, self._progress = config, vocab_size, writer, progress
+        self._num_devices = num_devices
         self._no_sums, self._sums, self._num_steps = no_sums, window["sums"], int(window["num_steps"])
         self._lines = collections.deque((line for line in before if line["split"] == "train"), HISTORY)
         self._alarms = alarms(config, list(self._lines)) if config.log.alarms != "off" else {}
@@ -45,8 +47,8 @@ class TrainLog:
     def window(self) -> dict:
         """What was summed up since the last line, for a checkpoint. No line may be due."""
         assert self._pending is None
-        seconds = jnp.float32(self.clock.seconds())
-        return {"sums": self._sums, "num_steps": jnp.int32(self._num_steps), "seconds": seconds}
+        seconds = np.float32(self.clock.seconds())
+        return {"sums": self._sums, "num_steps": np.int32(self._num_steps), "seconds": seconds}
 
     def add(self, step: int, sums: BatchSums, scalars: dict[str, jax.Array]) -> None:
         """Add the step that was just dispatched; write the line of the step before if one is due.
@@ -77,9 +79,8 @@ class TrainLog:
         found = figures(sums)
         seconds = self.clock.seconds()
         self.clock.restart()
-        line = line_of(
-            self._config, self._vocab_size, step, "train", found, scalars, sums.routing.num_tokens, seconds, num_steps
-        )
+        took = float(sums.routing.num_tokens), seconds, num_steps, self._num_devices
+        line = line_of(self._config, self._vocab_size, step, "train", found, scalars, *took)
         memory_gb, growth = self._memory.look()
         before, raised = self._alarms, {}
         if self._config.log.alarms != "off":
@@ -104,18 +105,19 @@ def line_of(
     split: str,
     found: dict,
     scalars: dict[str, jax.Array],
-    num_tokens: jax.Array,
+    num_tokens: float,
     seconds: float,
     num_steps: float,
+    num_devices: int,
 ) -> dict:
     """A line of metrics.jsonl. Those of an evaluation carry the scalars of the training step before it.
 
     Args:
         found: `figures`.
-        seconds: that num_steps steps of num_tokens tokens in all took.
+        seconds: that num_steps steps of num_tokens tokens in all took on num_devices devices.
     """
     peak = peak_flops(jax.devices()[0])
-    tokens_per_s = float(num_tokens) / seconds
+    tokens_per_s = num_tokens / seconds
     # A step of training takes three times the products of a forward pass.
     flops = flops_per_token(config, vocab_size, found["executed_by_step"]) * (3 if split == "train" else 1)
     return {
@@ -127,7 +129,7 @@ def line_of(
         "tokens_per_s": tokens_per_s,
         "step_ms": 1000 * seconds / num_steps,
         "flops_per_token": flops,
-        "mfu": None if peak is None else flops * tokens_per_s / peak,
+        "mfu": None if peak is None else flops * tokens_per_s / (peak * num_devices),
     }
 
 

@@ -59,6 +59,14 @@ def state_shardings(placement: Placement, optimizer: optax.GradientTransformatio
     return rest.replace(params=params, optimizer=moments)
 
 
+def step_shardings(placement: Placement, optimizer: optax.GradientTransformation, state: TrainState):
+    """Where the results of `train_step` lie. None on one device, where they are anyway."""
+    if placement.parallel.num_devices == 1:
+        return None
+    everywhere = placement.everywhere
+    return state_shardings(placement, optimizer, state), everywhere, everywhere
+
+
 def forward(
     graph: nnx.GraphDef,
     params: dict,

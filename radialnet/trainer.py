@@ -10,7 +10,7 @@ from pathlib import Path
 
 import filelock
 import jax
-import jax.numpy as jnp
+import numpy as np
 import rich.console
 from flax import nnx
 
@@ -22,16 +22,24 @@ from radialnet.decode import CacheFullError
 from radialnet.evaluate import EvalStep, evaluate
 from radialnet.generate import generate
 from radialnet.metrics import figures
-from radialnet.model import init_params, upcycle
+from radialnet.model import abstract_params, init_params, place, upcycle
 from radialnet.non_finite import write_reproduction
 from radialnet.optimizer import make_optimizer
 from radialnet.plots import RUN_PLOTS, plot_run
 from radialnet.preemption import Preemption
 from radialnet.progress import Progress
 from radialnet.run_folder import RunFolder
+from radialnet.sharding import AXES, Placement, wait_for_processes
 from radialnet.tokenizer import Tokenizer
 from radialnet.train_log import TrainLog, line_of, stop_if_not_finite
-from radialnet.train_step import TrainState, eval_step, init_state, train_step
+from radialnet.train_step import (
+    TrainState,
+    eval_step,
+    init_state,
+    state_shardings,
+    step_shardings,
+    train_step,
+)
 from radialnet.trained import TrainedModel, keep_programs, load_trained
 from radialnet.watchdog import Watchdog
 from radialnet.writers import MetricsWriter
@@ -59,8 +67,14 @@ class Run:
     state: TrainState
     step: int  # Of `state`, known without waiting for the device.
     checkpoints: Checkpoints
+    placement: Placement
     bytes_V: jax.Array
     console: rich.console.Console
+
+    @property
+    def own_rows(self) -> list[int]:
+        """Which rows of a batch this process reads."""
+        return self.placement.own_rows(self.config.train.batch_size)
 
     def trained(self) -> TrainedModel:
         state = self.state
@@ -68,34 +82,43 @@ class Run:
 
 
 def train(config: Config, workdir: Path) -> None:
-    """Train until `train.num_steps`, from the newest checkpoint in `workdir` if there is one.
+    """Train until `train.num_steps` on the devices of the mesh, from the newest checkpoint in `workdir`, if any.
+
+    Of several processes all must call; they share the folder, to which the first one writes alone, but for its part of
+    each checkpoint.
 
     Raises:
         ConfigError: the folder belongs to a run with another shape or other data, or to one that is being trained; or
-            the data can't be read.
+            the data can't be read; or the mesh does not go with the devices.
         NonFiniteError: `train.max_skipped_steps` updates in a row were not finite.
         AlarmError: the router goes wrong, and `log.alarms` says to stop.
         PreemptedError: SIGTERM or SIGINT came; the state is saved.
     """
-    console = rich.console.Console(highlight=False, markup=False, soft_wrap=True)
+    is_first = jax.process_index() == 0
+    console = rich.console.Console(highlight=False, markup=False, soft_wrap=True, quiet=not is_first)
     folder = RunFolder(workdir)
     # The order in which a run is built and resumed; nothing is written before 4, but for the lock of a folder that is
     # there: what is checked is not to change under us.
     with contextlib.ExitStack() as stack:
-        if is_there := workdir.is_dir():
+        if (is_there := workdir.is_dir()) and is_first:
             stack.enter_context(_locked(folder))
         # 1. The folder, and whether the config may go on with what is in it.
         _check_folder(config, folder, console)
         # 2. The data. A resumed run reads the documents of its manifest, by its own tokenizer, or not at all.
         dataset = prepare(config, folder)
-        # 3. Fresh parameters, optimizer and controllers; the model's structure. An up-cycled run reads its dense run.
-        graph, state = _fresh_state(config, dataset.tokenizer, is_new=not folder.has_checkpoint())
+        # 3. Fresh parameters, optimizer and controllers, each where it belongs on the mesh; the model's structure. An
+        #    up-cycled run reads its dense run.
+        placement = place(config, dataset.tokenizer.vocab_size, jax.devices())
+        _print_processes(placement)
+        graph, state = _fresh_state(config, placement, dataset.tokenizer, is_new=not folder.has_checkpoint())
         # 4. All of them from the newest checkpoint.
-        if not is_there:
+        wait_for_processes("checked")
+        if not is_there and is_first:
             workdir.mkdir(parents=True, exist_ok=True)
             stack.enter_context(_locked(folder))
             if folder.config.exists() or folder.has_checkpoint():
                 raise ConfigError(f"--workdir={workdir}: another process has begun a run in it meanwhile")
+        wait_for_processes("locked")
         cfg = config.checkpoint
         checkpoints = stack.enter_context(Checkpoints(folder.checkpoints, cfg.keep, cfg.keep_every))
         step = checkpoints.newest(report=warn) or 0
@@ -103,12 +126,13 @@ def train(config: Config, workdir: Path) -> None:
             state = _restore(checkpoints, step, state)
         if step < config.train.num_steps:
             # 5. What the folder is told by, now that all of it is known to work; the config last, for it marks a run.
-            if not folder.config.exists():
-                dataset.tokenizer.save(folder.tokenizer)
-                folder.write_manifest(dataset.manifest)
-            config.save(folder.config)
-            bytes_V = jnp.asarray(dataset.tokenizer.bytes_per_token)
-            run = Run(config, folder, dataset, graph, state, step, checkpoints, bytes_V, console)
+            if is_first:
+                if not folder.config.exists():
+                    dataset.tokenizer.save(folder.tokenizer)
+                    folder.write_manifest(dataset.manifest)
+                config.save(folder.config)
+            bytes_V = placement.put_everywhere(dataset.tokenizer.bytes_per_token)
+            run = Run(config, folder, dataset, graph, state, step, checkpoints, placement, bytes_V, console)
             _print_start(run)
             # 6. The metrics of steps that will be done again go; 7. the data goes on from the step.
             with MetricsWriter(folder, resumed_step=step) as writer, Preemption() as preemption:
@@ -116,7 +140,7 @@ def train(config: Config, workdir: Path) -> None:
         else:
             console.print(f"{workdir}: done, {step} of {config.train.num_steps} steps")
         # 8. What is made of the finished run, also when a kill came between its last step and here.
-        if step < config.train.num_steps or not _are_drawn(folder):
+        if is_first and (step < config.train.num_steps or not _are_drawn(folder)):
             paths = plot_run(folder.read_metrics(), folder.plots)
             console.print("plots: " + (", ".join(str(path) for path in paths) or "no figures to draw"))
 
@@ -167,12 +191,30 @@ def _check_folder(config: Config, folder: RunFolder, console: rich.console.Conso
         warn(f"{folder.root}: no checkpoint; the run starts anew, and {len(lines)} lines of its metrics go")
 
 
-def _fresh_state(config: Config, tokenizer: Tokenizer, is_new: bool) -> tuple[nnx.GraphDef, TrainState]:
+def _fresh_state(
+    config: Config, placement: Placement, tokenizer: Tokenizer, is_new: bool
+) -> tuple[nnx.GraphDef, TrainState]:
     """The state before the first step. With a checkpoint its values don't matter, and no dense run is asked for."""
-    graph, params = init_params(config, tokenizer.vocab_size)
-    if config.model.init == "upcycle" and is_new:
-        params = _upcycled(config, params, tokenizer)
-    return graph, init_state(config, params, make_optimizer(config))
+    optimizer, vocab_size = make_optimizer(config), tokenizer.vocab_size
+    upcycles = config.model.init == "upcycle" and is_new
+    if upcycles and jax.process_count() > 1:
+        raise ConfigError("config.model.init='upcycle': one process is needed to begin the run; more may go on with it")
+    if placement.parallel.num_devices == 1:
+        graph, params = init_params(config, vocab_size)
+        params = _upcycled(config, params, tokenizer) if upcycles else params
+        return graph, init_state(config, params, optimizer)
+    graph, _ = abstract_params(config, vocab_size, placement.parallel)
+
+    def init() -> TrainState:
+        return init_state(config, init_params(config, vocab_size)[1], optimizer)
+
+    # No device, and no host, ever has all of it.
+    shardings = state_shardings(placement, optimizer, jax.eval_shape(init))
+    state = jax.jit(init, out_shardings=shardings)()
+    if upcycles:
+        params = _upcycled(config, state.params, tokenizer)
+        state = state.replace(params=jax.device_put(params, shardings.params))
+    return graph, state
 
 
 def _upcycled(config: Config, params: dict, tokenizer: Tokenizer) -> dict:
@@ -230,12 +272,26 @@ def _restore(checkpoints: Checkpoints, step: int, state: TrainState) -> TrainSta
     )
 
 
+def _print_processes(placement: Placement) -> None:
+    """Of each process, who it is and what the mesh looks like; of a run on one device nothing."""
+    parallel = placement.parallel
+    if parallel.num_devices == 1:
+        return
+    mesh = " · ".join(f"{axis}={getattr(parallel, axis)}" for axis in AXES)
+    dispatch = "exchange" if parallel.exchanges else "gather"
+    print(
+        f"process {jax.process_index()} of {jax.process_count()}: {jax.local_device_count()} of {jax.device_count()} "
+        f"{jax.devices()[0].device_kind} devices; mesh {mesh}; pool dispatch {dispatch} ({placement.why})",
+        flush=True,
+    )
+
+
 def _print_start(run: Run) -> None:
     config, dataset = run.config, run.dataset
     sizes = jax.tree.map(lambda x: x.size, run.state.params)
     tokens = len(dataset.train) * config.train.seq_len
     run.console.print(
-        f"{run.folder.root}: step {run.step} of {config.train.num_steps} on {jax.device_count()} "
+        f"{run.folder.root}: step {run.step} of {config.train.num_steps} on {run.placement.parallel.num_devices} "
         f"{jax.devices()[0].device_kind} device(s)\n"
         f"model: {config.router.form}, pool of {config.model.pool_size} layers, max depth {config.model.max_depth}, "
         f"{sum(jax.tree.leaves(sizes)):,} parameters, {sum(jax.tree.leaves(sizes['pool'])):,} of them in the pool\n"
@@ -245,28 +301,39 @@ def _print_start(run: Run) -> None:
 
 
 def _loop(run: Run, writer: MetricsWriter, preemption: Preemption) -> None:
-    config, num_steps = run.config, run.config.train.num_steps
-    batches = prefetch(train_batches(run.dataset.train, config.train.batch_size, config.train.seed), run.step)
-    batch = next(batches)
+    config, num_steps, placement = run.config, run.config.train.num_steps, run.placement
+    batch_size, optimizer = config.train.batch_size, make_optimizer(config)
+    batches = prefetch(train_batches(run.dataset.train, batch_size, config.train.seed, run.own_rows), run.step)
+
+    def next_batch() -> dict:
+        return placement.put_rows(next(batches), batch_size)
+
+    batch = next_batch()
     keep_programs(config)
+    static = {"config": config, "graph": run.graph, "placement": placement}
     step_fn = jax.jit(
-        partial(train_step, config=config, graph=run.graph, optimizer=make_optimizer(config)), donate_argnums=0
+        partial(train_step, optimizer=optimizer, **static),
+        donate_argnums=0,
+        out_shardings=step_shardings(placement, optimizer, run.state),
     )
     start = time.perf_counter()
     lowered = step_fn.lower(run.state, batch, run.bytes_V)
     compiled = lowered.compile()
-    no_sums = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), lowered.out_info[1])
+    no_sums = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), lowered.out_info[1])
     # What belongs to a line of metrics that wasn't due yet when the checkpoint was saved.
-    window = {"sums": no_sums, "num_steps": jnp.int32(0), "seconds": jnp.float32(0)}
+    window = {"sums": no_sums, "num_steps": np.int32(0), "seconds": np.float32(0)}
+    window = placement.put_everywhere(window)
+    no_sums = window["sums"]
     # Runs of before checksums have none: their first line is of the steps since.
     if run.step and run.checkpoints.has(run.step, "window"):
         window = run.checkpoints.restore(run.step, {"window": window})["window"]
     run.console.print(f"compiled the training step in {time.perf_counter() - start:.1f} s")
-    eval_fn = jax.jit(partial(eval_step, config=config, graph=run.graph))
+    eval_fn = jax.jit(partial(eval_step, **static))
     vocab_size, lines = run.dataset.tokenizer.vocab_size, run.folder.read_metrics()
 
     with Progress(run.console, run.step, num_steps) as progress, Watchdog(config.train.stall_factor) as watchdog:
-        log = TrainLog(config, vocab_size, writer, progress, no_sums, window, lines)
+        num_devices = placement.parallel.num_devices
+        log = TrainLog(config, vocab_size, writer, progress, no_sums, window, lines, num_devices)
         scalars = None
         try:
             while run.step < num_steps:
@@ -276,7 +343,7 @@ def _loop(run: Run, writer: MetricsWriter, preemption: Preemption) -> None:
                 is_last = run.step == num_steps
                 # While the device works on the step, the next batch is fetched and the figures of the step before are
                 # read.
-                batch = None if is_last else next(batches)
+                batch = None if is_last else next_batch()
                 # At most two steps are under way, so that it shows when one of them hangs.
                 jax.block_until_ready(before)
                 log.add(run.step, sums, scalars)
@@ -290,7 +357,7 @@ def _loop(run: Run, writer: MetricsWriter, preemption: Preemption) -> None:
                     jax.block_until_ready(run.state)
                     log.flush()
                     stop_if_not_finite(config, run.step, scalars)
-                    window = log.window()
+                    window = placement.put_everywhere(log.window())
                     with log.clock.paused(), watchdog.paused():
                         if must_evaluate:
                             line = _eval_line(run, eval_fn, scalars)
@@ -305,7 +372,7 @@ def _loop(run: Run, writer: MetricsWriter, preemption: Preemption) -> None:
                         f"{asked.name}: saved at step {run.step} of {num_steps}; the same command goes on from it"
                     )
         except NonFiniteError as error:
-            trees = {**_trees(run.state), "window": log.window()}
+            trees = {**_trees(run.state), "window": placement.put_everywhere(log.window())}
             try:
                 report = write_reproduction(run.folder.non_finite, config, run.dataset, trees, error)
             except (OSError, ConfigError) as failed:
@@ -321,7 +388,11 @@ def _loop(run: Run, writer: MetricsWriter, preemption: Preemption) -> None:
 
 
 def _write_sample(run: Run, writer: MetricsWriter) -> None:
-    cfg = run.config.log
+    cfg, num_devices = run.config.log, run.placement.parallel.num_devices
+    if num_devices > 1:
+        command = f"python -m radialnet.generate --workdir={run.folder.root} --prompt='{cfg.sample_prompt}'"
+        run.console.print(f"no sample, for the parameters lie on {num_devices} devices: {command}")
+        return
     try:
         text = cfg.sample_prompt + generate(run.trained(), cfg.sample_prompt, cfg.sample_tokens)
     except CacheFullError as error:
@@ -337,9 +408,12 @@ def _is_due(step: int, every: int) -> bool:
 
 def _eval_line(run: Run, eval_fn: EvalStep, scalars: dict) -> dict:
     config, state = run.config, run.state
-    batches = eval_batches(run.dataset.eval, config.train.batch_size, config.eval.num_batches)
+    batch_size = config.train.batch_size
+    batches = eval_batches(run.dataset.eval, batch_size, config.eval.num_batches, run.own_rows)
+    batches = (run.placement.put_rows(batch, batch_size) for batch in batches)
     sums, seconds = evaluate(eval_fn, state.params, state.controllers, run.step, batches, run.bytes_V)
-    num_tokens = sums.routing.num_tokens
-    num_batches = float(num_tokens) / (config.train.batch_size * config.train.seq_len)
-    vocab_size = run.dataset.tokenizer.vocab_size
-    return line_of(config, vocab_size, run.step, "eval", figures(sums), scalars, num_tokens, seconds, num_batches)
+    num_tokens = float(sums.routing.num_tokens)
+    num_batches = num_tokens / (batch_size * config.train.seq_len)
+    vocab_size, took = run.dataset.tokenizer.vocab_size, (num_tokens, seconds, num_batches)
+    num_devices = run.placement.parallel.num_devices
+    return line_of(config, vocab_size, run.step, "eval", figures(sums), scalars, *took, num_devices)

@@ -3,6 +3,7 @@
 import json
 import time
 
+import jax
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import Summary, scalar, text
@@ -19,7 +20,13 @@ class MetricsWriter:
     """
 
     def __init__(self, folder: RunFolder, resumed_step: int):
-        """Open for appending; what was written of later steps than `resumed_step` is dropped."""
+        """Open for appending; what was written of later steps than `resumed_step` is dropped.
+
+        Of several processes the first one writes alone.
+        """
+        self._writes = jax.process_index() == 0
+        if not self._writes:
+            return
         folder.drop_metrics_after(resumed_step)
         self._file = folder.metrics.open("a")
         folder.tensorboard.mkdir(exist_ok=True)
@@ -30,8 +37,9 @@ class MetricsWriter:
         return self
 
     def __exit__(self, *_) -> None:
-        self._file.close()
-        self._events.close()
+        if self._writes:
+            self._file.close()
+            self._events.close()
 
     def write(self, line: dict, of_process: dict[str, float] | None = None) -> None:
         """Write one line. A figure that is not finite becomes null, for JSON has no NaN.
@@ -40,6 +48,8 @@ class MetricsWriter:
             of_process: figures for TensorBoard alone. They are of the process and not of the run: the lines of a run
                 that was stopped and went on are those of the run that was not.
         """
+        if not self._writes:
+            return
         line = {key: finite(value) for key, value in line.items()}
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
@@ -50,7 +60,8 @@ class MetricsWriter:
         self._add(line["step"], summary=summary)
 
     def write_text(self, name: str, content: str, step: int) -> None:
-        self._add(step, summary=text(name, content))
+        if self._writes:
+            self._add(step, summary=text(name, content))
 
     def _add(self, step: int, **what) -> None:
         self._events.write_event(Event(wall_time=time.time(), step=step, **what))

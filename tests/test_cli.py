@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -25,9 +26,14 @@ KEYS = {
 }  # fmt: skip
 
 
-def run(*arguments, code=0):
+def flags_for(num_devices):
+    """XLA_FLAGS of the tests, with as many virtual devices."""
+    return re.sub(r"device_count=\d+", f"device_count={num_devices}", os.environ["XLA_FLAGS"])
+
+
+def run(*arguments, code=0, devices=1):
     """Run a command and return its stdout and stderr; its exit code must be `code`."""
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "COLUMNS": "200"}
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "COLUMNS": "200", "XLA_FLAGS": flags_for(devices)}
     done = subprocess.run(
         [sys.executable, *map(str, arguments)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
     )
@@ -35,8 +41,8 @@ def run(*arguments, code=0):
     return done.stdout, done.stderr
 
 
-def train(workdir, *overrides, code=0):
-    return run("train.py", "--config=configs/smoke.py", f"--workdir={workdir}", *overrides, code=code)
+def train(workdir, *overrides, code=0, devices=1):
+    return run("train.py", "--config=configs/smoke.py", f"--workdir={workdir}", *overrides, code=code, devices=devices)
 
 
 def text_flags(tmp_path_factory):
