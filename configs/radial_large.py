@@ -3,7 +3,7 @@
 What: 320 layers of width 4096 in the pool, at most 48 per token and 40 on average, routes by the token's hash (all
 layers are used at every step, so that tokens can go to the devices that have them). bf16 products. 56.7B parameters in
 the pool, 7.1B of them used by a token. Give it your own text by --config.data.source=jsonl --config.data.path=FILE.
-Cost: 4.2 million tokens a step; memory and FLOPs of a device on pods in docs/SCALING.md. Compiled for them, not run.
+Cost: 8.4 million tokens a step; memory and FLOPs of a device on pods in docs/SCALING.md. Compiled for them, not run.
 Expected: not measured.
 Command: python train.py --config=configs/radial_large.py --workdir=runs/radial_large
 """
@@ -34,7 +34,7 @@ def get_config() -> ConfigDict:
 
     config.optimizer.learning_rate = 1.5e-4
 
-    config.train.batch_size = 1024
+    config.train.batch_size = 2048
     config.train.seq_len = 4096
 
     # 512 chips: 5 layers on each, its weights split 8 times; more slices are copies.

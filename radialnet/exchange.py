@@ -22,7 +22,7 @@ from radialnet.row_function import RowFunction, compute, layer_of
 
 # Rounds where all owners get as many rows: the more, the closer the time to the rows that come, and the shorter the
 # messages. And how much more room there is than that, so that the usual unevenness takes no round more.
-_ROUNDS, _SLACK = 4, 1.04
+_ROUNDS, _SLACK = 4, 1.03
 
 
 @flax.struct.dataclass

@@ -169,7 +169,8 @@ def _trip_count(loop: _Instruction, computations: dict[str, list[_Instruction]])
 
 
 def _is_whole_number(instruction: _Instruction) -> bool:
-    return instruction.operation == "constant" and instruction.arguments.isdigit()
+    is_scalar = instruction.result.startswith(("s32[]", "u32[]", "s64[]", "u64[]"))
+    return is_scalar and instruction.operation == "constant" and instruction.arguments.isdigit()
 
 
 def _own(instruction: _Instruction, types: dict[str, str]) -> Work:

@@ -26,16 +26,17 @@ KEYS = {
 }  # fmt: skip
 
 
-def flags_for(num_devices):
-    """XLA_FLAGS of the tests, with as many virtual devices."""
-    return re.sub(r"device_count=\d+", f"device_count={num_devices}", os.environ["XLA_FLAGS"])
+def environment(devices=1):
+    """Of a command that sees so many virtual devices; those of the tests themselves are eight."""
+    flags = re.sub(r"device_count=\d+", f"device_count={devices}", os.environ["XLA_FLAGS"])
+    return {**os.environ, "JAX_PLATFORMS": "cpu", "COLUMNS": "200", "PYTHONUNBUFFERED": "1", "XLA_FLAGS": flags}
 
 
 def run(*arguments, code=0, devices=1):
     """Run a command and return its stdout and stderr; its exit code must be `code`."""
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "COLUMNS": "200", "XLA_FLAGS": flags_for(devices)}
+    command = [sys.executable, *map(str, arguments)]
     done = subprocess.run(
-        [sys.executable, *map(str, arguments)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
+        command, cwd=ROOT, env=environment(devices), capture_output=True, text=True, timeout=600, check=False
     )
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout, done.stderr

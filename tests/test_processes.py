@@ -1,5 +1,7 @@
 """Two processes, and meshes of other sizes, for what must work on all of them at once."""
 
+import itertools
+import json
 import os
 import shutil
 import signal
@@ -7,6 +9,8 @@ import socket
 import subprocess
 import sys
 import time
+from collections import Counter
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +18,10 @@ import numpy as np
 import pytest
 
 from radialnet.checkpoint import Checkpoints
+from radialnet.data import train_row_numbers
 from radialnet.run_folder import saved_steps
 from radialnet.sharding import along, replicated
-from tests.test_cli import ROOT
+from tests.test_cli import ROOT, environment, lines_of, run, text_flags
 
 STEPS = 40
 
@@ -134,6 +139,111 @@ def test_the_process_that_is_behind_is_named(tmp_path):
     assert codes == [0, 0], output
     assert "since step 21 began" in output[0] and "process 1 is behind, at step 20" in output[0]
     assert all(f"in {name}" in output[0] for name in ("main", "_watch")), "the stacks"
+
+
+# What a process runs in place of train.py: the same, and it tells which rows it read of which split.
+READS = """
+import json, sys
+from pathlib import Path
+import numpy as np
+from radialnet import cli, data
+read = []
+
+class Told(data.PackedRows):
+    def __init__(self, folder):
+        super().__init__(folder)
+        self.split = folder.name.rsplit("-", 1)[1]
+
+    def __getitem__(self, row):
+        read.append((self.split, int(row)))
+        return super().__getitem__(row)
+
+data.PackedRows = Told
+import train
+told, sys.argv[0] = sys.argv.pop(1), "train.py"
+train.flags.mark_flag_as_required("config")
+try:
+    cli.run(train.main)
+finally:
+    Path(told).write_text(json.dumps(read))
+"""
+NUM_STEPS, ROWS = 8, 4
+
+
+@pytest.fixture(scope="module")
+def trained_by_two(tmp_path_factory):
+    """A run of two processes with two devices each, their layers and tokens all over them: its folder, the flags of its
+    command, what the processes wrote, and the rows that they read.
+    """
+    workdir = tmp_path_factory.mktemp("pair") / "run"
+    flags = [
+        "--config=configs/smoke.py",
+        *text_flags(tmp_path_factory),
+        f"--config.train.num_steps={NUM_STEPS}",
+        "--config.log.every_steps=1",
+        "--config.checkpoint.every_steps=4",
+    ]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        job = [f"--coordinator_address=127.0.0.1:{free.getsockname()[1]}", "--num_processes=2", f"--workdir={workdir}"]
+    mesh = ["--config.mesh.pool=2", "--config.mesh.tensor=2", "--config.mesh.pool_dispatch=exchange"]
+    told = [workdir.with_suffix(f".{process}.json") for process in (0, 1)]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", READS, told[process], *flags, *mesh, *job, f"--process_id={process}"],
+            cwd=ROOT,
+            env=environment(devices=2),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for process in (0, 1)
+    ]
+    output = [process.communicate(timeout=600)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], output
+    return workdir, flags, output, [json.loads(path.read_text()) for path in told]
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_does(tmp_path, trained_by_two):
+    """And a process with one device goes on with their run."""
+    workdir, flags, output, _ = trained_by_two
+    for process in (0, 1):
+        told = (
+            f"process {process} of 2: 2 of 4 cpu devices; mesh data=1 · fsdp=1 · pool=2 · tensor=2; pool dispatch exch"
+        )
+        assert output[process].count(told) == 1
+    assert "held out" in output[0] and "held out" not in output[1], "the first one tells alone"
+    run("train.py", *flags, f"--workdir={tmp_path / 'alone'}")
+    went_on = shutil.copytree(workdir, tmp_path / "went_on")
+    shutil.rmtree(went_on / "checkpoints" / str(NUM_STEPS))
+    stdout, _ = run("train.py", *flags, f"--workdir={went_on}")
+    assert f"step 4 of {NUM_STEPS} on 1 cpu" in stdout and "process 0" not in stdout
+    alone = lines_of(tmp_path / "alone")
+    assert [line["step"] for line in alone if line["split"] == "train"] == list(range(1, NUM_STEPS + 1))
+    for other in (workdir, went_on):
+        for line, want in zip(lines_of(other), alone, strict=True):
+            assert line.keys() == want.keys() and line["split"] == want["split"]
+            for name in ("loss", "depth", "grad_norm", "load_entropy", "exit_bias"):
+                np.testing.assert_allclose(line[name], want[name], rtol=1e-4, err_msg=f"{want['step']} {name}")
+
+
+@pytest.mark.slow
+def test_each_process_reads_its_own_rows(trained_by_two):
+    _, flags, _, read = trained_by_two
+    cache = Path(next(flag for flag in flags if "cache_dir" in flag).split("=")[1])
+    num_rows = len(np.load(next(cache.glob("rows-*-train")) / "tokens.npy", mmap_mode="r"))
+    order = train_row_numbers(range(num_rows), ROWS, seed=0)
+    for process, rows in enumerate(read):
+        half = slice(process * ROWS // 2, (process + 1) * ROWS // 2)
+        trained_on = Counter(row for split, row in rows if split == "train")
+        # Some batches are read ahead.
+        num_batches = trained_on.total() // (ROWS // 2) + 1
+        batches = [np.asarray(order[step])[half].tolist() for step in range(num_batches)]
+        assert Counter(itertools.chain(*batches[:NUM_STEPS])) <= trained_on <= Counter(itertools.chain(*batches))
+    held_out = [{row for split, row in rows if split == "eval"} for rows in read]
+    # Row 0 is looked at for its shape.
+    assert len(held_out[1]) > 2 and held_out[0] & held_out[1] <= {0}
 
 
 @pytest.fixture(scope="module")

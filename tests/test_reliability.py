@@ -1,7 +1,6 @@
 """Runs that are killed, asked to end, or whose checkpoints are broken, against the run that nothing happened to."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -18,7 +17,7 @@ from radialnet.checkpoint import Checkpoints
 from radialnet.config import Config
 from radialnet.data import prepare
 from radialnet.run_folder import RunFolder, saved_steps
-from tests.test_cli import ROOT, lines_of, run, text_flags
+from tests.test_cli import ROOT, environment, lines_of, run, text_flags
 
 TIMED = {"tokens_per_s", "step_ms", "mfu"}
 
@@ -98,7 +97,7 @@ class Started:
         self.process = subprocess.Popen(
             [sys.executable, *flags, f"--workdir={workdir}"],
             cwd=ROOT,
-            env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"},
+            env=environment(),
             stdout=self.log.open("w"),
             stderr=subprocess.PIPE,
             text=True,
@@ -222,9 +221,8 @@ needs_own_disks = pytest.mark.skipif(not has_own_disks(), reason="no user may mo
 
 
 def shell(script, *arguments):
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "COLUMNS": "200"}
     command = [*OWN_DISK, script, "sh", *map(str, arguments)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout, done.stderr
 

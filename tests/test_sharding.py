@@ -1,6 +1,5 @@
 """Meshes of eight devices against one: loss, gradients, an update and the controllers."""
 
-import dataclasses
 import math
 from functools import partial
 
@@ -10,9 +9,12 @@ import numpy as np
 import optax
 import pytest
 
+from radialnet.config import ConfigError
+from radialnet.exchange import Exchange, choose, map_forward
+from radialnet.grouping import gather, plan, scatter
 from radialnet.model import abstract_params, init_params, place
 from radialnet.optimizer import make_optimizer
-from radialnet.sharding import AXES, ONE_DEVICE
+from radialnet.sharding import AXES, ONE_DEVICE, RULES, Parallel, make_mesh, mesh_sizes
 from radialnet.train_step import eval_step, init_state, state_shardings, train_step
 from tests.tiny import VOCAB, make_batch, make_config
 
@@ -38,7 +40,7 @@ RECIPES = {
     "remat, prelude and coda, score": {
         "model__remat": "step",
         "model__prelude_layers": 1,
-        "model__coda_layers": 2,
+        "model__coda_layers": 1,
         "router__estimator": "score",
         "router__exit_bias_init": 1.5,
     },
@@ -65,11 +67,9 @@ def mesh_config(sizes, **more):
 class Step:
     """A training step of a config on its mesh: new state, sums and scalars, and the gradient by the moments."""
 
-    def __init__(self, config, broken_axes=None):
+    def __init__(self, config):
         self.config = config
         self.placement = make_placement(config)
-        if broken_axes:
-            self.placement = dataclasses.replace(self.placement, axes=broken_axes(self.placement.axes))
         self.graph, _ = abstract_params(config, VOCAB, self.placement.parallel)
         self.optimizer = make_optimizer(config)
         kwargs = {"config": config, "graph": self.graph, "placement": self.placement}
@@ -82,7 +82,9 @@ class Step:
         if self.placement.mesh is not None:
             state = jax.device_put(state, state_shardings(self.placement, self.optimizer, state))
             batch = self.placement.put_rows(batch, self.config.train.batch_size)
+        self.before = state
         state, sums, scalars = self.train(state, batch, BYTES)
+        self.state = state
         evaluated = self.eval(state.params, state.controllers, state.step, batch, BYTES)
         # How rows are padded is up to each device.
         sums, evaluated = (x.replace(routing=x.routing.replace(num_computed=0)) for x in (sums, evaluated))
@@ -148,8 +150,99 @@ def test_eight_devices_equal_one(alone, dispatch, mesh, recipe):
     step = Step(config)
     assert step.placement.parallel.num_devices == 8
     assert step.placement.parallel.exchanges == (dispatch == "exchange")
-    found = step(batch_of(config))
+    assert_equal(step(batch_of(config)), want)
+    # What the table says is split is nowhere whole.
+    for state in (step.before, step.state):
+        moments = (optax.tree.get(state.optimizer, name) for name in ("mu", "nu"))
+        for params in (state.params, *moments):
+            jax.tree.map(partial(assert_split, MESHES[mesh]), params, step.placement.axes)
+
+
+def assert_equal(found, want):
     jax.tree.map_with_path(
         lambda path, a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5, err_msg=jax.tree_util.keystr(path)),
         found, want,
     )  # fmt: skip
+
+
+def assert_split(mesh, param, axes):
+    parts = math.prod(mesh.get(axis, 1) for name in axes for axis in RULES[name])
+    assert {shard.data.size * parts for shard in param.addressable_shards} == {param.size}, (param.shape, axes)
+
+
+@pytest.mark.parametrize("broken", ["mlp", "heads"])
+def test_a_broken_rule_is_found(monkeypatch, alone, broken):
+    """Every device of `tensor` then computes whole layers, and their sum is that of several."""
+    recipe = next(iter(RECIPES))
+    monkeypatch.setitem(RULES, broken, ())
+    config = mesh_config({"data": 4, "tensor": 2}, **RECIPES[recipe])
+    with pytest.raises((AssertionError, TypeError, ValueError)):
+        assert_equal(Step(config)(batch_of(config)), alone(recipe))
+
+
+def test_tokens_are_exchanged_in_several_rounds_and_come_back():
+    """Four devices with rows for each other as unevenly as can be: all for one of them, none, many for one of many."""
+    num_parts, num_rows, width, layers_each = 4, 37, 3, 2
+    rng = np.random.default_rng(0)
+    layer_PN = rng.integers(0, num_parts * layers_each + 1, (num_parts, num_rows))
+    layer_PN[0], layer_PN[1], layer_PN[2, :20], layer_PN[3] = 5, num_parts * layers_each, 0, 4
+    x_PNX = rng.normal(size=(num_parts, num_rows, width)).astype(np.float32)
+    scale_L = 1 + np.arange(num_parts * layers_each, dtype=np.float32)
+
+    def scaled(vectors, rows, product):
+        return rows[0] * vectors["scale"]
+
+    def local(x_PNX, layer_PN, scale_L):
+        groups = plan(layer_PN[0], num_parts * layers_each)
+        exchange = Exchange.of(groups, num_parts)
+        weights = {"scale": jnp.broadcast_to(scale_L[:, None], (layers_each, width))}
+        y_NX, _ = map_forward(scaled, weights, (scatter(x_PNX[0], groups),), exchange)
+        num_rounds = exchange.run(lambda _, number: number + 1, jnp.int32(0))
+        return gather(y_NX, groups)[None], num_rounds[None]
+
+    mesh = make_mesh(mesh_config({"pool": num_parts}).mesh, jax.devices())
+    spec = jax.sharding.PartitionSpec("pool")
+    run = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False))
+    y_PNX, rounds_P = run(x_PNX, layer_PN, scale_L)
+    np.testing.assert_allclose(y_PNX, x_PNX * np.append(scale_L, 0)[layer_PN][..., None], rtol=1e-6)
+    assert len(set(rounds_P.tolist())) == 1 and rounds_P[0] >= 4
+
+
+def test_meshes_that_do_not_go_with_the_config_or_the_devices():
+    for fields, message in (
+        ({"mesh__pool": 3}, "config.mesh.pool=3 does not divide config.model.pool_size=8"),
+        ({"mesh__tensor": 8}, "config.mesh.tensor=8 does not divide config.model.num_kv_heads=4"),
+        ({"mesh__data": 16}, "config.mesh.data · fsdp · pool · config.train.accumulate_steps=16 does not divide"),
+        ({"mesh__fsdp": 0}, "config.mesh.fsdp=0: at least 1, or -1"),
+        ({"mesh__fsdp": -1, "mesh__data": -1}, "config.mesh: data and fsdp can't both be -1"),
+        ({"mesh__pool_dispatch": "send"}, "config.mesh.pool_dispatch='send': one of auto, gather, exchange"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            mesh_config({}, **fields)
+    for mesh, num_devices, message in (
+        ({"fsdp": 4, "data": 2}, 7, "a mesh of 8 devices, but there are 7"),
+        ({"pool": 2, "tensor": 2, "data": -1}, 7, "4 does not divide the 7 devices"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            place(mesh_config(mesh), VOCAB, jax.devices()[:num_devices])
+    placement = place(mesh_config({"data": -1, "tensor": 2}), VOCAB, jax.devices())
+    assert placement.parallel == Parallel(data=4, tensor=2)
+    with pytest.raises(ConfigError, match="multiple of the 3 slices"):
+        mesh_sizes(mesh_config({"data": 8}).mesh, 8, num_slices=3)
+
+
+def test_dispatch_is_chosen_by_bytes():
+    """Gather moves layers, exchange tokens: many tokens and few layers want the one, the opposite the other."""
+    sizes = {"data": 1, "fsdp": 1, "pool": 4, "tensor": 1}
+    many_tokens = {"train__seq_len": 4096, "model__pool_size": 8}
+    many_layers = {"train__seq_len": 16, "model__pool_size": 256}
+    for fields, expected in (
+        ({**many_tokens, "router__prior": "none"}, False),
+        ({**many_layers, "router__prior": "none"}, True),
+        ({**many_layers, "router__prior": "group"}, False),
+        ({**many_layers, "router__form": "hash"}, True),
+        ({**many_layers, "router__form": "cyclic"}, False),
+        ({**many_layers, "router__prior": "none", "mesh__pool_dispatch": "gather"}, False),
+    ):
+        exchanges, why = choose(mesh_config({"pool": 4}, **fields), sizes)
+        assert exchanges == expected and why, fields
