@@ -5,7 +5,7 @@ BIN := .venv/bin
 # Large pages for what a step allocates: on Linux a twentieth of a step's time goes into small ones (docs/PERFORMANCE.md).
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: train test lint
+.PHONY: train test lint tpu-compiler
 .DELETE_ON_ERROR:
 
 train: .venv/installed
@@ -18,6 +18,9 @@ lint: .venv/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+# What tests of programs for TPUs need besides; without it they are skipped.
+tpu-compiler: .venv/installed-tpu
+
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet -r requirements.txt
@@ -25,4 +28,8 @@ lint: .venv/installed-dev
 
 .venv/installed-dev: .venv/installed requirements-dev.txt
 	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
+	touch $@
+
+.venv/installed-tpu: .venv/installed requirements-tpu.txt
+	$(BIN)/python -m pip install --quiet -r requirements-tpu.txt
 	touch $@

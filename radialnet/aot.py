@@ -11,7 +11,8 @@ decoding, which one device does, for one of them.
 It prints what the program takes and does on each device, and as the last line one JSON object: `peak_memory_gb`;
 `flops` and `flops_over_ideal`, what it computes against what the layers that are executed, head, router and attention
 come to (every token at full depth, each device its part); `collectives` by kind, how often and how many GB;
-`compile_s`. Exit code 1 if the program does not fit into memory.
+`compute_s` and `wire_s`, what both take at best, at the chip's peak and with all of its links; `compile_s`. Exit code 1
+if the program does not fit into memory.
 """
 
 import dataclasses
@@ -37,7 +38,7 @@ from radialnet.config import PAGE_SIZE, Config, ConfigError
 from radialnet.decode_cache import DecodeCache, Stages
 from radialnet.decode_step import Decoding, Weights, decode_step
 from radialnet.hop_task import make_tokenizer
-from radialnet.metrics import flops_by_part
+from radialnet.metrics import flops_by_part, peak_flops
 from radialnet.model import abstract_params, init_params, place
 from radialnet.optimizer import make_optimizer
 from radialnet.program import work_of
@@ -66,6 +67,10 @@ gpu_device_info {
   l2_cache_size: 52428800 memory_bandwidth: 3352320000000 device_memory_size: 85899345920
 }
 """
+
+
+# What the links of a chip to its neighbours carry together, in both directions, as its maker states it.
+WIRE_BYTES_PER_S = {"TPU v5 lite": 200e9, "TPU v5": 600e9, "TPU v6 lite": 448e9}
 
 
 class DoesNotFitError(RuntimeError):
@@ -197,7 +202,7 @@ def _largest(jaxpr, number: int = 5) -> list[str]:
 
     def look(jaxpr, is_here):
         for equation in jaxpr.eqns:
-            for inner in jax.core.jaxprs_in_params(equation.params):
+            for inner in _inner(equation.params):
                 look(inner, is_here or equation.primitive.name == "shard_map")
             for array in (variable.aval for variable in equation.outvars) if is_here else ():
                 if hasattr(array, "shape"):
@@ -208,6 +213,12 @@ def _largest(jaxpr, number: int = 5) -> list[str]:
     look(jaxpr.jaxpr, not has_mesh)
     largest = sorted(sizes, key=sizes.get, reverse=True)[:number]
     return [f"{label} {sizes[label] / 1e9:.2f} GB" for label in largest]
+
+
+def _inner(params: dict) -> list:
+    """The programs within an equation: bodies of loops, branches, functions."""
+    values = jax.tree.leaves(params, is_leaf=lambda value: hasattr(value, "eqns"))
+    return [value.jaxpr if hasattr(value, "jaxpr") else value for value in values if hasattr(value, "eqns")]
 
 
 def _memory_gb(program: jax.stages.Compiled) -> float:
@@ -236,6 +247,8 @@ def report(config: Config, devices: Sequence) -> dict:
         "flops": work.flops,
         "ideal_flops": ideal,
         "flops_over_ideal": round(work.flops / ideal, 4),
+        "compute_s": _over(work.flops, peak_flops(devices[0])),
+        "wire_s": _over(sum(work.collectives.values()), _wire(devices[0])),
         "loops_of_unknown_length": list(work.unknown),
         "collectives": {
             kind: {"count": round(work.counts[kind]), "gb": round(work.collectives[kind] / 1e9, 3)}
@@ -243,6 +256,14 @@ def report(config: Config, devices: Sequence) -> dict:
         },
         "compile_s": round(seconds, 1),
     }
+
+
+def _over(amount: float, per_second: float | None) -> float | None:
+    return None if per_second is None else round(amount / per_second, 3)
+
+
+def _wire(device) -> float | None:
+    return next((rate for kind, rate in WIRE_BYTES_PER_S.items() if device.device_kind.startswith(kind)), None)
 
 
 def report_decode(config: Config, device) -> dict:
@@ -258,6 +279,7 @@ def _print(found: dict) -> None:
     table.add_row("dispatch", f"{found['dispatch']} ({found['why']})")
     table.add_row("peak memory", f"{found['peak_memory_gb']:.2f} GB a device")
     table.add_row("FLOPs", f"{found['flops'] / 1e12:.2f} T a device, {found['flops_over_ideal']:.3f} of the ideal")
+    table.add_row("at best", f"{found['compute_s']} s of computing, {found['wire_s']} s of the wire")
     for kind, moved in found["collectives"].items():
         table.add_row(kind, f"{moved['gb']:.3f} GB a device, {moved['count']} times")
     table.add_row("compiled in", f"{found['compile_s']} s")

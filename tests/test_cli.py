@@ -32,11 +32,11 @@ def environment(devices=1):
     return {**os.environ, "JAX_PLATFORMS": "cpu", "COLUMNS": "200", "PYTHONUNBUFFERED": "1", "XLA_FLAGS": flags}
 
 
-def run(*arguments, code=0, devices=1):
+def run(*arguments, code=0, devices=1, env=None):
     """Run a command and return its stdout and stderr; its exit code must be `code`."""
     command = [sys.executable, *map(str, arguments)]
     done = subprocess.run(
-        command, cwd=ROOT, env=environment(devices), capture_output=True, text=True, timeout=600, check=False
+        command, cwd=ROOT, env=env or environment(devices), capture_output=True, text=True, timeout=600, check=False
     )
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout, done.stderr
