@@ -2,13 +2,18 @@
 
 The devices along the mesh axis `pool` have L/P consecutive layers each. Rows sorted by layer are sorted by owner too;
 each device sends every owner its rows, the owner runs `grouped` on what came in, and sends back what came out. Nothing
-is dropped: an owner takes in as many rows at a time as there is room for, in as many rounds as the fullest owner needs.
-In a round it gets the rows of a window of all that are on their way to it, of the first device, the second, ….
+is dropped: an owner takes in as many rows at a time as there is room for, in as many rounds as are needed.
+
+`ragged`: messages are as long as they have to be. In a round an owner gets the rows of a window of all that are on
+their way to it, of the first device, the second, …; there are as many rounds as the fullest owner needs.
+`padded`: all messages of a round are equally long; there are as many rounds as the fullest pair of devices needs. For
+platforms that have no `ragged_all_to_all` (`default_kind`).
 
 The backward pass sends the rows again and computes the products once more, for the rounds are as many as the routes
 want and nothing of unknown size can be kept.
 """
 
+import math
 from functools import partial
 
 import flax.struct
@@ -32,19 +37,26 @@ class Exchange:
     count_PPL: jax.Array  # Rows of each device, owner and layer of the owner.
     here: jax.Array
     num_slots: int = flax.struct.field(pytree_node=False)  # Rows that come in at a time.
+    kind: str = flax.struct.field(pytree_node=False)  # ragged or padded.
     backend: str = flax.struct.field(pytree_node=False)
 
     @classmethod
-    def of(cls, groups: Groups, num_parts: int) -> "Exchange":
+    def of(cls, groups: Groups, num_parts: int, kind: str) -> "Exchange":
         """Of rows sorted by layer, of all layers. Within a `shard_map` over `pool`, an axis of size `num_parts`."""
         count_PL = jax.lax.all_gather(groups.count_L, "pool")
-        num_slots = int(len(groups.row_N) * _SLACK / _ROUNDS) + 1
+        unit = num_parts if kind == "padded" else 8
         return cls(
             count_PPL=count_PL.reshape(num_parts, num_parts, -1),
             here=jax.lax.axis_index("pool"),
-            num_slots=-(-num_slots // 8) * 8,
+            num_slots=math.ceil(len(groups.row_N) * _SLACK / _ROUNDS / unit) * unit,
+            kind=kind,
             backend=groups.backend,
         )
+
+    @property
+    def _message(self) -> int:
+        """Rows of a message, if all are equally long."""
+        return self.num_slots // len(self.count_PPL)
 
     @property
     def _count_PP(self) -> jax.Array:
@@ -53,28 +65,41 @@ class Exchange:
 
     def run(self, body, carry):
         """carry = body(round, carry) for all rounds; as many on all devices of the axis, for they meet in each."""
-        num_rounds = -(-self._count_PP.sum(0).max() // self.num_slots)
+        if self.kind == "padded":
+            num_rounds = -(-self._count_PP.max() // self._message)
+        else:
+            num_rounds = -(-self._count_PP.sum(0).max() // self.num_slots)
         # What reads the compiled program (`aot`) can't know how many there will be.
         with jax.named_scope(f"rounds_usually_{_ROUNDS}"):
             return jax.lax.fori_loop(0, num_rounds, body, carry)
 
     def _window(self, index: jax.Array):
         """Of the rows of each device for each owner: the first one in a round, its slot there, and their number."""
+        # Where an owner's rows begin among those of a device.
+        row_PP = jnp.cumsum(self._count_PP, axis=1) - self._count_PP
+        if self.kind == "padded":
+            low_PP, high_PP = (jnp.minimum((index + n) * self._message, self._count_PP) for n in (0, 1))
+            slot_PP = jnp.broadcast_to(jnp.arange(len(low_PP))[:, None] * self._message, low_PP.shape)
+            return row_PP + low_PP, slot_PP, high_PP - low_PP
         begin_PP = jnp.cumsum(self._count_PP, axis=0) - self._count_PP
         first, end = index * self.num_slots, (index + 1) * self.num_slots
         low_PP, high_PP = (jnp.clip(at, begin_PP, begin_PP + self._count_PP) for at in (first, end))
-        # Where an owner's rows begin among those of a device.
-        row_PP = jnp.cumsum(self._count_PP, axis=1) - self._count_PP
         return row_PP + low_PP - begin_PP, low_PP - first, high_PP - low_PP
 
     def groups(self, index: jax.Array) -> Groups:
         """The rows that come in, by layer of this device; some slots stay empty."""
         count_PL = self.count_PPL[:, self.here]
-        end_X = jnp.cumsum(count_PL.ravel())
-        row_R = index * self.num_slots + jnp.arange(self.num_slots)
-        cell_R = jnp.searchsorted(end_X, row_R, side="right")
         num_layers = count_PL.shape[1]
-        layer_R = jnp.where(row_R < end_X[-1], cell_R % num_layers, num_layers)
+        if self.kind == "padded":
+            row_Q = index * self._message + jnp.arange(self._message)
+            # Of each device's rows in turn; beyond its last one: no layer.
+            of_device = jax.vmap(lambda count_L: jnp.searchsorted(jnp.cumsum(count_L), row_Q, side="right"))
+            layer_R = of_device(count_PL).ravel()
+        else:
+            end_X = jnp.cumsum(count_PL.ravel())
+            row_R = index * self.num_slots + jnp.arange(self.num_slots)
+            cell_R = jnp.searchsorted(end_X, row_R, side="right")
+            layer_R = jnp.where(row_R < end_X[-1], cell_R % num_layers, num_layers)
         return plan(layer_R.astype(jnp.int32), num_layers, self.backend)
 
     def bring(self, x_NX: jax.Array, index: jax.Array, groups: Groups) -> jax.Array:
@@ -82,7 +107,7 @@ class Exchange:
         row_PP, slot_PP, size_PP = self._window(index)
         came_RX = jnp.zeros((self.num_slots, x_NX.shape[1]), x_NX.dtype)
         here = self.here
-        came_RX = _send(x_NX, came_RX, row_PP[here], size_PP[here], slot_PP[here], size_PP[:, here])
+        came_RX = self._send(x_NX, came_RX, row_PP[here], size_PP[here], slot_PP[here], size_PP[:, here])
         return scatter(came_RX, groups)
 
     def bring_back(self, y_RX: jax.Array, into_NX: jax.Array, index: jax.Array, groups: Groups) -> jax.Array:
@@ -90,7 +115,22 @@ class Exchange:
         row_PP, slot_PP, size_PP = self._window(index)
         here = self.here
         y_RX = gather(y_RX, groups)
-        return _send(y_RX, into_NX, slot_PP[:, here], size_PP[:, here], row_PP[:, here], size_PP[here])
+        return self._send(y_RX, into_NX, slot_PP[:, here], size_PP[:, here], row_PP[:, here], size_PP[here])
+
+    def _send(self, x_NX, into_MX, row_P, size_P, at_P, came_P) -> jax.Array:
+        """Send each device of the axis some rows, and write what they send to here into `into`.
+
+        Args:
+            row_P, size_P, at_P: of the rows for each device: where they begin, how many, and where they go to there.
+            came_P: how many come from each device.
+        """
+        args = x_NX, into_MX, *(x.astype(jnp.int32) for x in (row_P, size_P, at_P, came_P))
+        if self.kind == "padded":
+            return _send_padded(self._message, *args)
+        # CPUs, which take this for tests alone, send as much as there may be.
+        longest = partial(_send_padded, min(len(x_NX), len(into_MX)))
+        ragged = partial(jax.lax.ragged_all_to_all, axis_name="pool")
+        return jax.lax.platform_dependent(*args, cpu=longest, default=ragged)
 
 
 def map_forward(function: RowFunction, weights: dict, rows: tuple, exchange: Exchange, fixed: tuple = ()):
@@ -133,27 +173,19 @@ def map_backward(
     return exchange.run(body, (d_weights, jax.tree.map(jnp.zeros_like, rows)))
 
 
-def _send(x_NX, into_MX, row_P, size_P, at_P, came_P) -> jax.Array:
-    """Send each device of the axis some rows, and write what they send to here into `into`.
-
-    Args:
-        row_P, size_P, at_P: of the rows for each device: where they begin, how many, and where they go to there.
-        came_P: how many come from each device.
-    """
-    ragged = partial(jax.lax.ragged_all_to_all, axis_name="pool")
-    args = x_NX, into_MX, *(x.astype(jnp.int32) for x in (row_P, size_P, at_P, came_P))
-    # CPUs have no such operation.
-    return jax.lax.platform_dependent(*args, cpu=_send_padded, default=ragged)
-
-
-def _send_padded(x_NX, into_MX, row_P, size_P, at_P, came_P):
-    """Every message as long as the longest that there may be."""
-    index_Q = jnp.arange(min(len(x_NX), len(into_MX)))
+def _send_padded(length, x_NX, into_MX, row_P, size_P, at_P, came_P):
+    """`Exchange._send` with messages of one length."""
+    index_Q = jnp.arange(length)
     message_PQX = jnp.take(x_NX, row_P[:, None] + index_Q, axis=0, mode="clip")
     came_PQX = jax.lax.all_to_all(message_PQX, "pool", 0, 0, tiled=True)
     at_P = jax.lax.all_to_all(at_P, "pool", 0, 0, tiled=True)
     place_PQ = jnp.where(index_Q < came_P[:, None], at_P[:, None] + index_Q, len(into_MX))
     return into_MX.at[place_PQ].set(came_PQX, mode="drop")
+
+
+def default_kind(device: jax.Device) -> str:
+    """What the platform of a device has: TPUs v5e only where they are 16 at most, CPUs not at all."""
+    return "padded" if device.platform == "cpu" or device.device_kind == "TPU v5 lite" else "ragged"
 
 
 def choose(config: Config, sizes: dict[str, int]) -> tuple[bool, str]:

@@ -10,7 +10,7 @@ from flax import nnx
 
 from radialnet.config import Config, check_mesh
 from radialnet.depth import DepthLoop, Inputs, Trace, scanned, unrolled
-from radialnet.exchange import choose
+from radialnet.exchange import choose, default_kind
 from radialnet.layers import rms_norm
 from radialnet.metrics import RoutingSums
 from radialnet.peer_routers import make_router
@@ -83,7 +83,7 @@ class RadialTransformer(nnx.Module):
             return nnx.Param(jax.random.normal(rngs.params(), (rows, columns)) * scale, axes=axes)
 
         def unshared(num_layers: int) -> LayerPool | None:
-            at_home = dataclasses.replace(parallel, exchanges=False)
+            at_home = dataclasses.replace(parallel, exchange="")
             return LayerPool(model, num_layers, scale, rngs, parallel=at_home) if num_layers else None
 
         self.embedding = normal(vocab_size, model.d_model, model.d_model**-0.5, (None, "width"))
@@ -209,7 +209,9 @@ def place(config: Config, vocab_size: int, devices: Sequence[jax.Device]) -> Pla
     mesh = make_mesh(config.mesh, devices)
     check_mesh(config, mesh.shape)
     exchanges, why = choose(config, mesh.shape)
-    return Placement(mesh, Parallel(**mesh.shape, exchanges=exchanges), axes, why)
+    exchange = default_kind(devices[0]) if exchanges else ""
+    why += f"; {exchange} messages" if exchanges else ""
+    return Placement(mesh, Parallel(**mesh.shape, exchange=exchange), axes, why)
 
 
 def upcycle(params: dict, dense_params: dict, num_layers: int, max_depth: int) -> dict:

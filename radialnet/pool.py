@@ -369,7 +369,7 @@ class LayerPool(nnx.Module):
     def _orders(self, layer_BS: jax.Array, cache: UnifiedCache) -> _Orders:
         packing = Packing.of(layer_BS < self.num_layers)
         groups, parallel = self._groups(layer_BS.ravel()), self.parallel
-        exchange = Exchange.of(groups, parallel.pool) if parallel.exchanges else None
+        exchange = Exchange.of(groups, parallel.pool, parallel.exchange) if parallel.exchanges else None
         return _Orders.of(groups, layer_BS, packing, cache.is_packed, exchange)
 
     def _heads(self, x_NX: jax.Array, shape: tuple[int, ...]) -> jax.Array:

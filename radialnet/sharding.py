@@ -64,7 +64,11 @@ class Parallel:
     fsdp: int = 1
     pool: int = 1
     tensor: int = 1
-    exchanges: bool = False  # Whether tokens go to the layers of the pool, or layers to the tokens.
+    exchange: str = ""  # How tokens go to the layers of the pool (`exchange`); empty: layers come to the tokens.
+
+    @property
+    def exchanges(self) -> bool:
+        return bool(self.exchange)
 
     @property
     def num_devices(self) -> int:

@@ -1,6 +1,6 @@
 """One of two processes that train something together: python two_processes.py PROCESS PORT WORKDIR NUM_STEPS [SLEEP_AT]
 
-Not a model, for a run uses one process as yet: an array over both processes, what saves it, and what ends it.
+Not a model, which takes long to compile: an array over both processes, what saves it, and what ends it.
 """
 
 import sys
