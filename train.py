@@ -24,7 +24,7 @@ def main() -> None:
     config = cli.read_config(_CONFIG)
     name = Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
     # Here, so that a mistake in the config is reported at once and not after seconds of imports.
-    from radialnet.sharding import join_processes
+    from radialnet.processes import join_processes
     from radialnet.trainer import train
 
     join_processes(_DISTRIBUTED.value, _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)

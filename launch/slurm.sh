@@ -1,14 +1,16 @@
 #!/usr/bin/env bash
-# Train on nodes with GPUs under Slurm, one process a node with all of its GPUs:
+# Train on nodes with GPUs under Slurm, one process for each GPU:
 #
 #     sbatch --nodes=4 --time=24:00:00 launch/slurm.sh --config=configs/radial_small.py --workdir=/shared/radial_small
 #
-# From the root of the repository, with its .venv on a file system that all nodes share. The processes find each other
-# by themselves. Three minutes before the limit Slurm sends SIGTERM to all of them: the run saves, ends with exit code
-# 75, and the job goes back into the queue, from where it goes on. The same after a node was lost (--requeue).
+# From the root of the repository, with its .venv (and jax[cuda12] in it) on a file system that all nodes share. The
+# processes find each other by themselves. Three minutes before the limit Slurm sends SIGTERM to all of them: the run
+# saves, ends with exit code 75, and the job goes back into the queue, from where it goes on. The same after a node was
+# lost (--requeue).
 #SBATCH --job-name=radialnet
-#SBATCH --ntasks-per-node=1
+#SBATCH --ntasks-per-node=8
 #SBATCH --gpus-per-node=8
+#SBATCH --exclusive
 #SBATCH --requeue
 #SBATCH --signal=TERM@180
 #SBATCH --open-mode=append

@@ -11,8 +11,8 @@ decoding, which one device does, for one of them.
 It prints what the program takes and does on each device, and as the last line one JSON object: `peak_memory_gb`;
 `flops` and `flops_over_ideal`, what it computes against what the layers that are executed, head, router and attention
 come to (every token at full depth, each device its part); `collectives` by kind, how often and how many GB;
-`compute_s` and `wire_s`, what both take at best, at the chip's peak and with all of its links; `compile_s`. Exit code 1
-if the program does not fit into memory.
+`compute_s` and `wire_s`, what both would take at the chip's peak and with all of its links busy, also between slices;
+`compile_s`. Exit code 1 if the program does not fit into memory.
 """
 
 import dataclasses
@@ -43,9 +43,9 @@ from radialnet.model import abstract_params, init_params, place
 from radialnet.optimizer import make_optimizer
 from radialnet.program import work_of
 from radialnet.router import Controllers, schedule
-from radialnet.sharding import AXES, Placement
+from radialnet.sharding import Placement
 from radialnet.tokenizer import BYTE_VOCAB_SIZE
-from radialnet.train_step import init_state, state_shardings, step_shardings, train_step
+from radialnet.train_step import init_state, jitted_train_step, state_shardings
 
 EXIT_DOES_NOT_FIT = 1
 # Rows that decode side by side.
@@ -118,9 +118,7 @@ def trace(config: Config, devices: Sequence) -> tuple[jax.stages.Traced, Placeme
     batch["is_target"] = jax.ShapeDtypeStruct(shape, jnp.bool_)
     batch = {name: _on(x, placement.by_row) for name, x in batch.items()}
     bytes_V = _on(jax.ShapeDtypeStruct((vocab_size,), jnp.int32), placement.everywhere)
-    step = partial(train_step, config=config, graph=graph, optimizer=optimizer, placement=placement)
-    out = step_shardings(placement, optimizer, state)
-    return jax.jit(step, donate_argnums=0, out_shardings=out).trace(state, batch, bytes_V), placement
+    return jitted_train_step(config, graph, optimizer, placement, state).trace(state, batch, bytes_V), placement
 
 
 def trace_decode(config: Config, device) -> jax.stages.Traced:
@@ -237,9 +235,9 @@ def report(config: Config, devices: Sequence) -> dict:
     return {
         "device": devices[0].device_kind,
         "num_devices": placement.parallel.num_devices,
-        "mesh": {axis: getattr(placement.parallel, axis) for axis in AXES},
-        "dispatch": "exchange" if placement.parallel.exchanges else "gather",
-        "why": placement.why,
+        "mesh": placement.parallel.sizes(),
+        "dispatch": placement.parallel.dispatch,
+        "dispatch_reason": placement.dispatch_reason,
         "grouped_backend": config.model.grouped_backend,
         "attention_backend": config.model.attention_backend,
         "kernels": len(re.findall(r'custom_call_target="(?:tpu_custom_call|[^"]*triton[^"]*)"', text)),
@@ -248,7 +246,7 @@ def report(config: Config, devices: Sequence) -> dict:
         "ideal_flops": ideal,
         "flops_over_ideal": round(work.flops / ideal, 4),
         "compute_s": _over(work.flops, peak_flops(devices[0])),
-        "wire_s": _over(sum(work.collectives.values()), _wire(devices[0])),
+        "wire_s": _over(work.wire, _wire(devices[0])),
         "loops_of_unknown_length": list(work.unknown),
         "collectives": {
             kind: {"count": round(work.counts[kind]), "gb": round(work.collectives[kind] / 1e9, 3)}
@@ -276,7 +274,7 @@ def _print(found: dict) -> None:
     console, table = rich.console.Console(highlight=False), rich.table.Table(show_header=False, box=None)
     table.add_row("devices", f"{found['num_devices']} {found['device']}")
     table.add_row("mesh", " · ".join(f"{axis}={size}" for axis, size in found["mesh"].items()))
-    table.add_row("dispatch", f"{found['dispatch']} ({found['why']})")
+    table.add_row("dispatch", f"{found['dispatch']} ({found['dispatch_reason']})")
     table.add_row("peak memory", f"{found['peak_memory_gb']:.2f} GB a device")
     table.add_row("FLOPs", f"{found['flops'] / 1e12:.2f} T a device, {found['flops_over_ideal']:.3f} of the ideal")
     table.add_row("at best", f"{found['compute_s']} s of computing, {found['wire_s']} s of the wire")
@@ -295,7 +293,7 @@ def main() -> None:
     except DoesNotFitError as error:
         print("error: does not fit:", error, file=sys.stderr)
         sys.exit(EXIT_DOES_NOT_FIT)
-    if _PROGRAM.value == "train":
+    if _PROGRAM.value == "train" and not _JSON.value:
         _print(found)
     print(json.dumps(found))
 
@@ -304,6 +302,7 @@ if __name__ == "__main__":
     _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.", lock_config=True)
     _TOPOLOGY = flags.DEFINE_string("topology", None, "What to compile for: h100, or a TPU's like v5e:2x2.")
     _NUM_SLICES = flags.DEFINE_integer("num_slices", 1, "How many such topologies, joined by their network.")
+    _JSON = flags.DEFINE_bool("json", False, "Print the JSON line alone.")
     _PROGRAM = flags.DEFINE_enum("program", "train", ["train", "decode"], "The step of what.")
     flags.mark_flags_as_required(["config", "topology"])
     if not os.environ.get("JAX_PLATFORMS"):

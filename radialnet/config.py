@@ -460,7 +460,7 @@ def _validate_mesh(config: Config) -> None:
     )
     _one_of("config.mesh.pool_dispatch", mesh.pool_dispatch, ("auto", "gather", "exchange"))
     _require(
-        mesh.pool_dispatch != "exchange" or config.router.estimator != "dense",
+        mesh.pool_dispatch != "exchange" or config.router.estimator != "dense" or not config.router.is_trained,
         "config.mesh.pool_dispatch='exchange' runs the chosen layer alone, config.router.estimator='dense' all of them",
     )
     check_mesh(config, sizes)

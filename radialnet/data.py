@@ -243,14 +243,15 @@ class _OwnRows:
 
     def __init__(self, rows: Rows, batch_size: int, seed: int, own: Sequence[int]):
         self._rows, self._own = rows, tuple(own)
-        self._numbers = train_row_numbers(rows, batch_size, seed)
+        self._batch_size = batch_size
+        self._numbers = grain.MapDataset.range(len(rows)).shuffle(seed=seed).repeat()
 
     def __len__(self) -> int:
-        return len(self._numbers) * len(self._own)
+        return len(self._numbers) // self._batch_size * len(self._own)
 
     def __getitem__(self, index: int) -> Batch:
         step, place = divmod(index, len(self._own))
-        return self._rows[int(self._numbers[step][self._own[place]])]
+        return self._rows[self._numbers[step * self._batch_size + self._own[place]]]
 
 
 def train_row_numbers(rows: Rows, batch_size: int, seed: int) -> grain.MapDataset:

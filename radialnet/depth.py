@@ -58,10 +58,10 @@ class DepthLoop:
     def modules(self, params) -> tuple[Router, LayerPool]:
         return nnx.merge(self.graph, params)
 
-    def gathered(self, params):
-        """The parameters with all layers on this device."""
+    def with_all_layers(self, params, dtype=None):
+        """The parameters with those of all layers on this device (`LayerPool.gather_weights`)."""
         router, pool = self.modules(params)
-        pool.gather()
+        pool.gather_weights(dtype)
         return nnx.split((router, pool))[1]
 
 
@@ -101,7 +101,8 @@ def decide(
 
 def unrolled(loop: DepthLoop, params, h_BSD: jax.Array, is_real_BS: jax.Array, inputs: Inputs):
     """All depth steps, one after the other in the program. Returns the residual stream at the exits and the trace."""
-    router, pool = loop.modules(loop.gathered(params))
+    # As they are, for so are their gradients by autodiff summed up.
+    router, pool = loop.modules(loop.with_all_layers(params))
     active_BS, log_survival_BS = is_real_BS, jnp.zeros(is_real_BS.shape)
     cache = pool.empty_cache(loop.view, loop.max_depth, *is_real_BS.shape)
     leaves_at_BS, steps = router.no_plan(is_real_BS.shape), []
@@ -146,7 +147,8 @@ class _StepState:
 
 
 def _forward(loop: DepthLoop, params, h_BSD, is_real_BS, inputs):
-    params = loop.gathered(params)
+    # In the precision that they are multiplied in. Their gradients are summed up in fp32 by hand.
+    params = loop.with_all_layers(params, loop.modules(params)[1].block.dtype)
     router, pool = loop.modules(params)
     active_BS, log_survival_BS = is_real_BS, jnp.zeros(is_real_BS.shape)
     cache = pool.empty_cache(loop.view, loop.max_depth, *is_real_BS.shape)

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from radialnet import grouped
-from radialnet.config import Config
+from radialnet.config import Config, RouterConfig
 from radialnet.grouping import Groups, gather, plan, scatter
 from radialnet.row_function import RowFunction, compute, layer_of
 
@@ -188,7 +188,7 @@ def default_kind(device: jax.Device) -> str:
     return "padded" if device.platform == "cpu" or device.device_kind == "TPU v5 lite" else "ragged"
 
 
-def choose(config: Config, sizes: dict[str, int]) -> tuple[bool, str]:
+def choose_dispatch(config: Config, sizes: dict[str, int]) -> tuple[bool, str]:
     """Whether a training step exchanges tokens or gathers layers, and why.
 
     By the bytes that a device gets in a training step. Layers: once for all depth steps in the precision of the
@@ -214,7 +214,13 @@ def choose(config: Config, sizes: dict[str, int]) -> tuple[bool, str]:
         return mesh.pool_dispatch == "exchange", f"config.mesh.pool_dispatch; {told}"
     if router.estimator == "dense" and router.is_trained:
         return False, "config.router.estimator='dense' runs all layers"
-    by_step = router.prior in ("sequential", "group") and router.prior_steps == 0 and router.prior_weight > 0
-    if by_step if router.form in ("factored", "flat") else router.form not in ("random", "hash"):
+    if _goes_by_step(config.router):
         return False, f"a depth step uses few layers, and so few devices; {told}"
     return exchange_gb < gather_gb, told
+
+
+def _goes_by_step(router: RouterConfig) -> bool:
+    """Whether all tokens go to the same few layers at a depth step."""
+    if router.form in ("factored", "flat"):
+        return router.prior in ("sequential", "group") and router.prior_steps == 0 and router.prior_weight > 0
+    return router.form not in ("random", "hash")

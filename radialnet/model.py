@@ -10,7 +10,7 @@ from flax import nnx
 
 from radialnet.config import Config, check_mesh
 from radialnet.depth import DepthLoop, Inputs, Trace, scanned, unrolled
-from radialnet.exchange import choose, default_kind
+from radialnet.exchange import choose_dispatch, default_kind
 from radialnet.layers import rms_norm
 from radialnet.metrics import RoutingSums
 from radialnet.peer_routers import make_router
@@ -137,15 +137,15 @@ class RadialTransformer(nnx.Module):
         )
         run = unrolled if self.estimator == "dense" else scanned
         first_row, batch = self.parallel.first_row(len(token_BS)), len(token_BS)
-        inputs = Inputs(token_BS, positions, controllers, at, row_keys(rng, first_row, batch))
+        route_rng, read_rng = jax.random.split(rng)
+        inputs = Inputs(token_BS, positions, controllers, at, row_keys(route_rng, first_row, batch))
         h_BSD, trace = run(loop, params, h_BSD, is_real_BS, inputs)
         depth_BS = (trace.layer_BS < self.cfg.pool_size).sum(0)
 
         h_BSD = self._run_unshared(self.coda, h_BSD, is_real_BS, positions)
         final_BSD, read = self._final(h_BSD), None
         if self.reads_states:
-            read_rng_B = row_keys(jax.random.fold_in(rng, max_depth), first_row, batch)
-            read = Read.of(trace, depth_BS, self.cfg.min_depth, read_rng_B)
+            read = Read.of(trace, depth_BS, self.cfg.min_depth, row_keys(read_rng, first_row, batch))
             read = read.replace(final_BSD=self._final(read.final_BSD))
         head = self.head[...].astype(final_BSD.dtype)
         return Output(
@@ -206,12 +206,12 @@ def param_axes(graph: nnx.GraphDef, params: dict) -> dict:
 def place(config: Config, vocab_size: int, devices: Sequence[jax.Device]) -> Placement:
     """How a model lies on devices, by the mesh of its config. Raises ConfigError: they don't go together."""
     axes = param_axes(*abstract_params(config, vocab_size))
-    mesh = make_mesh(config.mesh, devices)
+    mesh = make_mesh(config, devices)
     check_mesh(config, mesh.shape)
-    exchanges, why = choose(config, mesh.shape)
+    exchanges, reason = choose_dispatch(config, mesh.shape)
     exchange = default_kind(devices[0]) if exchanges else ""
-    why += f"; {exchange} messages" if exchanges else ""
-    return Placement(mesh, Parallel(**mesh.shape, exchange=exchange), axes, why)
+    reason += f"; {exchange} messages" if exchanges else ""
+    return Placement(mesh, Parallel(**mesh.shape, exchange=exchange), axes, reason)
 
 
 def upcycle(params: dict, dense_params: dict, num_layers: int, max_depth: int) -> dict:

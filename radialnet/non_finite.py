@@ -13,8 +13,8 @@ from radialnet.cli import NonFiniteError
 from radialnet.config import Config
 from radialnet.data import Dataset, train_batches, train_row_numbers
 from radialnet.files import write_whole
+from radialnet.processes import wait_for_processes
 from radialnet.run_folder import RunFolder
-from radialnet.sharding import wait_for_processes
 
 
 def write_reproduction(folder: Path, config: Config, dataset: Dataset, trees: dict, error: NonFiniteError) -> Path:

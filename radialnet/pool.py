@@ -116,18 +116,22 @@ class LayerPool(nnx.Module):
         self.cfg, self.num_layers, self.parallel = cfg, num_layers, parallel
         self.block = Block(cfg, num_layers, residual_scale, rngs, layer_axis, parallel)
 
-    def gather(self) -> None:
-        """Bring the weights of all layers to this device, in place: once for all depth steps. Matrices come in the
-        precision that they are multiplied in.
+    def gather_weights(self, dtype: jnp.dtype | None) -> None:
+        """Bring the weights of all layers to this device, in place: once for all depth steps.
+
+        Args:
+            dtype: of matrices on their way; None: as they are.
         """
         if self.parallel.num_devices > 1:
             for param in self.block.params().values():
-                weights = param[...] if param[...].ndim == 2 else param[...].astype(self.block.dtype)
+                weights = param[...] if dtype is None or param[...].ndim == 2 else param[...].astype(dtype)
                 param.set_value(self.parallel.gather(weights, param.axes))
 
     def scatter_sum(self, d_block: dict[str, jax.Array]) -> None:
-        """The transpose of `gather`, of gradients of the weights as `Block.weights` gives those: each device's part of
-        their sums in place of the weights.
+        """The transpose of `gather_weights`: this device's part of the gradients' sums, in place of the weights.
+
+        Args:
+            d_block: the gradients, in the form that `Block.weights` gives the weights.
         """
         for name, param in self.block.params().items():
             param.set_value(self.parallel.scatter_sum(d_block[name].reshape(param.shape), param.axes))

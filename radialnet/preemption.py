@@ -4,7 +4,7 @@ import signal
 
 import jax
 
-from radialnet.sharding import max_over_processes
+from radialnet.processes import max_over_processes
 
 
 class Preemption:

@@ -64,19 +64,22 @@ class Work:
     flops: float = 0.0
     collectives: collections.Counter = dataclasses.field(default_factory=collections.Counter)  # Bytes by kind.
     counts: collections.Counter = dataclasses.field(default_factory=collections.Counter)  # How often, by kind.
+    wire: float = 0.0  # Bytes that a device sends for them, at best.
     unknown: tuple[str, ...] = ()  # Loops with work in them that run nobody knows how often; counted once.
 
     def times(self, number: float) -> "Work":
         def each(counter):
             return collections.Counter({kind: number * value for kind, value in counter.items()})
 
-        return Work(number * self.flops, each(self.collectives), each(self.counts), self.unknown)
+        collectives, counts = each(self.collectives), each(self.counts)
+        return Work(number * self.flops, collectives, counts, number * self.wire, self.unknown)
 
     def __add__(self, other: "Work") -> "Work":
         return Work(
             self.flops + other.flops,
             self.collectives + other.collectives,
             self.counts + other.counts,
+            self.wire + other.wire,
             self.unknown + other.unknown,
         )
 
@@ -152,7 +155,8 @@ def _called(instruction: _Instruction) -> list[str]:
 def _trip_count(loop: _Instruction, computations: dict[str, list[_Instruction]]) -> int | None:
     if known := re.search(r'known_trip_count":\{"n":"(\d+)"', loop.rest):
         return int(known[1])
-    if usual := re.search(r"rounds_usually_(\d+)", loop.rest):
+    # The loop's own name, and not that of one around it.
+    if usual := re.search(r'rounds_usually_(\d+)/while"', loop.rest):
         return int(usual[1])
     condition = computations[re.search(r"condition=%?([\w.\-]+)", loop.rest)[1]]
     constants = {each.name: int(each.arguments) for each in condition if _is_whole_number(each)}
@@ -188,12 +192,29 @@ def _own(instruction: _Instruction, types: dict[str, str]) -> Work:
         taken = [sum(_bytes(x) for x in _ARRAY.findall(types.get(name, ""))) for name in instruction.operands]
         if kind == "ragged-all-to-all":
             # From one array into another; one of them is as long as what may move.
-            moved = min(taken[:2])
+            size = min(taken[:2])
         else:
             # The larger side: what a gather gives, what a scatter takes. A start gives both.
-            moved = max(max(given) if operation.endswith("-start") else sum(given), sum(taken))
-        return Work(collectives=collections.Counter({kind: moved}), counts=collections.Counter({kind: 1}))
+            size = max(sum(given) - (sum(taken) if operation.endswith("-start") else 0), sum(taken))
+        return Work(
+            collectives=collections.Counter({kind: size}),
+            counts=collections.Counter({kind: 1}),
+            wire=size * _passes(kind, instruction),
+        )
     return Work()
+
+
+def _passes(kind: str, instruction: _Instruction) -> float:
+    """How much of a collective's array a device sends, in the best of ways: its own part stays, and a sum is a scatter
+    and a gather."""
+    if kind.startswith("collective"):
+        return 1.0
+    if listed := re.search(r"replica_groups=\{\{([0-9,]+)\}", instruction.rest):
+        size = listed[1].count(",") + 1
+    else:
+        counted = re.search(r"replica_groups=\[\d+,(\d+)\]", instruction.rest)
+        size = int(counted[1]) if counted else 2
+    return (2 if kind == "all-reduce" else 1) * (1 - 1 / size)
 
 
 def _dims(type_: str) -> list[int]:

@@ -2,7 +2,7 @@
 
 The mesh has four axes, with the sizes of `config.mesh`. Rows of the batch are split over the first three of them:
   data    nothing else: each device, or each slice of a pod, has a copy of what the other axes leave of the parameters
-  fsdp    the width of every parameter too, gathered where it is used (ZeRO-3, arXiv 1910.02054)
+  fsdp    the width of every parameter too, gathered for each step of training (ZeRO-3, arXiv 1910.02054)
   pool    the layers of the pool too: gathered, or tokens go to the devices that have their layers (`exchange`)
   tensor  heads and hidden units of every layer (arXiv 1909.08053); each device has all tokens of its rows
 
@@ -18,17 +18,16 @@ over (`Parallel.sum_of_copies`).
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import mesh_utils, multihost_utils
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from radialnet.config import ConfigError, MeshConfig
+from radialnet.config import Config, ConfigError
 
 PyTree = object
 # The logical axes of a parameter, a name or None for each of its dimensions.
@@ -71,6 +70,18 @@ class Parallel:
         return bool(self.exchange)
 
     @property
+    def dispatch(self) -> str:
+        """`gather` or `exchange`."""
+        return "exchange" if self.exchanges else "gather"
+
+    def sizes(self) -> dict[str, int]:
+        """Of the axes of the mesh."""
+        return {axis: getattr(self, axis) for axis in AXES}
+
+    def __str__(self) -> str:
+        return " · ".join(f"{axis}={size}" for axis, size in self.sizes().items())
+
+    @property
     def num_devices(self) -> int:
         return self.data * self.fsdp * self.pool * self.tensor
 
@@ -79,7 +90,7 @@ class Parallel:
         """Parts that the rows of a batch are split into."""
         return self.data * self.fsdp * self.pool
 
-    def _real(self, axes: Sequence[str]) -> tuple[str, ...]:
+    def _split_axes(self, axes: Sequence[str]) -> tuple[str, ...]:
         """Those of more than one device."""
         return tuple(axis for axis in axes if getattr(self, axis) > 1)
 
@@ -96,12 +107,12 @@ class Parallel:
         return self._sum(tree, AXES)
 
     def _sum(self, tree: PyTree, axes: Sequence[str]) -> PyTree:
-        axes = self._real(axes)
+        axes = self._split_axes(axes)
         return jax.lax.psum(tree, axes) if axes else tree
 
     def first_row(self, num_rows: int) -> jax.Array | int:
         """Which row of the whole batch is the first one here; `num_rows`: those of a device."""
-        axes = self._real(ROW_AXES)
+        axes = self._split_axes(ROW_AXES)
         return num_rows * jax.lax.axis_index(axes) if axes else 0
 
     def my_tokens(self, x_NX: jax.Array, filling=0) -> jax.Array:
@@ -115,19 +126,19 @@ class Parallel:
 
     def gather(self, x: jax.Array, axes: Axes) -> jax.Array:
         """A parameter put together from the parts of all devices, but for what is computed in parts. Differentiable."""
-        for dimension, over in self._gathered(axes):
+        for dimension, over in self._gathered_dimensions(axes):
             x = jax.lax.all_gather(x, over, axis=dimension, tiled=True)
         return x
 
     def scatter_sum(self, grad: jax.Array, axes: Axes) -> jax.Array:
         """The transpose of `gather`: this device's part of the sum of all gradients."""
-        for dimension, over in reversed(self._gathered(axes)):
+        for dimension, over in reversed(self._gathered_dimensions(axes)):
             grad = jax.lax.psum_scatter(grad, over, scatter_dimension=dimension, tiled=True)
         return grad
 
-    def _gathered(self, axes: Axes) -> list[tuple[int, tuple[str, ...]]]:
+    def _gathered_dimensions(self, axes: Axes) -> list[tuple[int, tuple[str, ...]]]:
         stays = (*_COMPUTED_IN_PARTS, "layer") if self.exchanges else _COMPUTED_IN_PARTS
-        split = [(dimension, self._real(RULES[axis])) for dimension, axis in enumerate(axes) if axis not in stays]
+        split = [(dimension, self._split_axes(RULES[axis])) for dimension, axis in enumerate(axes) if axis not in stays]
         return [(dimension, over) for dimension, over in split if over]
 
     def sum_of_copies(self, grad: jax.Array, axes: Axes) -> jax.Array:
@@ -146,11 +157,11 @@ class Placement:
     mesh: Mesh | None = None  # None: on one device, where arrays are anyway.
     parallel: Parallel = ALONE
     axes: PyTree = None  # Of every parameter.
-    why: str = ""  # Why tokens go to layers or layers to tokens.
+    dispatch_reason: str = ""  # Why tokens go to layers or layers to tokens.
 
-    def gathered(self, params: PyTree) -> PyTree:
+    def whole_params(self, params: PyTree) -> PyTree:
         """The parameters on one device, whole but for what is computed in parts; the pool as it lies, for it is
-        gathered where it is used (`LayerPool.gather`). Within `on_each_device`.
+        gathered where it is used (`LayerPool.gather_weights`). Within `on_each_device`.
         """
         if self.parallel.num_devices == 1:
             return params
@@ -240,75 +251,56 @@ def _spec(axes: Axes) -> PartitionSpec:
     return PartitionSpec(*(RULES[axis] or None for axis in axes))
 
 
-def mesh_sizes(cfg: MeshConfig, num_devices: int, num_slices: int = 1) -> dict[str, int]:
+def mesh_sizes(config: Config, num_devices: int, num_slices: int = 1) -> dict[str, int]:
     """The sizes of the mesh's axes on that many devices, -1 being what the others leave.
+
+    With one process and `data=-1` that is as many as rows of the batch can be split over; others go unused.
 
     Raises:
         ConfigError: they don't go together, or with the devices.
     """
-    sizes = {axis: getattr(cfg, axis) for axis in AXES}
+    sizes = {axis: getattr(config.mesh, axis) for axis in AXES}
     told = " · ".join(f"config.mesh.{axis}={size}" for axis, size in sizes.items())
     given = math.prod(size for size in sizes.values() if size > 0)
+    must_use_all = jax.process_count() > 1 or num_slices > 1
     for axis, size in sizes.items():
         if size < 0:
-            if num_devices % given:
+            rest = num_devices // given
+            if axis == "data" and not must_use_all:
+                rows, others = config.train.batch_size, sizes["fsdp"] * sizes["pool"] * config.train.accumulate_steps
+                rest = max((n for n in range(1, rest + 1) if rows % (n * others) == 0), default=rest)
+            elif num_devices % given:
                 raise ConfigError(f"{told}: {given} does not divide the {num_devices} devices")
-            sizes[axis] = num_devices // given
+            sizes[axis] = rest
     needed = math.prod(sizes.values())
-    if needed > num_devices or (needed < num_devices and jax.process_count() > 1):
-        raise ConfigError(f"{told}: a mesh of {needed} devices, but there are {num_devices}")
+    if needed > num_devices or needed == 0 or (needed < num_devices and must_use_all):
+        raise ConfigError(f"{told}: a mesh of {max(needed, given)} devices, but there are {num_devices}")
     if sizes["data"] % num_slices:
         raise ConfigError(f"{told}: config.mesh.data must be a multiple of the {num_slices} slices")
     return sizes
 
 
-def make_mesh(cfg: MeshConfig, devices: Sequence[jax.Device]) -> Mesh:
-    """The mesh on those devices, or the first of them if it needs fewer. Slices of pods lie side by side on `data`.
+def make_mesh(config: Config, devices: Sequence[jax.Device]) -> Mesh:
+    """The mesh on those devices, or the first of them if it needs fewer. Slices of TPUs lie side by side on `data`.
 
     Raises:
-        ConfigError: as `mesh_sizes`.
+        ConfigError: as `mesh_sizes`; or no such mesh can be laid onto the devices.
     """
-    num_slices = len({getattr(device, "slice_index", 0) for device in devices})
-    sizes = tuple(mesh_sizes(cfg, len(devices), num_slices).values())
-    if num_slices > 1:
-        inner, outer = (sizes[0] // num_slices, *sizes[1:]), (num_slices, 1, 1, 1)
-        grid = mesh_utils.create_hybrid_device_mesh(inner, outer, devices, allow_split_physical_axes=True)
-    else:
-        used = list(devices)[: math.prod(sizes)]
-        grid = mesh_utils.create_device_mesh(sizes, used, allow_split_physical_axes=True)
-    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
-
-
-def join_processes(
-    how: str, coordinator_address: str | None = None, num_processes: int | None = None, process_id: int | None = None
-) -> None:
-    """Find the other processes of the run, before anything is computed.
-
-    Args:
-        how: `on`, `off`, or `auto`: those of a TPU pod, GKE, Slurm or MPI job, if there is one.
-        coordinator_address, num_processes, process_id: where none of those tells.
-
-    Raises:
-        ConfigError: the other processes can't be found, or what is given does not go together.
-    """
-    given = coordinator_address, num_processes, process_id
-    if how == "off":
-        if any(value is not None for value in given):
-            raise ConfigError("--distributed=off does not go with --coordinator_address, --num_processes, --process_id")
-        return
+    # GPUs call each host a slice, but what joins them is no slower than what most of them have.
+    is_tpu = devices[0].platform == "tpu"
+    num_slices = len({device.slice_index for device in devices}) if is_tpu and len(devices) > 1 else 1
+    sizes = tuple(mesh_sizes(config, len(devices), num_slices).values())
     try:
-        jax.distributed.initialize(*given)
-    except (ValueError, RuntimeError) as error:
-        if how == "auto" and all(value is None for value in given):
-            return
-        reason = (str(error).strip().splitlines() or [repr(error)])[0]
-        raise ConfigError(f"--distributed={how}: the other processes of the run can't be found ({reason})") from None
-
-
-def wait_for_processes(name: str) -> None:
-    """Until all processes have come to the point of that name."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
+        if num_slices > 1:
+            inner, outer = (sizes[0] // num_slices, *sizes[1:]), (num_slices, 1, 1, 1)
+            grid = mesh_utils.create_hybrid_device_mesh(inner, outer, devices, allow_split_physical_axes=True)
+        else:
+            used = list(devices)[: math.prod(sizes)]
+            grid = mesh_utils.create_device_mesh(sizes, used, allow_split_physical_axes=True)
+    except (ValueError, NotImplementedError) as error:
+        told = " · ".join(f"config.mesh.{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
+        raise ConfigError(f"{told}: can't be laid onto the devices ({str(error).splitlines()[0]})") from None
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def along(axis: str, devices: list[jax.Device]) -> NamedSharding:
@@ -320,16 +312,3 @@ def along(axis: str, devices: list[jax.Device]) -> NamedSharding:
 def replicated(like: NamedSharding) -> NamedSharding:
     """A copy on each device of a mesh."""
     return NamedSharding(like.mesh, PartitionSpec())
-
-
-def max_over_processes(value: int) -> jax.Array:
-    """The largest of the values that the processes give, each once; all of them must call. Doesn't wait for it."""
-    split, largest = _largest()
-    return largest(jax.make_array_from_process_local_data(split, np.full(jax.local_device_count(), value, np.int32)))
-
-
-@functools.cache
-def _largest():
-    """Once, for it is asked at every step."""
-    split = along("device", jax.devices())
-    return split, jax.jit(jnp.max, out_shardings=replicated(split))

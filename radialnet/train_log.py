@@ -94,7 +94,8 @@ class TrainLog:
         for name in sorted(raised.keys() - before.keys()):
             warn(f"step {step}: {name}: {raised[name]}")
         stop_if_not_finite(self._config, step, scalars)
-        if raised and self._config.log.alarms == "stop":
+        # The memory is that of a process: of several, one can't stop for all.
+        if (raised if jax.process_count() == 1 else self._alarms) and self._config.log.alarms == "stop":
             raise AlarmError(f"step {step}: {'; '.join(raised.values())} (config.log.alarms='stop')")
 
 

@@ -59,14 +59,6 @@ def state_shardings(placement: Placement, optimizer: optax.GradientTransformatio
     return rest.replace(params=params, optimizer=moments)
 
 
-def step_shardings(placement: Placement, optimizer: optax.GradientTransformation, state: TrainState):
-    """Where the results of `train_step` lie. None on one device, where they are anyway."""
-    if placement.parallel.num_devices == 1:
-        return None
-    everywhere = placement.everywhere
-    return state_shardings(placement, optimizer, state), everywhere, everywhere
-
-
 def forward(
     graph: nnx.GraphDef,
     params: dict,
@@ -133,7 +125,7 @@ def _grads(
 
     def of_part(part, rng):
         def loss_of(params):
-            params = placement.gathered(params)
+            params = placement.whole_params(params)
             output = forward(graph, params, part, controllers, at, rng)
             loss, sums = _sums(config, part, output, params["head"], at, bytes_V, num_targets, parallel)
             # What is differentiated is the sum over all devices (`sharding`).
@@ -225,6 +217,21 @@ def train_step(
     return new_state, jax.tree.map(lambda x: jnp.where(is_good, x, 0), sums), scalars
 
 
+def jitted_train_step(
+    config: Config,
+    graph: nnx.GraphDef,
+    optimizer: optax.GradientTransformation,
+    placement: Placement,
+    state: TrainState,
+) -> jax.stages.Wrapped:
+    """`train_step` on the devices of a placement: takes the old state's memory, and puts the new one where it was."""
+    step = partial(train_step, config=config, graph=graph, optimizer=optimizer, placement=placement)
+    if placement.parallel.num_devices == 1:
+        return jax.jit(step, donate_argnums=0)
+    out = state_shardings(placement, optimizer, state), placement.everywhere, placement.everywhere
+    return jax.jit(step, donate_argnums=0, out_shardings=out)
+
+
 def spike_limit(recent_2W: jax.Array, sigmas: float) -> jax.Array:
     """What is no spike yet: `sigmas` standard deviations above the mean of the recent sizes, [2].
 
@@ -269,7 +276,7 @@ def eval_step(
     parallel = placement.parallel
 
     def sums_of(params, batch, controllers, at, bytes_V):
-        params = placement.gathered(params)
+        params = placement.whole_params(params)
         output = forward(graph, params, batch, controllers, at, jax.random.key(0), max_depth)
         num_targets = parallel.sum_rows(batch["is_target"].sum().astype(jnp.float32))
         return (_sums(config, batch, output, params["head"], at, bytes_V, num_targets, parallel)[1],)

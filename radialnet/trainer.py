@@ -27,18 +27,18 @@ from radialnet.non_finite import write_reproduction
 from radialnet.optimizer import make_optimizer
 from radialnet.plots import RUN_PLOTS, plot_run
 from radialnet.preemption import Preemption
+from radialnet.processes import all_or_none, check_same, wait_for_processes
 from radialnet.progress import Progress
 from radialnet.run_folder import RunFolder
-from radialnet.sharding import AXES, Placement, wait_for_processes
+from radialnet.sharding import Placement
 from radialnet.tokenizer import Tokenizer
 from radialnet.train_log import TrainLog, line_of, stop_if_not_finite
 from radialnet.train_step import (
     TrainState,
     eval_step,
     init_state,
+    jitted_train_step,
     state_shardings,
-    step_shardings,
-    train_step,
 )
 from radialnet.trained import TrainedModel, keep_programs, load_trained
 from radialnet.watchdog import Watchdog
@@ -100,25 +100,27 @@ def train(config: Config, workdir: Path) -> None:
     # The order in which a run is built and resumed; nothing is written before 4, but for the lock of a folder that is
     # there: what is checked is not to change under us.
     with contextlib.ExitStack() as stack:
-        if (is_there := workdir.is_dir()) and is_first:
-            stack.enter_context(_locked(folder))
-        # 1. The folder, and whether the config may go on with what is in it.
-        _check_folder(config, folder, console)
-        # 2. The data. A resumed run reads the documents of its manifest, by its own tokenizer, or not at all.
-        dataset = prepare(config, folder)
-        # 3. Fresh parameters, optimizer and controllers, each where it belongs on the mesh; the model's structure. An
-        #    up-cycled run reads its dense run.
-        placement = place(config, dataset.tokenizer.vocab_size, jax.devices())
+        with all_or_none("the run can't begin"):
+            if (is_there := workdir.is_dir()) and is_first:
+                stack.enter_context(_locked(folder))
+            # 1. The folder, and whether the config may go on with what is in it.
+            _check_folder(config, folder, console)
+            # 2. The data. A resumed run reads the documents of its manifest, by its own tokenizer, or not at all.
+            dataset = prepare(config, folder)
+            placement = place(config, dataset.tokenizer.vocab_size, jax.devices())
+        check_same("the config", {**config.to_dict(), "data": None})
+        check_same(f"the data of config.data.source={config.data.source!r}", dataset.manifest)
         _print_processes(placement)
-        graph, state = _fresh_state(config, placement, dataset.tokenizer, is_new=not folder.has_checkpoint())
-        # 4. All of them from the newest checkpoint.
-        wait_for_processes("checked")
-        if not is_there and is_first:
-            workdir.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(_locked(folder))
-            if folder.config.exists() or folder.has_checkpoint():
-                raise ConfigError(f"--workdir={workdir}: another process has begun a run in it meanwhile")
-        wait_for_processes("locked")
+        with all_or_none("the run can't begin"):
+            # 3. Fresh parameters, optimizer and controllers, each where it belongs on the mesh; the model's structure.
+            #    An up-cycled run reads its dense run.
+            graph, state = _fresh_state(config, placement, dataset.tokenizer, is_new=not folder.has_checkpoint())
+            # 4. All of them from the newest checkpoint.
+            if not is_there and is_first:
+                workdir.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(_locked(folder))
+                if folder.config.exists() or folder.has_checkpoint():
+                    raise ConfigError(f"--workdir={workdir}: another process has begun a run in it meanwhile")
         cfg = config.checkpoint
         checkpoints = stack.enter_context(Checkpoints(folder.checkpoints, cfg.keep, cfg.keep_every))
         step = checkpoints.newest(report=warn) or 0
@@ -136,6 +138,7 @@ def train(config: Config, workdir: Path) -> None:
             _print_start(run)
             # 6. The metrics of steps that will be done again go; 7. the data goes on from the step.
             with MetricsWriter(folder, resumed_step=step) as writer, Preemption() as preemption:
+                wait_for_processes("the metrics go on")
                 _loop(run, writer, preemption)
         else:
             console.print(f"{workdir}: done, {step} of {config.train.num_steps} steps")
@@ -201,7 +204,7 @@ def _fresh_state(
         raise ConfigError("config.model.init='upcycle': one process is needed to begin the run; more may go on with it")
     if placement.parallel.num_devices == 1:
         graph, params = init_params(config, vocab_size)
-        params = _upcycled(config, params, tokenizer) if upcycles else params
+        params = _upcycled(config, params, tokenizer, placement) if upcycles else params
         return graph, init_state(config, params, optimizer)
     graph, _ = abstract_params(config, vocab_size, placement.parallel)
 
@@ -212,12 +215,11 @@ def _fresh_state(
     shardings = state_shardings(placement, optimizer, jax.eval_shape(init))
     state = jax.jit(init, out_shardings=shardings)()
     if upcycles:
-        params = _upcycled(config, state.params, tokenizer)
-        state = state.replace(params=jax.device_put(params, shardings.params))
+        state = state.replace(params=_upcycled(config, state.params, tokenizer, placement))
     return graph, state
 
 
-def _upcycled(config: Config, params: dict, tokenizer: Tokenizer) -> dict:
+def _upcycled(config: Config, params: dict, tokenizer: Tokenizer, placement: Placement) -> dict:
     model, path = config.model, config.model.upcycle_from
     dense = load_trained(Path(path))
     if dense.config.router.form != "sequential" or dense.config.model.pool_size != model.max_depth:
@@ -228,7 +230,8 @@ def _upcycled(config: Config, params: dict, tokenizer: Tokenizer) -> dict:
         )
     if dense.tokenizer.fingerprint() != tokenizer.fingerprint():
         raise ConfigError(f"config.model.upcycle_from={path!r} was trained with another tokenizer")
-    grown = upcycle(params, dense.params, model.pool_size, model.max_depth)
+    grow = partial(upcycle, num_layers=model.pool_size, max_depth=model.max_depth)
+    grown = jax.eval_shape(grow, params, dense.params)
     if jax.tree.structure(grown) != jax.tree.structure(params):
         raise ConfigError(f"config.model.upcycle_from={path!r} has other prelude or coda layers than config.model")
     for (key, have), want in zip(jax.tree.leaves_with_path(grown), jax.tree.leaves(params), strict=True):
@@ -237,7 +240,9 @@ def _upcycled(config: Config, params: dict, tokenizer: Tokenizer) -> dict:
                 f"config.model.upcycle_from={path!r}: {jax.tree_util.keystr(key)} grows to {have.shape}, "
                 f"but the config needs {want.shape}"
             )
-    return grown
+    if placement.parallel.num_devices == 1:
+        return grow(params, dense.params)
+    return jax.jit(grow, out_shardings=placement.shardings())(params, placement.put_everywhere(dense.params))
 
 
 def _trees(state: TrainState) -> dict:
@@ -273,17 +278,17 @@ def _restore(checkpoints: Checkpoints, step: int, state: TrainState) -> TrainSta
 
 
 def _print_processes(placement: Placement) -> None:
-    """Of each process, who it is and what the mesh looks like; of a run on one device nothing."""
-    parallel = placement.parallel
-    if parallel.num_devices == 1:
-        return
-    mesh = " · ".join(f"{axis}={getattr(parallel, axis)}" for axis in AXES)
-    dispatch = "exchange" if parallel.exchanges else "gather"
-    print(
-        f"process {jax.process_index()} of {jax.process_count()}: {jax.local_device_count()} of {jax.device_count()} "
-        f"{jax.devices()[0].device_kind} devices; mesh {mesh}; pool dispatch {dispatch} ({placement.why})",
-        flush=True,
-    )
+    """Of each process, who it is and what the mesh looks like; where there is one device nothing."""
+    parallel, num_devices = placement.parallel, jax.device_count()
+    if num_devices > parallel.num_devices:
+        warn(f"{parallel.num_devices} of {num_devices} devices are used: config.mesh, config.train.batch_size")
+    if parallel.num_devices > 1:
+        print(
+            f"process {jax.process_index()} of {jax.process_count()}: {jax.local_device_count()} of {num_devices} "
+            f"{jax.devices()[0].device_kind} devices; mesh {parallel}; pool dispatch {parallel.dispatch} "
+            f"({placement.dispatch_reason})",
+            flush=True,
+        )
 
 
 def _print_start(run: Run) -> None:
@@ -310,12 +315,7 @@ def _loop(run: Run, writer: MetricsWriter, preemption: Preemption) -> None:
 
     batch = next_batch()
     keep_programs(config)
-    static = {"config": config, "graph": run.graph, "placement": placement}
-    step_fn = jax.jit(
-        partial(train_step, optimizer=optimizer, **static),
-        donate_argnums=0,
-        out_shardings=step_shardings(placement, optimizer, run.state),
-    )
+    step_fn = jitted_train_step(config, run.graph, optimizer, placement, run.state)
     start = time.perf_counter()
     lowered = step_fn.lower(run.state, batch, run.bytes_V)
     compiled = lowered.compile()
@@ -328,7 +328,7 @@ def _loop(run: Run, writer: MetricsWriter, preemption: Preemption) -> None:
     if run.step and run.checkpoints.has(run.step, "window"):
         window = run.checkpoints.restore(run.step, {"window": window})["window"]
     run.console.print(f"compiled the training step in {time.perf_counter() - start:.1f} s")
-    eval_fn = jax.jit(partial(eval_step, **static))
+    eval_fn = jax.jit(partial(eval_step, config=config, graph=run.graph, placement=placement))
     vocab_size, lines = run.dataset.tokenizer.vocab_size, run.folder.read_metrics()
 
     with Progress(run.console, run.step, num_steps) as progress, Watchdog(config.train.stall_factor) as watchdog:

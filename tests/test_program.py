@@ -56,6 +56,18 @@ def test_a_loop_of_unknown_length_is_told_and_one_with_a_usual_length_counts_by_
     )
 
 
+def test_a_loop_within_one_of_a_usual_length_is_not_taken_for_it():
+    def function(x_AB, z_BB):
+        def body(x_AB):
+            return jax.lax.while_loop(lambda x: x.sum() < 9, lambda x: x @ z_BB, x_AB)
+
+        with jax.named_scope("rounds_usually_6"):
+            return jax.lax.while_loop(lambda x: x.sum() < 99, body, x_AB)
+
+    work = work_of(compiled(function, (A, B), (B, B)).as_text())
+    assert work.flops == 6 * 2 * A * B * B and len(work.unknown) == 1
+
+
 @pytest.mark.parametrize("kind", ["all-gather", "all-reduce", "reduce-scatter", "all-to-all"])
 def test_collectives_by_kind_and_bytes(kind):
     mesh = along("x", jax.devices()).mesh
@@ -78,3 +90,5 @@ def test_collectives_by_kind_and_bytes(kind):
     # Of the larger side: what 8 devices give, or what one takes.
     size = 8 * 8 * B * 4 if kind == "all-gather" else 8 * B * 4
     assert dict(work.counts) == {kind: 3} and work.collectives[kind] == 3 * size
+    # A device sends seven eighths of it; a sum goes around twice.
+    assert work.wire == 3 * size * 7 / 8 * (2 if kind == "all-reduce" else 1)

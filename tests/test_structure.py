@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 ORDER = [
-    "files", "config", "sharding", "cli", "grid", "study", "tokenizer", "corpus", "hop_task", "grouping",
+    "files", "config", "sharding", "processes", "cli", "grid", "study", "tokenizer", "corpus", "hop_task", "grouping",
     "row_function", "block_loop", "grouped_kernels", "grouped", "exchange", "visibility",
     "attention_kernels", "attention", "cache", "layers", "router", "peer_routers", "metrics", "pool", "depth",
     "model", "losses", "optimizer", "train_step", "run_folder", "checkpoint", "data", "trained", "plots", "sampling",
