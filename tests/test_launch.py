@@ -25,14 +25,14 @@ def started(tmp_path):
                 textwrap.dedent(f"""\
                 #!/usr/bin/env bash
                 printf '%s\\0' {tool} "$@" >> {told}
-                printf '\\n' >> {told}
+                printf '\\036' >> {told}
                 exit {(codes or {}).get(tool, 0)}
             """)
             )
             stand_in.chmod(0o755)
         environment = {**os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
         done = subprocess.run([ROOT / "launch" / script, *arguments], env=environment, timeout=60, check=False)
-        return [line.split("\0")[:-1] for line in told.read_text().split("\n")[:-1]], done.returncode
+        return [line.split("\0")[:-1] for line in told.read_text().split("\x1e")[:-1]], done.returncode
 
     return of
 
