@@ -30,6 +30,15 @@ def test_dense_baseline_is_a_plain_transformer():
     params, batch = dense_params(config), make_batch(config)
     logits = dense_logits(params, batch["token"], config)
     stacked = jax.tree.map(lambda *layers: jnp.stack(layers), *params["layers"])
+    # It has all query heads in front, then keys and values; the radial network has those of a group side by side.
+    model, layers = config.model, config.model.max_depth
+    q_LDX, kv_LDX = jnp.split(stacked["qkv"], [model.d_model], axis=-1)
+    q_LDGJK, k_LDG1K, v_LDG1K = (
+        x.reshape(layers, model.d_model, model.num_kv_heads, -1, model.head_size)
+        for x in (q_LDX, *jnp.split(kv_LDX, 2, axis=-1))
+    )
+    stacked["qkv"] = jnp.concatenate([q_LDGJK, k_LDG1K, v_LDG1K], axis=-2)
+    stacked["mlp_in"] = stacked["mlp_in"].reshape(layers, model.d_model, 2, model.d_ff)
     # The radial network multiplies embeddings by sqrt(D).
     named = {**params, "embedding": params["embedding"] / 4.0, "pool": {"block": stacked}}
     expected, _ = plain_network(config, named, *(batch[name][0] for name in ("token", "document", "position")))
