@@ -288,7 +288,7 @@ def make_mesh(config: Config, devices: Sequence[jax.Device]) -> Mesh:
     """
     # GPUs call each host a slice, but what joins them is no slower than what most of them have.
     is_tpu = devices[0].platform == "tpu"
-    num_slices = len({device.slice_index for device in devices}) if is_tpu and len(devices) > 1 else 1
+    num_slices = len({getattr(device, "slice_index", 0) for device in devices}) if is_tpu else 1
     sizes = tuple(mesh_sizes(config, len(devices), num_slices).values())
     try:
         if num_slices > 1:
