@@ -454,10 +454,8 @@ def _validate_mesh(config: Config) -> None:
     sizes = {axis: getattr(mesh, axis) for axis in ("data", "fsdp", "pool", "tensor")}
     for axis, size in sizes.items():
         _require(size == -1 or size >= 1, f"config.mesh.{axis}={size}: at least 1, or -1 for the rest, is needed")
-    _require(
-        list(sizes.values()).count(-1) <= 1,
-        f"config.mesh: {' and '.join(axis for axis, size in sizes.items() if size == -1)} can't both be -1, the rest",
-    )
+    open_axes = [axis for axis, size in sizes.items() if size == -1]
+    _require(len(open_axes) <= 1, f"config.mesh: {', '.join(open_axes)} are -1; one may be, for the rest")
     _one_of("config.mesh.pool_dispatch", mesh.pool_dispatch, ("auto", "gather", "exchange"))
     _require(
         mesh.pool_dispatch != "exchange" or config.router.estimator != "dense" or not config.router.is_trained,
@@ -473,24 +471,25 @@ def check_mesh(config: Config, sizes: Mapping[str, int]) -> None:
         ConfigError: they don't.
     """
     model, train = config.model, config.train
-    known = {axis: max(size, 1) for axis, size in sizes.items()}
-    tables, rows = known["fsdp"] * known["pool"] * known["tensor"], known["data"] * known["fsdp"] * known["pool"]
+    known = {f"config.mesh.{axis}": max(size, 1) for axis, size in sizes.items()}
+
+    def of(*axes: str) -> dict[str, int]:
+        return {name: size for name, size in known.items() if name.rsplit(".", 1)[1] in axes}
+
+    rows = {**of("data", "fsdp", "pool"), "config.train.accumulate_steps": train.accumulate_steps}
     split = [
-        ("pool", known["pool"], "model.pool_size", model.pool_size),
-        ("tensor", known["tensor"], "model.num_kv_heads", model.num_kv_heads),
-        ("tensor", known["tensor"], "model.d_ff", model.d_ff),
-        ("fsdp · pool · tensor", tables, "model.d_model", model.d_model),
-        (
-            "data · fsdp · pool · config.train.accumulate_steps",
-            rows * train.accumulate_steps,
-            "train.batch_size",
-            train.batch_size,
-        ),
+        (of("pool"), "model.pool_size", model.pool_size),
+        (of("tensor"), "model.num_kv_heads", model.num_kv_heads),
+        (of("tensor"), "model.d_ff", model.d_ff),
+        (of("fsdp", "pool", "tensor"), "model.d_model", model.d_model),
+        (rows, "train.batch_size", train.batch_size),
     ]
     if config.router.is_trained:
-        split.append(("tensor", known["tensor"], "router.hidden", config.router.hidden_size(model)))
-    for axes, size, field, value in split:
-        _require(value % size == 0, f"config.mesh.{axes}={size} does not divide config.{field}={value}")
+        split.append((of("tensor"), "router.hidden", config.router.hidden_size(model)))
+    for factors, field, value in split:
+        product = math.prod(factors.values())
+        told = " · ".join(f"{name}={size}" for name, size in factors.items() if size > 1)
+        _require(value % product == 0, f"{told} does not divide config.{field}={value}")
 
 
 def check_hops(

@@ -34,6 +34,8 @@ def join_processes(
         if is_given:
             raise ConfigError("--distributed=off does not go with --coordinator_address, --num_processes, --process_id")
         return
+    if is_given:
+        _check_given(*given)
     try:
         jax.distributed.initialize(*given)
     except (ValueError, RuntimeError) as error:
@@ -42,6 +44,18 @@ def join_processes(
             return
         reason = (str(error).strip().splitlines() or [repr(error)])[0]
         raise ConfigError(f"--distributed={how}: the other processes of the run can't be found ({reason})") from None
+
+
+def _check_given(address: str | None, num_processes: int | None, process_id: int | None) -> None:
+    # Here, for JAX ends the process by a signal over some of them.
+    told = f"--coordinator_address={address} --num_processes={num_processes} --process_id={process_id}"
+    if address is None or num_processes is None or process_id is None:
+        raise ConfigError(f"{told}: all three are needed, or none where a job tells")
+    _, colon, port = address.rpartition(":")
+    if not colon or not (port.isascii() and port.isdigit() and 0 < int(port) < 2**16):
+        raise ConfigError(f"--coordinator_address={address}: host:port is needed, a port of 1 to 65535")
+    if not 0 <= process_id < num_processes:
+        raise ConfigError(f"{told}: a process of 0 to {num_processes - 1} is needed")
 
 
 def wait_for_processes(name: str) -> None:

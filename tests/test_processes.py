@@ -18,7 +18,9 @@ import numpy as np
 import pytest
 
 from radialnet.checkpoint import Checkpoints
+from radialnet.config import ConfigError
 from radialnet.data import train_row_numbers
+from radialnet.processes import join_processes
 from radialnet.run_folder import saved_steps
 from radialnet.sharding import along, replicated
 from tests.test_cli import ROOT, environment, lines_of, run, text_flags
@@ -139,6 +141,19 @@ def test_the_process_that_is_behind_is_named(tmp_path):
     assert codes == [0, 0], output
     assert "since step 21 began" in output[0] and "process 1 is behind, at step 20" in output[0]
     assert all(f"in {name}" in output[0] for name in ("main", "_watch")), "the stacks"
+
+
+@pytest.mark.parametrize("given, message", [
+    (("on", None, 2, 0), "--coordinator_address=None --num_processes=2 --process_id=0: all three are needed"),
+    (("auto", "here", 2, 0), "--coordinator_address=here: host:port is needed"),
+    (("auto", "here:abc", 2, 0), "--coordinator_address=here:abc: host:port is needed"),
+    (("auto", "here:99999", 2, 0), "--coordinator_address=here:99999: host:port is needed"),
+    (("auto", "here:9", 2, 2), "--process_id=2: a process of 0 to 1 is needed"),
+    (("off", "here:9", 2, 1), "--distributed=off does not go with"),
+])  # fmt: skip
+def test_flags_that_cannot_find_other_processes(given, message):
+    with pytest.raises(ConfigError, match=message):
+        join_processes(*given)
 
 
 # What a process runs in place of train.py: the same, and it tells which rows it read of which split.

@@ -218,9 +218,9 @@ def test_meshes_that_do_not_go_with_the_config_or_the_devices():
     for fields, message in (
         ({"mesh__pool": 3}, "config.mesh.pool=3 does not divide config.model.pool_size=8"),
         ({"mesh__tensor": 8}, "config.mesh.tensor=8 does not divide config.model.num_kv_heads=4"),
-        ({"mesh__data": 16}, "config.mesh.data · fsdp · pool · config.train.accumulate_steps=16 does not divide"),
+        ({"mesh__data": 16}, "config.mesh.data=16 does not divide config.train.batch_size=8"),
         ({"mesh__fsdp": 0}, "config.mesh.fsdp=0: at least 1, or -1"),
-        ({"mesh__fsdp": -1, "mesh__data": -1}, "config.mesh: data and fsdp can't both be -1"),
+        ({"mesh__fsdp": -1, "mesh__data": -1}, "config.mesh: data, fsdp are -1; one may be"),
         ({"mesh__pool_dispatch": "send"}, "config.mesh.pool_dispatch='send': one of auto, gather, exchange"),
     ):
         with pytest.raises(ConfigError, match=message):
