@@ -83,7 +83,7 @@ class Block(nnx.Module):
 
     def weights(self, names: tuple[str, ...]) -> dict[str, jax.Array]:
         """Vectors [L, X] and matrices [L, X, Y], by name."""
-        weights = {name: self.params()[name][...] for name in names}
+        weights = {name: getattr(self, name)[...] for name in names}
         return {name: x.reshape(*x.shape[:2], -1) if x.ndim > 2 else x for name, x in weights.items()}
 
     @property
