@@ -3,13 +3,14 @@
 import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Tests compile much and run little: half the compile time, by programs that are not optimised. What takes several
+# Tests compile much and run little: a fifth of the compile time, by programs that are not optimised. What takes several
 # devices finds eight.
 os.environ["XLA_FLAGS"] = " ".join(
     [
         os.environ.get("XLA_FLAGS", ""),
         "--xla_backend_optimization_level=0",
         "--xla_llvm_disable_expensive_passes=true",
+        "--xla_cpu_use_fusion_emitters=false",
         "--xla_force_host_platform_device_count=8",
     ]
 )
