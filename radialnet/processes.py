@@ -36,6 +36,8 @@ def join_processes(
         return
     if is_given:
         _check_given(*given)
+        # If one of them never comes, JAX ends the others by a signal after five minutes, and doesn't say so before.
+        print(f"process {process_id}: waits for all {num_processes} processes at {coordinator_address}", flush=True)
     try:
         jax.distributed.initialize(*given)
     except (ValueError, RuntimeError) as error:
@@ -87,15 +89,16 @@ def _failed(here: bool) -> np.ndarray:
     )
 
 
-def check_same(what: str, value: object) -> None:
-    """Raise ConfigError where processes have different values, which JSON can tell."""
+def check_same(values: dict[str, object]) -> None:
+    """Raise ConfigError where processes have another value, which JSON can tell, under the same name."""
     if jax.process_count() == 1:
         return
-    digest = hashlib.sha256(json.dumps(value, sort_keys=True).encode()).digest()
-    found = multihost_utils.process_allgather(np.frombuffer(digest, np.uint8))
-    differs = (found != found[0]).any(axis=1)
-    if differs.any():
-        raise ConfigError(f"{what}: process {differs.argmax()} of the run has another than process 0")
+    digests = [hashlib.sha256(json.dumps(value, sort_keys=True).encode()).digest() for value in values.values()]
+    found_PNX = multihost_utils.process_allgather(np.frombuffer(b"".join(digests), np.uint8).reshape(len(values), -1))
+    differs_PN = (found_PNX != found_PNX[0]).any(axis=2)
+    if differs_PN.any():
+        process, number = np.argwhere(differs_PN)[0]
+        raise ConfigError(f"{list(values)[number]}: process {process} of the run has another than process 0")
 
 
 def max_over_processes(value: int) -> jax.Array:

@@ -108,8 +108,11 @@ def train(config: Config, workdir: Path) -> None:
             # 2. The data. A resumed run reads the documents of its manifest, by its own tokenizer, or not at all.
             dataset = prepare(config, folder)
             placement = place(config, dataset.tokenizer.vocab_size, jax.devices())
-        check_same("the config", {**config.to_dict(), "data": None})
-        check_same(f"the data of config.data.source={config.data.source!r}", dataset.manifest)
+        fields = config.to_dict()
+        # Where the data lies may differ, but not what it is.
+        del fields["data"]
+        values = {f"config.{name}.{field}": value for name, part in fields.items() for field, value in part.items()}
+        check_same({**values, f"the data of config.data.source={config.data.source!r}": dataset.manifest})
         _print_processes(placement)
         with all_or_none("the run can't begin"):
             # 3. Fresh parameters, optimizer and controllers, each where it belongs on the mesh; the model's structure.

@@ -185,6 +185,38 @@ finally:
 NUM_STEPS, ROWS = 8, 4
 
 
+def both(workdir, commands, devices):
+    """Exit codes and output of two processes that train together."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        job = [f"--coordinator_address=127.0.0.1:{free.getsockname()[1]}", "--num_processes=2", f"--workdir={workdir}"]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, *command, *job, f"--process_id={process}"],
+            cwd=ROOT,
+            env=environment(devices=devices),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for process, command in enumerate(commands)
+    ]
+    output = [process.communicate(timeout=600)[0] for process in processes]
+    return [process.returncode for process in processes], output
+
+
+def test_processes_that_do_not_agree_are_told_on_what(tmp_path, tmp_path_factory):
+    command = ["train.py", "--config=configs/smoke.py", *text_flags(tmp_path_factory)]
+    commands = [[*command, f"--config.optimizer.learning_rate={rate}"] for rate in (0.1, 0.2)]
+    codes, output = both(tmp_path / "run", commands, devices=1)
+    assert codes == [2, 2], output
+    for process in (0, 1):
+        assert f"process {process}: waits for all 2 processes at 127.0.0.1:" in output[process]
+        told = "error: config.optimizer.learning_rate: process 1 of the run has another than process 0"
+        assert told in output[process].splitlines()
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.fixture(scope="module")
 def trained_by_two(tmp_path_factory):
     """A run of two processes with two devices each, their layers and tokens all over them: its folder, the flags of its
@@ -198,24 +230,10 @@ def trained_by_two(tmp_path_factory):
         "--config.log.every_steps=1",
         "--config.checkpoint.every_steps=4",
     ]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        job = [f"--coordinator_address=127.0.0.1:{free.getsockname()[1]}", "--num_processes=2", f"--workdir={workdir}"]
     mesh = ["--config.mesh.pool=2", "--config.mesh.tensor=2", "--config.mesh.pool_dispatch=exchange"]
     told = [workdir.with_suffix(f".{process}.json") for process in (0, 1)]
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", READS, told[process], *flags, *mesh, *job, f"--process_id={process}"],
-            cwd=ROOT,
-            env=environment(devices=2),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for process in (0, 1)
-    ]
-    output = [process.communicate(timeout=600)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], output
+    codes, output = both(workdir, [["-c", READS, path, *flags, *mesh] for path in told], devices=2)
+    assert codes == [0, 0], output
     return workdir, flags, output, [json.loads(path.read_text()) for path in told]
 
 
