@@ -43,9 +43,9 @@ from radialnet.metrics import figures, flops_per_token
 from radialnet.model import init_params
 from radialnet.optimizer import make_optimizer
 from radialnet.pool import Positions
-from radialnet.report import Report
 from radialnet.router import Controllers, Router, row_keys, schedule
 from radialnet.run_folder import RunFolder
+from radialnet.timing import Timings
 from radialnet.train_step import TrainState, init_state, train_step
 
 # Of `decode` and `cache`; the others' are the flags' own: the width of configs/radial_nano.py, whose programs take
@@ -144,36 +144,36 @@ class RadialStep:
             low, high = (bias, high) if figures(self.sums)["depth"] > depth else (low, bias)
 
 
-def benchmark_train(report: Report, sizes: dict) -> None:
+def benchmark_train(timings: Timings, sizes: dict) -> None:
     max_depth = sizes["max_depth"]
     config = make_config(sizes)
     batch = make_batch(config)
     dense, full = DenseStep(config, batch), RadialStep(config, batch)
-    report.add("step, L=8", "dense step", full, dense, name="step/dense@L=8", **full.described())
+    timings.add("step, L=8", "dense step", full, dense, name="step/dense@L=8", **full.described())
     for num_layers in (16, 32, 64):
         step = RadialStep(make_config(sizes, model__pool_size=num_layers), batch)
         name = f"step/dense@L={num_layers}"
-        report.add(f"step, L={num_layers}", "dense step", step, dense, name=name, **step.described())
-    report.add("step, L=64", "step, L=8", step, full, name="step L=64/L=8")
+        timings.add(f"step, L={num_layers}", "dense step", step, dense, name=name, **step.described())
+    timings.add("step, L=64", "step, L=8", step, full, name="step L=64/L=8")
     del step
 
     for part, name in ((4, None), (2, "step depth=T÷2/depth=T")):
         shallow = RadialStep(make_config(sizes, model__min_depth=0), batch, depth=max_depth / part)
-        report.add(f"step, mean depth T/{part}", "step, depth T", shallow, full, name=name, **shallow.described())
+        timings.add(f"step, mean depth T/{part}", "step, depth T", shallow, full, name=name, **shallow.described())
     for view in ("all", "same_step", "first", "same_layer"):
         step = RadialStep(make_config(sizes, cache__view=view), batch)
-        report.add(f"step, view {view}", "step, view latest", step, full, name=None, **step.described())
+        timings.add(f"step, view {view}", "step, view latest", step, full, name=None, **step.described())
 
     half, whole = _attention(config, 0.5), _attention(config, 1.0)
-    report.add("attention, view all, half executes", "all of it", half, whole, name="attention all half/full")
-    report.add("router, all steps", "step, L=8", _router(config), full, name="router share")
+    timings.add("attention, view all, half executes", "all of it", half, whole, name="attention all half/full")
+    timings.add("router, all steps", "step, L=8", _router(config), full, name="router share")
     flops = 3 * batch["token"].size * flops_per_token(config, VOCAB, [1] * max_depth)
-    report.add("step, L=8", "product of its FLOPs", full, _product(flops), name="step/matmul limit")
-    report.add("dense step", "product of its FLOPs", dense, _product(flops), name=None)
-    report.add_bytes("memory, L=8", "dense step", full.bytes(), dense.bytes(), name="memory/dense")
+    timings.add("step, L=8", "product of its FLOPs", full, _product(flops), name="step/matmul limit")
+    timings.add("dense step", "product of its FLOPs", dense, _product(flops), name=None)
+    timings.add_bytes("memory, L=8", "dense step", full.bytes(), dense.bytes(), name="memory/dense")
     again = make_config(sizes, model__remat="step")
     radial_bytes, dense_bytes = RadialStep(again, batch).bytes(), DenseStep(again, batch).bytes()
-    report.add_bytes("memory, L=8, remat", "dense step, remat", radial_bytes, dense_bytes, name=None)
+    timings.add_bytes("memory, L=8, remat", "dense step, remat", radial_bytes, dense_bytes, name=None)
 
 
 def _product(flops: float) -> Callable[[], jax.Array]:
@@ -255,17 +255,17 @@ def _router(config: Config) -> Callable[[], object]:
     return lambda: run(params, h_BSD)
 
 
-def benchmark_router(report: Report, sizes: dict) -> None:
+def benchmark_router(timings: Timings, sizes: dict) -> None:
     batch = make_batch(make_config(sizes))
     step = RadialStep(make_config(sizes), batch)
     for num_layers, part in itertools.product((8, 64), (8, 4, 2, 1)):
         config = make_config(sizes, model__pool_size=num_layers, router__hidden=max(1, sizes["d_model"] // part))
-        report.add(
+        timings.add(
             f"router, L={num_layers}, hidden {config.router.hidden}", "step, L=8", _router(config), step, name=None
         )
 
 
-def benchmark_input(report: Report, sizes: dict) -> None:
+def benchmark_input(timings: Timings, sizes: dict) -> None:
     """Steps of `configs/radial_nano.py`, on batches that are read while they run."""
     config = Config.from_dict(radial_nano.get_config())
     with tempfile.TemporaryDirectory() as folder:
@@ -291,7 +291,7 @@ def benchmark_input(report: Report, sizes: dict) -> None:
             step()
         return step.state
 
-    report.add("steps, real data", "steps, one batch", on_real_data, on_one_batch, name="step real data/one batch")
+    timings.add("steps, real data", "steps, one batch", on_real_data, on_one_batch, name="step real data/one batch")
 
 
 def main() -> None:
@@ -308,8 +308,8 @@ def main() -> None:
     for name, value in sizes.items():
         if value < 1:
             raise ConfigError(f"--{name}={value}: at least 1 is needed")
-    report = Report(sizes.pop("repeats"))
-    commands[_COMMAND](report, sizes)
+    timings = Timings(sizes.pop("repeats"))
+    commands[_COMMAND](timings, sizes)
     device = jax.devices()[0]
     machine = {
         "device": device.device_kind,
@@ -319,8 +319,8 @@ def main() -> None:
         "python": platform.python_version(),
         "jax": jax.__version__,
     }
-    report.show(f"benchmark {_COMMAND}: {sizes if _COMMAND != 'input' else 'configs/radial_nano.py'} on {machine}")
-    result = {"figures": report.figures, "rows": report.rows, "machine": machine, "sizes": sizes}
+    timings.show(f"benchmark {_COMMAND}: {sizes if _COMMAND != 'input' else 'configs/radial_nano.py'} on {machine}")
+    result = {"figures": timings.figures, "rows": timings.rows, "machine": machine, "sizes": sizes}
     if _JSON.value:
         write_whole(Path(_JSON.value), json.dumps(result, indent=1) + "\n")
     print(json.dumps(result["figures"]))

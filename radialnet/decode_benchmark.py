@@ -20,9 +20,9 @@ from radialnet.data import prepare
 from radialnet.decode import Completion, Decoder, Request
 from radialnet.evaluate import evaluate_trained
 from radialnet.model import init_params
-from radialnet.report import Report
 from radialnet.router import Controllers
 from radialnet.run_folder import RunFolder
+from radialnet.timing import Timings
 from radialnet.tokenizer import Tokenizer
 from radialnet.train_step import forward
 from radialnet.trained import TrainedModel, load_trained
@@ -87,7 +87,7 @@ class Run:
         return self
 
 
-def benchmark_decode(report: Report, sizes: dict) -> None:
+def benchmark_decode(timings: Timings, sizes: dict) -> None:
     """Tokens per second against depth, against lockstep, and against `transformers`."""
     max_depth, new = sizes["max_depth"], sizes["seq_len"] - PROMPT - 1
     whole, exits = make_trained(sizes), make_trained(sizes, model__min_depth=1)
@@ -99,34 +99,34 @@ def benchmark_decode(report: Report, sizes: dict) -> None:
             depth = max(max_depth // part, 1)
             shallow = Run(make_trained(sizes, model__min_depth=depth, router__exit_bias_init=1e4), num_rows, new)
             args = f"{rows}, every token at T/{part}", f"{rows}, depth T", shallow, full
-            report.add(*args, name=its_name, tokens=tokens, **_depths(shallow))
+            timings.add(*args, name=its_name, tokens=tokens, **_depths(shallow))
         held = Run(exits, num_rows, new).hold(max_depth / 2)
         args = f"{rows}, mean T/2 by exit bias", f"{rows}, depth T", held, full
-        report.add(*args, name=None, tokens=tokens, **_depths(held))
+        timings.add(*args, name=None, tokens=tokens, **_depths(held))
         in_order = Run(dense, num_rows, new)
-        report.add(f"{rows}, T layers in order", f"{rows}, depth T", in_order, full, name=None, tokens=tokens)
-        _against_transformers(report, sizes, rows, (in_order, full), num_rows, new)
+        timings.add(f"{rows}, T layers in order", f"{rows}, depth T", in_order, full, name=None, tokens=tokens)
+        _against_transformers(timings, sizes, rows, (in_order, full), num_rows, new)
 
     # `held` is of 16 rows now.
     controllers, more = held.decoder.weights.controllers, {"tokens": 16 * new, **_depths(held)}
     # The named one is what unequal depths in a batch are to give: twice of what rows give that all go to T.
     in_step, in_step_held = Run(whole, 16, new, lockstep=True), Run(exits, 16, new, lockstep=True)
     in_step_held.decoder.weights = held.decoder.weights
-    report.add("16 rows, lockstep, depth T", "async, mean T/2", in_step, held, name="16 rows async/lockstep", **more)
-    report.add("16 rows, lockstep, mean T/2", "async, mean T/2", in_step_held, held, name=None, **more)
+    timings.add("16 rows, lockstep, depth T", "async, mean T/2", in_step, held, name="16 rows async/lockstep", **more)
+    timings.add("16 rows, lockstep, mean T/2", "async, mean T/2", in_step_held, held, name=None, **more)
 
     long = Run(exits, 1, LONG)
     long.decoder.weights = long.decoder.weights.replace(controllers=controllers)
     (done,) = long()
     entries_bytes = int((done.layer_ST >= 0).sum()) * long.decoder.entry_bytes
     what = f"pages of {len(done.layer_ST):,} tokens"
-    report.add_bytes(what, "their entries", long.decoder.peak_bytes, entries_bytes, name="cache bytes/entries")
+    timings.add_bytes(what, "their entries", long.decoder.peak_bytes, entries_bytes, name="cache bytes/entries")
 
 
-def benchmark_cache(report: Report, sizes: dict, runs: Path | None) -> None:
+def benchmark_cache(timings: Timings, sizes: dict, runs: Path | None) -> None:
     """Each view: bytes and time of a token, over sizes; of trained runs their held-out loss and what decoding gives."""
     if runs is not None:
-        return _of_runs(report, runs)
+        return _of_runs(timings, runs)
     max_depth, new = sizes["max_depth"], sizes["seq_len"] - PROMPT - 1
     for d_model in (sizes["d_model"] // 2, sizes["d_model"]):
         of_size = {**sizes, "d_model": d_model, "d_ff": sizes["d_ff"] * d_model // sizes["d_model"]}
@@ -134,11 +134,11 @@ def benchmark_cache(report: Report, sizes: dict, runs: Path | None) -> None:
         for view in ("latest", *(view for view in VIEWS if view != "latest")):
             run = Run(make_trained(of_size, model__min_depth=1, cache__view=view), 1, new).hold(max_depth / 2)
             against = against or run
-            report.add(f"D={d_model}, view {view}", "latest", run, against, name=None, **_bytes(run), **_depths(run))
+            timings.add(f"D={d_model}, view {view}", "latest", run, against, name=None, **_bytes(run), **_depths(run))
     return None
 
 
-def _of_runs(report: Report, runs: Path) -> None:
+def _of_runs(timings: Timings, runs: Path) -> None:
     folders = sorted(path.parent for path in runs.glob("**/config.json"))
     if not folders:
         raise ConfigError(f"--runs={runs}: no run folder in it")
@@ -161,7 +161,7 @@ def _of_runs(report: Report, runs: Path) -> None:
         }
         what = f"{folder.name}: view {config.cache.view}"
         found = {key: float(f"{value:.4g}") for key, value in found.items()}
-        report.add(what, folders[0].name, read, against, name=None, tokens=token_RS.size, **found)
+        timings.add(what, folders[0].name, read, against, name=None, tokens=token_RS.size, **found)
 
 
 def _forward_logits(decoder: Decoder, token_RS: np.ndarray) -> jax.Array:
@@ -182,7 +182,7 @@ def _depths(run: Run) -> dict:
     return {"depth": round(float(depth_S.mean()), 2), "spread": round(float(depth_S.std()), 2)}
 
 
-def _against_transformers(report: Report, sizes: dict, rows: str, ours: tuple, num_rows: int, num_new: int) -> None:
+def _against_transformers(timings: Timings, sizes: dict, rows: str, ours: tuple, num_rows: int, num_new: int) -> None:
     """Time greedy decoding by `transformers`, of a Llama of the same dimensions and T layers, against ours."""
     if not all(importlib.util.find_spec(name) for name in ("torch", "transformers")):
         print("no torch and transformers here (requirements-torch.txt): not compared with", file=sys.stderr)
@@ -215,5 +215,5 @@ def _against_transformers(report: Report, sizes: dict, rows: str, ours: tuple, n
 
     in_order, routed = ours
     tokens, what = num_rows * num_new, f"transformers, {rows}, T layers"
-    report.add(what, "ours, T layers in order", theirs, in_order, name=f"{rows} vs transformers", tokens=tokens)
-    report.add(what, "ours, depth T out of 2T", theirs, routed, name=None, tokens=tokens)
+    timings.add(what, "ours, T layers in order", theirs, in_order, name=f"{rows} vs transformers", tokens=tokens)
+    timings.add(what, "ours, depth T out of 2T", theirs, routed, name=None, tokens=tokens)

@@ -14,7 +14,7 @@ from radialnet.baseline import dense_logits, dense_params
 from radialnet.benchmark import RadialStep, benchmark_input, benchmark_router, make_batch, make_config
 from radialnet.config import ConfigError
 from radialnet.decode_benchmark import benchmark_cache, benchmark_decode
-from radialnet.report import Report
+from radialnet.timing import Timings
 from tests.test_cli import run
 from tests.test_model import plain_network
 
@@ -62,11 +62,11 @@ def test_routes_of_the_timed_step_differ_by_token():
 
 
 def test_router_is_measured_over_its_width_and_the_size_of_the_pool():
-    report = Report(repeats=1)
-    benchmark_router(report, SIZES)
+    timings = Timings(repeats=1)
+    benchmark_router(timings, SIZES)
     hidden = ["hidden 2", "hidden 4", "hidden 8", "hidden 16"]
-    assert [row["what"] for row in report.rows] == [f"router, L={num}, {size}" for num in (8, 64) for size in hidden]
-    assert all(row["ratio"] > 0 for row in report.rows)
+    assert [row["what"] for row in timings.rows] == [f"router, L={num}, {size}" for num in (8, 64) for size in hidden]
+    assert all(row["ratio"] > 0 for row in timings.rows)
 
 
 @pytest.mark.slow
@@ -80,9 +80,9 @@ def test_input_is_measured_on_batches_that_are_read_meanwhile(monkeypatch):
         return call(step)
 
     monkeypatch.setattr(RadialStep, "__call__", recorded)
-    report = Report(repeats=1)
-    benchmark_input(report, SIZES)
-    assert report.figures.keys() == {"step real data/one batch"}
+    timings = Timings(repeats=1)
+    benchmark_input(timings, SIZES)
+    assert timings.figures.keys() == {"step real data/one batch"}
     first, *timed = seen
     assert len(timed) == 8, "both sides once to warm up and once to be timed"
     real = timed[0:2] + timed[4:6]
@@ -113,33 +113,33 @@ DECODE_NAMES = {
 def test_decoding_is_measured_at_the_depths_that_are_named(monkeypatch):
     monkeypatch.setattr(decode_benchmark, "LONG", 40)
     has_transformers = importlib.util.find_spec("torch") and importlib.util.find_spec("transformers")
-    report, sizes = Report(repeats=1), {**SIZES, "max_depth": 4, "seq_len": 32}
-    benchmark_decode(report, sizes)
-    assert set(report.figures) == {name for name in DECODE_NAMES if has_transformers or "transformers" not in name}
-    rows = {row["what"]: row for row in report.rows}
+    timings, sizes = Timings(repeats=1), {**SIZES, "max_depth": 4, "seq_len": 32}
+    benchmark_decode(timings, sizes)
+    assert set(timings.figures) == {name for name in DECODE_NAMES if has_transformers or "transformers" not in name}
+    rows = {row["what"]: row for row in timings.rows}
     for rows_name in ("1 row", "16 rows"):
         assert rows[f"{rows_name}, every token at T/2"]["depth"] == 2
         assert rows[f"{rows_name}, every token at T/4"]["depth"] == 1
     held = rows["16 rows, mean T/2 by exit bias"]
     assert held["depth"] == pytest.approx(2, abs=0.5) and held["spread"] > 0.3
-    assert 1 <= report.figures["cache bytes/entries"] < 1.6
+    assert 1 <= timings.figures["cache bytes/entries"] < 1.6
 
 
 @pytest.mark.slow
 def test_cache_is_measured_over_views_and_of_trained_runs(tmp_path, monkeypatch):
     monkeypatch.setattr(decode_benchmark, "VIEWS", ("first", "latest"))
-    report = Report(repeats=1)
-    benchmark_cache(report, {**SIZES, "max_depth": 2, "seq_len": 32}, runs=None)
-    assert [row["what"] for row in report.rows[2:]] == ["D=16, view latest", "D=16, view first"]
-    of_view = {row["what"].split()[-1]: row for row in report.rows[2:]}
+    timings = Timings(repeats=1)
+    benchmark_cache(timings, {**SIZES, "max_depth": 2, "seq_len": 32}, runs=None)
+    assert [row["what"] for row in timings.rows[2:]] == ["D=16, view latest", "D=16, view first"]
+    of_view = {row["what"].split()[-1]: row for row in timings.rows[2:]}
     assert of_view["first"]["bytes_per_token"] < of_view["latest"]["bytes_per_token"]
     run("train.py", "--config=configs/smoke.py", f"--workdir={tmp_path / 'run'}", "--config.train.num_steps=4")
-    report = Report(repeats=1)
-    benchmark_cache(report, SIZES, runs=tmp_path)
-    (row,) = report.rows
+    timings = Timings(repeats=1)
+    benchmark_cache(timings, SIZES, runs=tmp_path)
+    (row,) = timings.rows
     assert row["logits_differ_by"] < 1e-5 and row["ce"] > 0 and row["depth"] > 1
     with pytest.raises(ConfigError, match="--runs="):
-        benchmark_cache(report, SIZES, runs=tmp_path / "nothing")
+        benchmark_cache(timings, SIZES, runs=tmp_path / "nothing")
 
 
 def test_bad_arguments():

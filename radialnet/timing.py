@@ -24,7 +24,7 @@ def ratio(first: Callable[[], object], second: Callable[[], object], repeats: in
     return float(np.median(seconds[:, 0] / seconds[:, 1])), float(first_ms), float(second_ms)
 
 
-class Report:
+class Timings:
     """What was timed: rows for the table, and those of them that have a name as figures."""
 
     def __init__(self, repeats: int):
