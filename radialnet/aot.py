@@ -34,7 +34,7 @@ from jax.experimental import topologies
 from ml_collections import config_flags
 
 from radialnet import attention, cli, grouped
-from radialnet.config import PAGE_SIZE, Config, ConfigError
+from radialnet.config import Config
 from radialnet.decode_cache import DecodeCache, Stages
 from radialnet.decode_step import Decoding, Weights, decode_step
 from radialnet.hop_task import make_tokenizer
@@ -43,6 +43,7 @@ from radialnet.model import abstract_params, init_params, place
 from radialnet.optimizer import make_optimizer
 from radialnet.program import work_of
 from radialnet.router import Controllers, schedule
+from radialnet.sections import PAGE_SIZE, ConfigError
 from radialnet.sharding import Placement
 from radialnet.tokenizer import BYTE_VOCAB_SIZE
 from radialnet.train_step import init_state, jitted_train_step, state_shardings

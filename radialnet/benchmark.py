@@ -34,7 +34,7 @@ from radialnet import cli
 from radialnet.attention import attend_backward, attend_forward
 from radialnet.baseline import VOCAB, DenseStep, program_bytes
 from radialnet.cache import Packing, UnifiedCache
-from radialnet.config import Config, ConfigError
+from radialnet.config import Config
 from radialnet.data import prefetch, prepare, train_batches
 from radialnet.decode_benchmark import benchmark_cache, benchmark_decode
 from radialnet.depth import DepthLoop, Inputs, decide, differentiable
@@ -45,6 +45,7 @@ from radialnet.optimizer import make_optimizer
 from radialnet.pool import Positions
 from radialnet.router import Controllers, Router, row_keys, schedule
 from radialnet.run_folder import RunFolder
+from radialnet.sections import ConfigError
 from radialnet.timing import Timings
 from radialnet.train_step import TrainState, init_state, train_step
 

@@ -24,9 +24,9 @@ from absl import logging as absl_logging
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
-from radialnet.config import ConfigError
 from radialnet.files import sha256_of, write_whole
 from radialnet.run_folder import CHECKSUMS, is_committed, saved_steps, steps_in
+from radialnet.sections import ConfigError
 
 PyTree = object
 

@@ -8,7 +8,8 @@ from collections.abc import Callable
 
 from absl import app, flags, logging
 
-from radialnet.config import Config, ConfigError
+from radialnet.config import Config
+from radialnet.sections import ConfigError
 
 EXIT_BAD_INPUT = 2
 EXIT_NON_FINITE = 3

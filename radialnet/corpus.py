@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 
-from radialnet.config import ConfigError, DataConfig
+from radialnet.sections import ConfigError, DataConfig
 
 # Folders of the standard library that hold tests or are not part of it.
 _NOT_STDLIB = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}

@@ -18,12 +18,13 @@ import grain
 import numpy as np
 from numpy.typing import ArrayLike
 
-from radialnet.config import Config, ConfigError, DataConfig
+from radialnet.config import Config
 from radialnet.corpus import Document, check_memory, load_corpus
 from radialnet.files import sha256_of, write_whole
 from radialnet.hop_task import HopRows, make_tokenizer
 from radialnet.hop_task import manifest as hop_manifest
 from radialnet.run_folder import CHECKSUMS, RunFolder
+from radialnet.sections import ConfigError, DataConfig
 from radialnet.tokenizer import BYTE_VOCAB_SIZE, Tokenizer
 
 # Part of the name of what is cached: raise it when the layout of the rows changes.

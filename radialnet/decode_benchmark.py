@@ -15,13 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from configs import base
-from radialnet.config import VIEWS, Config, ConfigError
+from radialnet.config import Config
 from radialnet.data import prepare
 from radialnet.decode import Completion, Decoder, Request
 from radialnet.evaluate import evaluate_trained
 from radialnet.model import init_params
 from radialnet.router import Controllers
 from radialnet.run_folder import RunFolder
+from radialnet.sections import VIEWS, ConfigError
 from radialnet.timing import Timings
 from radialnet.tokenizer import Tokenizer
 from radialnet.train_step import forward

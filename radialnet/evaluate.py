@@ -24,7 +24,6 @@ import optax
 from absl import flags
 
 from radialnet import cli
-from radialnet.config import ConfigError
 from radialnet.corpus import read_held_out
 from radialnet.data import PADDING, Batch, PackedRows, Rows, eval_batches, prepare, write_rows
 from radialnet.decode import Decoder
@@ -32,6 +31,7 @@ from radialnet.files import finite
 from radialnet.metrics import BatchSums, add, figures, flops_per_token
 from radialnet.router import Controllers
 from radialnet.run_folder import RunFolder
+from radialnet.sections import ConfigError
 from radialnet.train_step import eval_step
 from radialnet.trained import TrainedModel, load_trained
 

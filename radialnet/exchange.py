@@ -21,9 +21,10 @@ import jax
 import jax.numpy as jnp
 
 from radialnet import grouped
-from radialnet.config import Config, RouterConfig
+from radialnet.config import Config
 from radialnet.grouping import Groups, gather, plan, scatter
 from radialnet.row_function import RowFunction, compute, layer_of
+from radialnet.sections import RouterConfig
 
 # Rounds where all owners get as many rows: the more, the closer the time to the rows that come, and the shorter the
 # messages. And how much more room there is than that, so that the usual unevenness takes no round more.

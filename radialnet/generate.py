@@ -21,10 +21,10 @@ import numpy as np
 from absl import flags
 
 from radialnet import cli
-from radialnet.config import ConfigError
 from radialnet.decode import Completion, Decoder, Request
 from radialnet.plots import plot_trace
 from radialnet.sampling import Sampling
+from radialnet.sections import ConfigError
 from radialnet.trained import TrainedModel, load_trained
 
 MAX_TRACE = 2000  # Tokens of a trace.

@@ -7,7 +7,8 @@ import itertools
 import re
 from collections.abc import Iterable
 
-from radialnet.config import Config, ConfigError
+from radialnet.config import Config
+from radialnet.sections import ConfigError
 
 # The fields that bound or steer the depth of a token, and how a plot writes their values beside its points.
 DEPTH_FIELDS = {"model.max_depth": "T", "router.depth_target": "d*"}

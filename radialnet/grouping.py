@@ -15,7 +15,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from radialnet.config import GROUPED_BACKENDS
+from radialnet.sections import GROUPED_BACKENDS
 
 # A product of fewer rows spends its time on fetching the weights; of more rows, a CPU gets no faster.
 SMALLEST, LARGEST = 8, 512

@@ -24,7 +24,7 @@ import hashlib
 
 import numpy as np
 
-from radialnet.config import HOPS_ALPHABET
+from radialnet.sections import HOPS_ALPHABET
 from radialnet.tokenizer import FIRST_WORD_ID, SEPARATOR_ID, Tokenizer
 
 # All numbers that any K < n allows, the alphabet, and what stands before a pair.

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from radialnet.config import ModelConfig
 from radialnet.grouped import RowFunction
+from radialnet.sections import ModelConfig
 from radialnet.sharding import ALONE, Axes, Parallel
 
 

@@ -3,10 +3,10 @@
 import jax
 import jax.numpy as jnp
 
-from radialnet.config import RouterConfig
 from radialnet.metrics import RoutingSums
 from radialnet.model import Read
 from radialnet.router import Schedule
+from radialnet.sections import RouterConfig
 from radialnet.sharding import ALONE, Parallel
 
 # Logits that are in memory at a time.

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from radialnet.config import Config, check_mesh
+from radialnet.checks import check_mesh
+from radialnet.config import Config
 from radialnet.depth import DepthLoop, Inputs, Trace, scanned, unrolled
 from radialnet.exchange import choose_dispatch, default_kind
 from radialnet.layers import rms_norm

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from radialnet.config import ModelConfig, RouterConfig
 from radialnet.router import Controllers, Decision, Route, Router, Schedule
+from radialnet.sections import ModelConfig, RouterConfig
 from radialnet.sharding import ALONE, Parallel
 
 # The score of a token that can't be chosen.

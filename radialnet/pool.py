@@ -8,11 +8,11 @@ from flax import nnx
 from radialnet import attention, exchange, grouped
 from radialnet.attention import attend, attend_backward, attend_forward, attend_with_own
 from radialnet.cache import Packing, UnifiedCache, document_starts
-from radialnet.config import ModelConfig
 from radialnet.exchange import Exchange
 from radialnet.grouping import Groups, gather, permute, plan, scatter
 from radialnet.layers import Block, rotation
 from radialnet.router import Route, group_of_layer
+from radialnet.sections import ModelConfig
 from radialnet.sharding import ALONE, Parallel
 from radialnet.visibility import Visibility
 

@@ -12,7 +12,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 
-from radialnet.config import ConfigError
+from radialnet.sections import ConfigError
 from radialnet.sharding import along, replicated
 
 

@@ -24,7 +24,6 @@ from rich.console import Console
 
 from configs import dense_micro, hops
 from radialnet import cli
-from radialnet.config import ConfigError
 from radialnet.data import prepare
 from radialnet.evaluate import evaluate_trained
 from radialnet.files import write_whole
@@ -32,6 +31,7 @@ from radialnet.grid import Cell, Values, parse_axis
 from radialnet.hops import hop_figures
 from radialnet.plots import SweepPoint, plot_sweep
 from radialnet.run_folder import RunFolder
+from radialnet.sections import ConfigError
 from radialnet.study import (
     CURVE_FIGURES,
     EXIT_BIASES,

@@ -20,8 +20,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from radialnet.config import ModelConfig, RouterConfig
 from radialnet.layers import rms_norm
+from radialnet.sections import ModelConfig, RouterConfig
 from radialnet.sharding import ALONE, Axes, Parallel
 
 

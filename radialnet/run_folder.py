@@ -4,8 +4,8 @@ import dataclasses
 import json
 from pathlib import Path
 
-from radialnet.config import ConfigError
 from radialnet.files import write_whole
+from radialnet.sections import ConfigError
 
 # The checksums of the files beside it, written when all of them are on disk: what makes a checkpoint count.
 CHECKSUMS = "checksums.json"

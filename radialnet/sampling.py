@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from radialnet.config import ConfigError
+from radialnet.sections import ConfigError
 
 _NEVER = -1e30
 

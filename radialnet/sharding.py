@@ -27,7 +27,8 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from radialnet.config import Config, ConfigError
+from radialnet.config import Config
+from radialnet.sections import ConfigError
 
 PyTree = object
 # The logical axes of a parameter, a name or None for each of its dimensions.

@@ -38,11 +38,12 @@ from rich.console import Console
 from rich.table import Table
 
 from radialnet import cli
-from radialnet.config import Config, ConfigError
+from radialnet.config import Config
 from radialnet.files import finite, write_whole
 from radialnet.grid import Cell, expand, joined, parse_axis
 from radialnet.plots import SweepPoint, plot_sweep
 from radialnet.run_folder import RunFolder
+from radialnet.sections import ConfigError
 
 EXIT_FAILED_CELLS = 1
 # What a run that is told to end may take to save its state.

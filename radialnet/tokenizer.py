@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import tokenizers
 
-from radialnet.config import ConfigError
 from radialnet.files import write_whole
+from radialnet.sections import ConfigError
 
 # Stands before every document, so that it both ends the one before and starts the next.
 SEPARATOR = "<|document|>"

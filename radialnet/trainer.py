@@ -16,7 +16,7 @@ from flax import nnx
 
 from radialnet.checkpoint import Checkpoints
 from radialnet.cli import NonFiniteError, PreemptedError, warn
-from radialnet.config import Config, ConfigError
+from radialnet.config import Config
 from radialnet.data import Dataset, eval_batches, prefetch, prepare, train_batches
 from radialnet.decode import CacheFullError
 from radialnet.evaluate import EvalStep, evaluate
@@ -30,6 +30,7 @@ from radialnet.preemption import Preemption
 from radialnet.processes import all_or_none, check_same, wait_for_processes
 from radialnet.progress import Progress
 from radialnet.run_folder import RunFolder
+from radialnet.sections import ConfigError
 from radialnet.sharding import Placement
 from radialnet.tokenizer import Tokenizer
 from radialnet.train_log import TrainLog, line_of, stop_if_not_finite

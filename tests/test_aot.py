@@ -6,8 +6,8 @@ import jax
 import pytest
 
 from radialnet import aot
-from radialnet.config import ConfigError
 from radialnet.model import place
+from radialnet.sections import ConfigError
 from tests.test_cli import environment, run
 from tests.tiny import make_config
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from radialnet import attention
 from radialnet.attention import attend, attend_backward, attend_forward, attend_with_own
-from radialnet.config import ATTENTION_BACKENDS
+from radialnet.sections import ATTENTION_BACKENDS
 from radialnet.visibility import Visibility
 
 B, Q, C, H, G, K = 2, 13, 29, 6, 2, 4

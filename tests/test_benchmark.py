@@ -12,8 +12,8 @@ from configs import smoke
 from radialnet import benchmark, decode_benchmark
 from radialnet.baseline import dense_logits, dense_params
 from radialnet.benchmark import RadialStep, benchmark_input, benchmark_router, make_batch, make_config
-from radialnet.config import ConfigError
 from radialnet.decode_benchmark import benchmark_cache, benchmark_decode
+from radialnet.sections import ConfigError
 from radialnet.timing import Timings
 from tests.test_cli import run
 from tests.test_model import plain_network

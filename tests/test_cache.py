@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from radialnet.cache import Packing, UnifiedCache, document_starts
-from radialnet.config import VIEWS
+from radialnet.sections import VIEWS
 
 B, S, T, L, G, K = 2, 7, 4, 3, 1, 2
 

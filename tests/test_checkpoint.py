@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from radialnet.checkpoint import Checkpoints
-from radialnet.config import ConfigError
 from radialnet.run_folder import CHECKSUMS, has_checkpoint, saved_steps
+from radialnet.sections import ConfigError
 
 
 def trees_of(step):

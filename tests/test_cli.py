@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from radialnet import cli
-from radialnet.config import ConfigError
 from radialnet.generate import SETTINGS, read_prompts, request_of
 from radialnet.run_folder import CHECKSUMS
 from radialnet.sampling import Sampling
+from radialnet.sections import ConfigError
 
 ROOT = Path(__file__).parents[1]
 # What every line of metrics.jsonl must have.

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from configs import base
-from radialnet.config import Config, ConfigError
+from radialnet.config import Config
+from radialnet.sections import ConfigError
 from tests.tiny import make_config
 
 FOLDER = Path(__file__).parents[1] / "configs"

@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from radialnet.config import ConfigError
 from radialnet.corpus import Document, load_corpus, read_held_out
 from radialnet.data import PADDING, PackedRows, eval_batches, pack, prefetch, prepare, train_batches, write_rows
 from radialnet.run_folder import RunFolder
+from radialnet.sections import ConfigError
 from radialnet.tokenizer import BYTE_VOCAB_SIZE, PIECE, SEPARATOR, Tokenizer, pieces
 from tests.tiny import make_config
 

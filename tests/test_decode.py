@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from radialnet import decode, decode_attention, decode_cache
-from radialnet.config import VIEWS
 from radialnet.decode import Request
 from radialnet.decode_cache import DecodeCache, Stages
 from radialnet.decode_step import Decoding, Weights, decode_step, logits, prefill
 from radialnet.router import schedule
 from radialnet.sampling import Sampling
+from radialnet.sections import VIEWS
 from radialnet.tokenizer import Tokenizer
 from radialnet.trained import TrainedModel
 from tests.tiny import VOCAB, Model, make_config

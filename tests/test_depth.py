@@ -9,8 +9,8 @@ import pytest
 
 from radialnet import attention
 from radialnet import model as model_module
-from radialnet.config import VIEWS
 from radialnet.depth import scanned, unrolled
+from radialnet.sections import VIEWS
 from radialnet.train_step import forward
 from tests.tiny import Model, make_batch, make_config
 

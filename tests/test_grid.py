@@ -2,8 +2,8 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import base, dense_nano, radial_nano
-from radialnet.config import ConfigError
 from radialnet.grid import expand, parse_axis
+from radialnet.sections import ConfigError
 
 
 def fields_of(module, **overrides) -> dict:

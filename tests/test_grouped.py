@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from radialnet import grouped, grouping
-from radialnet.config import GROUPED_BACKENDS
+from radialnet.sections import GROUPED_BACKENDS
 
 N, D, F, L, SIZES = 21, 6, 10, 5, (4, 2)
 RNG = np.random.default_rng(0)

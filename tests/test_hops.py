@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from radialnet.config import ConfigError, check_hops
+from radialnet.checks import check_hops
 from radialnet.data import eval_batches, prefetch, prepare, train_batches
 from radialnet.hop_task import NUM_ROWS, PAIR, WORDS, HopRows, make_tokenizer
 from radialnet.hops import query_figures, spearman
 from radialnet.run_folder import RunFolder
+from radialnet.sections import ConfigError
 from radialnet.tokenizer import SEPARATOR, UNKNOWN, Tokenizer
 from tests.test_cli import run
 from tests.tiny import make_config

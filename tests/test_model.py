@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from radialnet.config import VIEWS
 from radialnet.model import init_params, upcycle
+from radialnet.sections import VIEWS
 from tests.test_cache import brute_force
 from tests.tiny import VOCAB, Model, make_batch, make_config
 

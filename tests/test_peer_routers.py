@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from radialnet.config import ConfigError
 from radialnet.metrics import flops_per_token
+from radialnet.sections import ConfigError
 from tests.tiny import VOCAB, Model, make_batch, make_config
 
 

@@ -18,10 +18,10 @@ import numpy as np
 import pytest
 
 from radialnet.checkpoint import Checkpoints
-from radialnet.config import ConfigError
 from radialnet.data import train_row_numbers
 from radialnet.processes import join_processes
 from radialnet.run_folder import saved_steps
+from radialnet.sections import ConfigError
 from radialnet.sharding import along, replicated
 from tests.test_cli import ROOT, environment, lines_of, run, text_flags
 

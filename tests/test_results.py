@@ -4,7 +4,8 @@ import pytest
 
 from configs import dense_micro, hops, radial_micro
 from radialnet import results, study
-from radialnet.config import Config, ConfigError
+from radialnet.config import Config
+from radialnet.sections import ConfigError
 from tests.test_cli import run
 
 SEEDS = [{"train.seed": 0}, {"train.seed": 3}]

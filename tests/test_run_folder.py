@@ -2,8 +2,8 @@ import json
 
 import pytest
 
-from radialnet.config import ConfigError
 from radialnet.run_folder import RunFolder
+from radialnet.sections import ConfigError
 
 
 def test_lines_of_later_steps_and_a_cut_one_are_dropped(tmp_path):

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from radialnet.config import ConfigError
 from radialnet.sampling import Sampling, SamplingRows, sample
+from radialnet.sections import ConfigError
 
 P = np.array([0.1, 0.4, 0.02, 0.3, 0.18])
 DRAWS = 4000

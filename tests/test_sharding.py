@@ -10,11 +10,11 @@ import numpy as np
 import optax
 import pytest
 
-from radialnet.config import ConfigError
 from radialnet.exchange import Exchange, choose_dispatch, map_forward
 from radialnet.grouping import gather, plan, scatter
 from radialnet.model import abstract_params, init_params, place
 from radialnet.optimizer import make_optimizer
+from radialnet.sections import ConfigError
 from radialnet.sharding import AXES, ONE_DEVICE, RULES, Parallel, make_mesh, mesh_sizes
 from radialnet.train_step import eval_step, init_state, state_shardings, train_step
 from tests.tiny import VOCAB, make_batch, make_config

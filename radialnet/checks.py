@@ -1,0 +1,284 @@
+"""What the fields of a configuration must be, each and together."""
+
+import math
+from collections.abc import Mapping
+
+from radialnet.sections import (
+    ATTENTION_BACKENDS,
+    ESTIMATORS,
+    FIXED_FORMS,
+    GROUPED_BACKENDS,
+    HOPS_ALPHABET,
+    PAGE_SIZE,
+    TRAINED_FORMS,
+    VIEWS,
+    ConfigError,
+    Sections,
+)
+
+
+def validate(config: Sections) -> None:
+    for checks in (_validate_model, _validate_router, _validate_run):
+        checks(config)
+
+
+def _one_of(field: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ConfigError(f"{field}={value!r}: one of {', '.join(allowed)} is needed")
+
+
+def _at_least(section: str, values: object, least: float, *names: str) -> None:
+    for name in names:
+        value = getattr(values, name)
+        if not value >= least:
+            raise ConfigError(f"config.{section}.{name}={value}: at least {least} is needed")
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise ConfigError(message)
+
+
+def _validate_model(config: Sections) -> None:
+    model, view = config.model, config.cache.view
+    _at_least("model", model, 1, "pool_size", "max_depth", "d_model", "num_heads", "num_kv_heads", "d_ff")
+    _at_least("model", model, 0, "min_depth", "prelude_layers", "coda_layers")
+    _one_of("config.model.init", model.init, ("distinct", "clones", "upcycle"))
+    _one_of("config.model.dtype", model.dtype, ("float32", "bfloat16"))
+    _one_of("config.model.grouped_backend", model.grouped_backend, ("auto", *GROUPED_BACKENDS))
+    _one_of("config.model.attention_backend", model.attention_backend, ("auto", *ATTENTION_BACKENDS))
+    _one_of("config.model.remat", model.remat, ("none", "step"))
+    _one_of("config.cache.view", view, VIEWS)
+    _one_of("config.cache.when_full", config.cache.when_full, ("error", "slide"))
+    capacity = config.cache.capacity
+    _require(
+        capacity == 0 or capacity >= PAGE_SIZE,
+        f"config.cache.capacity={capacity}: 0 or at least {PAGE_SIZE}, a page, is needed",
+    )
+    _require(model.rope_base > 1, f"config.model.rope_base={model.rope_base}: more than 1 is needed")
+    _require(
+        model.d_model % model.num_heads == 0,
+        f"config.model.num_heads={model.num_heads} does not divide config.model.d_model={model.d_model}",
+    )
+    _require(
+        model.head_size % 2 == 0,
+        f"config.model.num_heads={model.num_heads} gives config.model.d_model={model.d_model} an odd head size of "
+        f"{model.head_size}; rotary positions need an even one",
+    )
+    _require(
+        model.num_heads % model.num_kv_heads == 0,
+        f"config.model.num_kv_heads={model.num_kv_heads} does not divide config.model.num_heads={model.num_heads}",
+    )
+    _require(
+        model.min_depth <= model.max_depth,
+        f"config.model.min_depth={model.min_depth} is more than config.model.max_depth={model.max_depth}",
+    )
+    _require(
+        model.max_depth > 1 or view in ("all", "latest"),
+        f"config.cache.view={view!r} needs more than one depth step, config.model.max_depth={model.max_depth}: "
+        "with one, every view is 'all'",
+    )
+    _require(
+        (model.init == "upcycle") == bool(model.upcycle_from),
+        f"config.model.init={model.init!r} with config.model.upcycle_from={model.upcycle_from!r}: "
+        "a run folder goes with 'upcycle' and with nothing else",
+    )
+    _require(
+        model.init == "distinct" or model.pool_size >= model.max_depth,
+        f"config.model.init={model.init!r} needs a group of layers for each step, but "
+        f"config.model.pool_size={model.pool_size} is less than config.model.max_depth={model.max_depth}",
+    )
+
+
+def _validate_router(config: Sections) -> None:
+    model, router = config.model, config.router
+    _one_of("config.router.form", router.form, TRAINED_FORMS + FIXED_FORMS)
+    _one_of("config.router.estimator", router.estimator, ESTIMATORS)
+    _one_of("config.router.prior", router.prior, ("none", "sequential", "group", "hash"))
+    _one_of("config.router.exit_training", router.exit_training, ("gate", "benefit"))
+    _one_of("config.router.depth_loss", router.depth_loss, ("price", "target"))
+    non_negative = (
+        "hidden",
+        "prior_weight",
+        "prior_steps",
+        "noise",
+        "noise_steps",
+        "load_coef",
+        "z_coef",
+        "depth_coef",
+        "read_coef",
+    )
+    _at_least("router", router, 0, *non_negative)
+    _at_least("router", router, 0, "exit_warmup_steps", "depth_ramp_steps", "exit_bias_rate", "load_bias_rate")
+    _require(0 <= router.explore < 1, f"config.router.explore={router.explore}: at least 0 and less than 1 is needed")
+    if router.exit_training == "benefit":
+        of_benefit = "config.router.exit_training='benefit'"
+        _require(
+            router.form in ("factored", "early_exit") or not router.is_trained,
+            f"{of_benefit} is for the forms factored and early_exit, config.router.form={router.form!r}",
+        )
+        _require(
+            model.coda_layers == 0,
+            f"{of_benefit} reads states as the head would: config.model.coda_layers={model.coda_layers}, 0 is needed",
+        )
+        _require(
+            router.depth_coef == 0,
+            f"{of_benefit} has no expected depth: config.router.depth_coef={router.depth_coef}, 0 is needed",
+        )
+    if router.form == "recursion":
+        _require(
+            model.max_depth % model.pool_size == 0,
+            f"config.router.form='recursion' goes through the pool in whole rounds: config.model.max_depth="
+            f"{model.max_depth} must be a multiple of config.model.pool_size={model.pool_size}",
+        )
+        _require(
+            router.depth_coef == 0,
+            f"config.router.depth_coef={router.depth_coef}: config.router.form='recursion' holds its depth by "
+            "config.router.exit_bias_rate alone, 0 is needed",
+        )
+    if router.form == "mod":
+        _require(
+            2 <= router.capacity_every <= model.max_depth,
+            f"config.router.capacity_every={router.capacity_every}: at least 2, for all tokens execute the first step, "
+            f"and at most config.model.max_depth={model.max_depth} is needed",
+        )
+        _require(
+            0 < router.capacity <= 1,
+            f"config.router.capacity={router.capacity}: more than 0 and at most 1 is needed",
+        )
+        _require(
+            model.min_depth == model.max_depth,
+            f"config.router.form='mod' has no exits: config.model.min_depth={model.min_depth} must equal "
+            f"config.model.max_depth={model.max_depth}",
+        )
+    if router.form in ("early_exit", "mod", "recursion"):
+        _require(
+            router.estimator != "dense",
+            f"config.router.estimator='dense' is for forms that choose a layer, config.router.form={router.form!r}",
+        )
+    if router.form == "sequential":
+        _require(
+            model.pool_size == model.max_depth,
+            f"config.router.form='sequential' is a plain dense run: config.model.pool_size={model.pool_size} "
+            f"must equal config.model.max_depth={model.max_depth} (form='cyclic' repeats a smaller pool)",
+        )
+    if not router.is_trained:
+        return
+    _require(
+        router.form not in ("factored", "flat") or router.prior != "group" or model.pool_size >= model.max_depth,
+        f"config.router.prior='group' needs a layer for each step, but config.model.pool_size={model.pool_size} "
+        f"is less than config.model.max_depth={model.max_depth}",
+    )
+    _require(
+        router.noise == 0 or router.noise_steps > 0,
+        f"config.router.noise={router.noise} needs steps to fade over, config.router.noise_steps={router.noise_steps}",
+    )
+    _require(
+        model.min_depth == model.max_depth or model.min_depth <= router.depth_target <= model.max_depth,
+        f"config.router.depth_target={router.depth_target} is not between config.model.min_depth={model.min_depth} "
+        f"and config.model.max_depth={model.max_depth}",
+    )
+
+
+def _validate_run(config: Sections) -> None:
+    data, optimizer, train = config.data, config.optimizer, config.train
+    _one_of("config.data.source", data.source, ("stdlib", "text", "jsonl", "hops"))
+    _one_of("config.data.tokenizer", data.tokenizer, ("bpe", "byte"))
+    _require(
+        data.source in ("stdlib", "hops") or bool(data.path),
+        f"config.data.path={data.path!r}: config.data.source={data.source!r} needs a path",
+    )
+    _require(
+        data.tokenizer == "byte" or data.vocab_size >= 258,
+        f"config.data.vocab_size={data.vocab_size}: a byte-level BPE needs at least 258 "
+        "(256 bytes, the document separator and one merge)",
+    )
+    _require(data.vocab_size <= 2**20, f"config.data.vocab_size={data.vocab_size}: at most 2**20 is needed")
+    _require(bool(data.cache_dir), f"config.data.cache_dir={data.cache_dir!r}: a folder is needed")
+    _require(0 < data.eval_fraction < 1, f"config.data.eval_fraction={data.eval_fraction}: between 0 and 1 is needed")
+    _at_least("optimizer", optimizer, 0, "learning_rate", "warmup_steps", "final_fraction", "weight_decay")
+    _require(0 < optimizer.b2 < 1, f"config.optimizer.b2={optimizer.b2}: between 0 and 1 is needed")
+    _require(optimizer.clip_norm > 0, f"config.optimizer.clip_norm={optimizer.clip_norm}: more than 0 is needed")
+    _at_least("train", train, 1, "num_steps", "batch_size", "seq_len", "max_skipped_steps", "accumulate_steps")
+    _at_least("train", train, 0, "spike_sigmas", "stall_factor")
+    _require(
+        train.batch_size % train.accumulate_steps == 0,
+        f"config.train.accumulate_steps={train.accumulate_steps} does not divide "
+        f"config.train.batch_size={train.batch_size}",
+    )
+    _require(0 <= train.seed < 2**32, f"config.train.seed={train.seed}: at least 0 and less than 2**32 is needed")
+    if data.source == "hops":
+        check_hops(data.hops_symbols, data.hops_max, train.seq_len)
+    _at_least("eval", config.eval, 0, "every_steps", "num_batches")
+    _at_least("checkpoint", config.checkpoint, 0, "every_steps", "keep_every")
+    _at_least("checkpoint", config.checkpoint, 1, "keep")
+    _at_least("log", config.log, 1, "every_steps")
+    _at_least("log", config.log, 0, "sample_tokens")
+    _validate_mesh(config)
+    _one_of("config.log.alarms", config.log.alarms, ("off", "warn", "stop"))
+
+
+def _validate_mesh(config: Sections) -> None:
+    mesh = config.mesh
+    sizes = {axis: getattr(mesh, axis) for axis in ("data", "fsdp", "pool", "tensor")}
+    for axis, size in sizes.items():
+        _require(size == -1 or size >= 1, f"config.mesh.{axis}={size}: at least 1, or -1 for the rest, is needed")
+    open_axes = [axis for axis, size in sizes.items() if size == -1]
+    _require(len(open_axes) <= 1, f"config.mesh: {', '.join(open_axes)} are -1; one may be, for the rest")
+    _one_of("config.mesh.pool_dispatch", mesh.pool_dispatch, ("auto", "gather", "exchange"))
+    _require(
+        mesh.pool_dispatch != "exchange" or config.router.estimator != "dense" or not config.router.is_trained,
+        "config.mesh.pool_dispatch='exchange' runs the chosen layer alone, config.router.estimator='dense' all of them",
+    )
+    check_mesh(config, sizes)
+
+
+def check_mesh(config: Sections, sizes: Mapping[str, int]) -> None:
+    """Whether the axes of a mesh divide what is split over them; one of size -1 is not known yet.
+
+    Raises:
+        ConfigError: they don't.
+    """
+    model, train = config.model, config.train
+    known = {f"config.mesh.{axis}": max(size, 1) for axis, size in sizes.items()}
+
+    def of(*axes: str) -> dict[str, int]:
+        return {name: size for name, size in known.items() if name.rsplit(".", 1)[1] in axes}
+
+    rows = {**of("data", "fsdp", "pool"), "config.train.accumulate_steps": train.accumulate_steps}
+    split = [
+        (of("pool"), "model.pool_size", model.pool_size),
+        (of("tensor"), "model.num_kv_heads", model.num_kv_heads),
+        (of("tensor"), "model.d_ff", model.d_ff),
+        (of("fsdp", "pool", "tensor"), "model.d_model", model.d_model),
+        (rows, "train.batch_size", train.batch_size),
+    ]
+    if config.router.is_trained:
+        split.append((of("tensor"), "router.hidden", config.router.hidden_size(model)))
+    for factors, field, value in split:
+        product = math.prod(factors.values())
+        told = " · ".join(f"{name}={size}" for name, size in factors.items() if size > 1)
+        _require(value % product == 0, f"{told} does not divide config.{field}={value}")
+
+
+def check_hops(
+    num_symbols: int,
+    max_hops: int,
+    seq_len: int,
+    names: tuple[str, str] = ("config.data.hops_symbols", "config.data.hops_max"),
+) -> None:
+    """Whether rows of the hop task can have these sizes.
+
+    Args:
+        names: of the first two, as the user gave them.
+
+    Raises:
+        ConfigError: they can't.
+    """
+    symbols, needed = f"{names[0]}={num_symbols}", 3 * num_symbols + 3
+    _require(num_symbols <= HOPS_ALPHABET, f"{symbols}: at most {HOPS_ALPHABET}, the whole alphabet, is needed")
+    _require(1 <= max_hops < num_symbols, f"{names[1]}={max_hops}: at least 1 and less than {symbols} is needed")
+    _require(
+        seq_len >= needed,
+        f"config.train.seq_len={seq_len}: {symbols} needs at least {needed}, for the pairs and one query",
+    )

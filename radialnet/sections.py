@@ -1,0 +1,168 @@
+"""The sections of a configuration: frozen dataclasses. Defaults and the meaning of each field: `configs/base.py`."""
+
+import dataclasses
+
+VIEWS = ("all", "latest", "same_step", "first", "same_layer")
+TRAINED_FORMS = ("factored", "flat", "early_exit", "mod", "recursion")
+FIXED_FORMS = ("sequential", "cyclic", "random", "hash")
+GROUPED_BACKENDS = ("block_loop", "ragged_dot", "pallas", "masked_dense")
+ATTENTION_BACKENDS = ("tiles", "pallas")
+ESTIMATORS = ("straight_through", "score", "weighted", "dense")
+# Entries of a page of the decode cache.
+PAGE_SIZE = 16
+# Symbols that rows of the hop task are made of (`hop_task`).
+HOPS_ALPHABET = 16
+
+
+class ConfigError(ValueError):
+    """A configuration or an input that can't work. Its message is the one line that the user reads."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    pool_size: int
+    max_depth: int
+    min_depth: int
+    d_model: int
+    num_heads: int
+    num_kv_heads: int
+    d_ff: int
+    prelude_layers: int
+    coda_layers: int
+    init: str
+    upcycle_from: str
+    rope_base: float
+    dtype: str
+    grouped_backend: str
+    attention_backend: str
+    remat: str
+
+    @property
+    def head_size(self) -> int:
+        return self.d_model // self.num_heads
+
+
+@dataclasses.dataclass(frozen=True)
+class RouterConfig:
+    form: str
+    estimator: str
+    hidden: int
+    prior: str
+    prior_weight: float
+    prior_steps: int
+    noise: float
+    noise_steps: int
+    load_coef: float
+    z_coef: float
+    depth_loss: str
+    depth_coef: float
+    depth_target: float
+    exit_warmup_steps: int
+    depth_ramp_steps: int
+    exit_bias_init: float
+    exit_bias_rate: float
+    exit_training: str
+    read_coef: float
+    explore: float
+    load_bias_rate: float
+    capacity: float
+    capacity_every: int
+
+    def hidden_size(self, model: ModelConfig) -> int:
+        return self.hidden or model.d_model
+
+    @property
+    def is_trained(self) -> bool:
+        return self.form in TRAINED_FORMS
+
+    @property
+    def predicts_benefit(self) -> bool:
+        return self.is_trained and self.exit_training == "benefit"
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheConfig:
+    view: str
+    capacity: int
+    when_full: str
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    source: str
+    path: str
+    text_key: str
+    tokenizer: str
+    vocab_size: int
+    eval_fraction: float
+    hops_symbols: int
+    hops_max: int
+    cache_dir: str
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    learning_rate: float
+    warmup_steps: int
+    final_fraction: float
+    b2: float
+    weight_decay: float
+    clip_norm: float
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    num_steps: int
+    batch_size: int
+    seq_len: int
+    seed: int
+    max_skipped_steps: int
+    spike_sigmas: float
+    stall_factor: float
+    accumulate_steps: int
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    data: int
+    fsdp: int
+    pool: int
+    tensor: int
+    pool_dispatch: str
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    every_steps: int
+    num_batches: int
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    every_steps: int
+    keep: int
+    keep_every: int
+
+
+@dataclasses.dataclass(frozen=True)
+class LogConfig:
+    every_steps: int
+    alarms: str
+    sample_prompt: str
+    sample_tokens: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Sections:
+    """All of them."""
+
+    model: ModelConfig
+    router: RouterConfig
+    cache: CacheConfig
+    data: DataConfig
+    optimizer: OptimizerConfig
+    train: TrainConfig
+    eval: EvalConfig
+    checkpoint: CheckpointConfig
+    mesh: MeshConfig
+    log: LogConfig
