@@ -1,6 +1,9 @@
-"""Tokenizers: a byte-level BPE trained on the corpus; plain bytes, which is the same one without merges; words."""
+"""Tokenizers: a byte-level BPE trained on the corpus; plain bytes, which is the same one without merges; words; and
+those that others trained: any `tokenizer.json`, and models of SentencePiece.
+"""
 
 import hashlib
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -12,6 +15,8 @@ from radialnet.sections import ConfigError
 
 # Stands before every document, so that it both ends the one before and starts the next.
 SEPARATOR = "<|document|>"
+# What others call it; the first one there is. A tokenizer without any gets ours besides.
+_SEPARATORS = (SEPARATOR, "<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
 BYTE_VOCAB_SIZE = 257  # All bytes and the separator.
 
 # The ids of a tokenizer of words: the separator, one that stands for every word it doesn't have, then its words.
@@ -48,15 +53,18 @@ class Tokenizer:
     def __init__(self, tokenizer: tokenizers.Tokenizer):
         # So that a document which quotes the separator doesn't split in two.
         tokenizer.encode_special_tokens = True
+        # Some say how inputs of their model are cut and filled up.
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        known = [name for name in _SEPARATORS if tokenizer.token_to_id(name) is not None]
+        if not known:
+            tokenizer.add_special_tokens([SEPARATOR])
         self._tokenizer = tokenizer
-        self.vocab_size: int = tokenizer.get_vocab_size()
-        self.separator_id: int = tokenizer.token_to_id(SEPARATOR)
-        # In a byte-level vocabulary each character of a token's name stands for one byte. Words stand for no text and
-        # count as one byte each, so that bits per byte are bits per predicted word.
-        has_words = isinstance(tokenizer.model, tokenizers.models.WordLevel)
-        lengths = [1 if has_words else len(tokenizer.id_to_token(token)) for token in range(self.vocab_size)]
-        lengths[self.separator_id] = 0
-        self.bytes_per_token = np.asarray(lengths, np.int32)
+        # Ids may have gaps.
+        self.vocab_size: int = max(tokenizer.get_vocab().values()) + 1
+        self.separator_id: int = tokenizer.token_to_id((*known, SEPARATOR)[0])
+        self.bytes_per_token = _bytes_per_token(tokenizer, self.vocab_size)
+        self.bytes_per_token[self.separator_id] = 0
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
@@ -84,7 +92,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: Path) -> "Tokenizer":
-        """Read a `tokenizer.json` that `save` wrote. Raises ConfigError when it can't be read."""
+        """Read a `tokenizer.json`. Raises ConfigError when it can't be read."""
         if not path.is_file():
             raise ConfigError(f"{path}: no such file; a run folder holds the tokenizer.json it was trained with")
         try:
@@ -112,10 +120,32 @@ class Tokenizer:
         found = [[np.zeros(0, np.int32)] for _ in texts]
         # A few at a time: what the library returns of a piece takes a hundred times the memory of its ids.
         for begin in range(0, len(cut), _PIECES_AT_A_TIME):
-            encodings = self._tokenizer.encode_batch(cut[begin : begin + _PIECES_AT_A_TIME])
+            encodings = self._tokenizer.encode_batch(cut[begin : begin + _PIECES_AT_A_TIME], add_special_tokens=False)
             for index, encoding in zip(owner[begin : begin + _PIECES_AT_A_TIME], encodings, strict=True):
                 found[index].append(np.asarray(encoding.ids, np.int32))
         return [np.concatenate(ids) for ids in found]
 
     def decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def _bytes_per_token(tokenizer: tokenizers.Tokenizer, vocab_size: int) -> np.ndarray:
+    """Bytes of raw text that each id stands for, [V].
+
+    Words stand for no text and count as one byte each, so that bits per byte are bits per predicted word.
+    """
+    names = {token: name for name, token in tokenizer.get_vocab().items()}
+    if isinstance(tokenizer.model, tokenizers.models.WordLevel):
+        length = dict.fromkeys(names, 1)
+    elif isinstance(tokenizer.decoder, tokenizers.decoders.ByteLevel):
+        # Each character of a name stands for one byte.
+        length = {token: len(name) for token, name in names.items()}
+    else:
+        # SentencePiece writes a space as ▁, and a byte that is no character as <0x0A>.
+        length = {
+            token: 1 if _BYTE.fullmatch(name) else len(name.replace("▁", " ").encode()) for token, name in names.items()
+        }
+    return np.asarray([length.get(token, 0) for token in range(vocab_size)], np.int32)
+
+
+_BYTE = re.compile("<0x[0-9A-F]{2}>")
