@@ -23,6 +23,8 @@ def get_config() -> ConfigDict:
     model.init = "clones"  # distinct | clones (layers of a group start equal) | upcycle (from a dense run).
     model.upcycle_from = ""  # Run folder of the dense run that `init="upcycle"` starts from.
     model.rope_base = 10_000.0  # Base of the rotary position angles.
+    model.qk_norm = True  # RMS-normalise queries and keys, for keys of different layers meet in one softmax.
+    model.norm_eps = 1e-6  # Added to the mean square in every RMSNorm.
     model.dtype = "float32"  # float32 | bfloat16: of the matrix products. Parameters and the router stay float32.
     model.grouped_backend = (
         "auto"  # block_loop | ragged_dot | pallas | masked_dense (the reference) | auto: by platform.

@@ -56,6 +56,7 @@ def _validate_model(config: Sections) -> None:
         f"config.cache.capacity={capacity}: 0 or at least {PAGE_SIZE}, a page, is needed",
     )
     _require(model.rope_base > 1, f"config.model.rope_base={model.rope_base}: more than 1 is needed")
+    _require(model.norm_eps > 0, f"config.model.norm_eps={model.norm_eps}: more than 0 is needed")
     _require(
         model.d_model % model.num_heads == 0,
         f"config.model.num_heads={model.num_heads} does not divide config.model.d_model={model.d_model}",

@@ -239,5 +239,5 @@ def read(
 def logits(decoding: Decoding, weights: Weights, h_RD: jax.Array) -> jax.Array:
     """What the head makes of the residual stream at the output node, fp32: [R, V]."""
     model = model_of(decoding, weights)
-    final_RD = rms_norm(h_RD, model.final_norm[...]).astype(jnp.dtype(model.cfg.dtype))
+    final_RD = rms_norm(h_RD, model.final_norm[...], model.cfg.norm_eps).astype(jnp.dtype(model.cfg.dtype))
     return jnp.matmul(final_RD, model.head[...].astype(final_RD.dtype), preferred_element_type=jnp.float32)

@@ -11,10 +11,10 @@ from radialnet.sections import ModelConfig
 from radialnet.sharding import ALONE, Axes, Parallel
 
 
-def rms_norm(x: jax.Array, scale: jax.Array | float = 1.0) -> jax.Array:
+def rms_norm(x: jax.Array, scale: jax.Array | float = 1.0, eps: float = 1e-6) -> jax.Array:
     """RMSNorm over the last axis (arXiv 1910.07467), computed in fp32, returned in the dtype of x."""
     x_fp32 = x.astype(jnp.float32)
-    normed = x_fp32 * jax.lax.rsqrt(jnp.mean(x_fp32 * x_fp32, axis=-1, keepdims=True) + 1e-6)
+    normed = x_fp32 * jax.lax.rsqrt(jnp.mean(x_fp32 * x_fp32, axis=-1, keepdims=True) + eps)
     return (normed * scale).astype(x.dtype)
 
 
@@ -38,7 +38,8 @@ class Block(nnx.Module):
     """L pre-norm transformer layers, each parameter stacked over them on the first axis.
 
     The two halves of a layer, before and after attention, are functions of rows of one layer (`row_function`).
-    RMSNorm, QK-norm (arXiv 2302.05442), rotary positions, grouped-query attention, SwiGLU MLP (arXiv 2002.05202).
+    RMSNorm, QK-norm (arXiv 2302.05442) where `model.qk_norm` is set, rotary positions, grouped-query attention, SwiGLU
+    MLP (arXiv 2002.05202).
 
     Heads that share a key and value head, and it, lie side by side in `qkv` [L, D, G, H/G + 2, K], and so do gates and
     values of `mlp_in` [L, D, 2, F]: any part of the heads or of the hidden units is a layer of its own, but for a sum.
@@ -62,7 +63,7 @@ class Block(nnx.Module):
         """
         d_model, size, kv_heads = cfg.d_model, cfg.head_size, cfg.num_kv_heads
         self.shared = cfg.num_heads // kv_heads  # Query heads of a key and value head.
-        self.dtype, self.parallel = jnp.dtype(cfg.dtype), parallel
+        self.dtype, self.eps, self.parallel = jnp.dtype(cfg.dtype), cfg.norm_eps, parallel
 
         def normal(rows: int, *columns: int, axes: Axes, scale: float = 1.0) -> nnx.Param:
             weights = jax.random.normal(rngs.params(), (num_layers, rows, *columns)) * (scale * rows**-0.5)
@@ -72,7 +73,10 @@ class Block(nnx.Module):
             return nnx.Param(jnp.ones((num_layers, width)), axes=(layer_axis, None))
 
         self.attention_norm, self.mlp_norm = ones(d_model), ones(d_model)
-        self.query_norm, self.key_norm = ones(size), ones(size)
+        if cfg.qk_norm:
+            self.query_norm, self.key_norm = ones(size), ones(size)
+        else:
+            self.BEFORE = ("attention_norm", "qkv")
         self.qkv = normal(d_model, kv_heads, self.shared + 2, size, axes=("embed", "heads", None, None))
         self.attention_out = normal(cfg.num_heads * size, d_model, axes=("heads", "embed"), scale=residual_scale)
         self.mlp_in = normal(d_model, 2, cfg.d_ff, axes=("embed", None, "mlp"))
@@ -89,33 +93,34 @@ class Block(nnx.Module):
     @property
     def before_attention(self) -> RowFunction:
         """Of the rows h [P, D] and rotation [P, K]: queries [P, H·K], keys and values [P, G·K], ready for attention."""
-        return partial(_before_attention, shared=self.shared, dtype=self.dtype)
+        return partial(_before_attention, shared=self.shared, dtype=self.dtype, eps=self.eps)
 
     @property
     def after_attention(self) -> RowFunction:
         """Of the rows h [P, D] and what attention gave [P, H·K]: the layer's whole update of the residual stream."""
-        return partial(_after_attention, dtype=self.dtype, total=self.parallel.sum_tensor)
+        return partial(_after_attention, dtype=self.dtype, eps=self.eps, total=self.parallel.sum_tensor)
 
 
-def _before_attention(w, rows, product, shared, dtype):
+def _before_attention(w, rows, product, shared, dtype, eps):
     h_PD, rotation_PK = rows
-    qkv_PX = product("qkv", rms_norm(h_PD, w["attention_norm"]).astype(dtype))
+    qkv_PX = product("qkv", rms_norm(h_PD, w["attention_norm"], eps).astype(dtype))
     num_rows, size = len(h_PD), rotation_PK.shape[-1]
     qkv_PGJK = qkv_PX.reshape(num_rows, -1, shared + 2, size)
 
-    def turned(x_PHK, scale_PK):
-        return rope(rms_norm(x_PHK, scale_PK[:, None]), rotation_PK).reshape(num_rows, -1)
+    def turned(x_PHK, norm):
+        x_PHK = rms_norm(x_PHK, w[norm][:, None], eps) if norm in w else x_PHK
+        return rope(x_PHK, rotation_PK).reshape(num_rows, -1)
 
     q_PHK, k_PGK = qkv_PGJK[:, :, :shared].reshape(num_rows, -1, size), qkv_PGJK[:, :, shared]
     v_PX = qkv_PGJK[:, :, shared + 1].reshape(num_rows, -1)
-    return turned(q_PHK, w["query_norm"]), turned(k_PGK, w["key_norm"]), v_PX
+    return turned(q_PHK, "query_norm"), turned(k_PGK, "key_norm"), v_PX
 
 
-def _after_attention(w, rows, product, dtype, total):
+def _after_attention(w, rows, product, dtype, eps, total):
     h_PD, mixed_PX = rows
     # Of the heads and hidden units that are here, so that the sums over all devices of a layer are still to be taken.
     attended_PD = total(product("attention_out", mixed_PX)).astype(h_PD.dtype)
-    normed_PD = rms_norm(h_PD + attended_PD, w["mlp_norm"]).astype(dtype)
+    normed_PD = rms_norm(h_PD + attended_PD, w["mlp_norm"], eps).astype(dtype)
     gate_PF, up_PF = jnp.split(product("mlp_in", normed_PD), 2, axis=-1)
     mlp_PD = total(product("mlp_out", jax.nn.silu(gate_PF) * up_PF, keep=False))
     return attended_PD + mlp_PD.astype(h_PD.dtype)

@@ -162,7 +162,7 @@ class RadialTransformer(nnx.Module):
         )
 
     def _final(self, h_BSD: jax.Array) -> jax.Array:
-        return rms_norm(h_BSD, self.final_norm[...]).astype(jnp.dtype(self.cfg.dtype))
+        return rms_norm(h_BSD, self.final_norm[...], self.cfg.norm_eps).astype(jnp.dtype(self.cfg.dtype))
 
     def _run_unshared(self, pool: LayerPool | None, h_BSD, is_real_BS, positions: Positions) -> jax.Array:
         """Every token through all layers of a prelude or coda, each layer over the entries of its own."""

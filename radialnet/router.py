@@ -153,6 +153,7 @@ class Router(nnx.Module):
         num_outputs = num_outputs or num_layers + 1
         self.cfg, self.num_layers, self.parallel = cfg, num_layers, parallel
         self.min_depth, self.max_depth = model_cfg.min_depth, model_cfg.max_depth
+        self.norm_eps = model_cfg.norm_eps
         if not cfg.is_trained:
             return
 
@@ -242,7 +243,8 @@ class Router(nnx.Module):
         return None
 
     def _inputs(self, h_BSD: jax.Array, trained_step: jax.Array) -> jax.Array:
-        return rms_norm(h_BSD.astype(jnp.float32), self.norm[...]) + self.step_embedding[...][trained_step]
+        normed_BSD = rms_norm(h_BSD.astype(jnp.float32), self.norm[...], self.norm_eps)
+        return normed_BSD + self.step_embedding[...][trained_step]
 
     def _prior(self, token_BS: jax.Array, depth_step: jax.Array) -> jax.Array:
         """1 for the layers that the prior favours, else 0: [L], or [B, S, L] where it goes by the token."""

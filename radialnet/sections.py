@@ -32,6 +32,8 @@ class ModelConfig:
     init: str
     upcycle_from: str
     rope_base: float
+    qk_norm: bool
+    norm_eps: float
     dtype: str
     grouped_backend: str
     attention_backend: str

@@ -232,6 +232,11 @@ def _upcycled(config: Config, params: dict, tokenizer: Tokenizer, placement: Pla
             f"{dense.config.model.pool_size} layers; "
             f"a 'sequential' one of config.model.max_depth={model.max_depth} is needed"
         )
+    for field in ("qk_norm", "norm_eps", "rope_base"):
+        if (theirs := getattr(dense.config.model, field)) != (ours := getattr(model, field)):
+            raise ConfigError(
+                f"config.model.{field}={ours}, but config.model.upcycle_from={path!r} was trained with {theirs}"
+            )
     if dense.tokenizer.fingerprint() != tokenizer.fingerprint():
         raise ConfigError(f"config.model.upcycle_from={path!r} was trained with another tokenizer")
     grow = partial(upcycle, num_layers=model.pool_size, max_depth=model.max_depth)
@@ -249,7 +254,7 @@ def _upcycled(config: Config, params: dict, tokenizer: Tokenizer, placement: Pla
     return jax.jit(grow, out_shardings=placement.shardings())(params, placement.put_everywhere(dense.params))
 
 
-def _trees(state: TrainState) -> dict:
+def trees_of(state: TrainState) -> dict:
     """The state as the named trees of a checkpoint: evaluation restores the first two alone."""
     return {
         "params": state.params,
@@ -261,7 +266,7 @@ def _trees(state: TrainState) -> dict:
 
 
 def _restore(checkpoints: Checkpoints, step: int, state: TrainState) -> TrainState:
-    trees = _trees(state)
+    trees = trees_of(state)
     # Runs of before spikes were looked for have no window of them; it fills anew.
     names = [name for name in trees if name != "recent" or checkpoints.has(step, name)]
     trees |= checkpoints.restore(step, {name: trees[name] for name in names})
@@ -368,7 +373,7 @@ def _loop(run: Run, writer: MetricsWriter, preemption: Preemption) -> None:
                             writer.write(line)
                             progress.show(line)
                         if must_save:
-                            run.checkpoints.save(run.step, {**_trees(run.state), "window": window})
+                            run.checkpoints.save(run.step, {**trees_of(run.state), "window": window})
                 if asked and not is_last:
                     with watchdog.paused():
                         run.checkpoints.check(wait=True)
@@ -376,7 +381,7 @@ def _loop(run: Run, writer: MetricsWriter, preemption: Preemption) -> None:
                         f"{asked.name}: saved at step {run.step} of {num_steps}; the same command goes on from it"
                     )
         except NonFiniteError as error:
-            trees = {**_trees(run.state), "window": placement.put_everywhere(log.window())}
+            trees = {**trees_of(run.state), "window": placement.put_everywhere(log.window())}
             try:
                 report = write_reproduction(run.folder.non_finite, config, run.dataset, trees, error)
             except (OSError, ConfigError) as failed:

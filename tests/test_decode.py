@@ -86,6 +86,7 @@ CASES = {
         "model__coda_layers": 1,
         "cache__view": "same_layer",
     },
+    "no QK-norm": {"model__qk_norm": False, "model__norm_eps": 0.1},
     "deeper than trained": {"max_depth": 7, "exit_bias": -4.0, "cache__view": "all"},
 }
 

@@ -1,5 +1,7 @@
 """The whole model against oracles: a plain transformer, causality by gradient, isolation of rows and documents."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,7 +23,7 @@ def plain_network(config, params, token, document, position):
     params = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
 
     def norm(x, scale):
-        return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * scale
+        return x / np.sqrt((x**2).mean(-1, keepdims=True) + model.norm_eps) * scale
 
     def softmax(x):
         return np.exp(x - x.max()) / np.exp(x - x.max()).sum()
@@ -62,8 +64,8 @@ def plain_network(config, params, token, document, position):
             # Query heads, key and value of each group of heads, side by side.
             qkv = np.einsum("d,dgjk->gjk", norm(h[i], w["attention_norm"]), w["qkv"])
             q, key, value = qkv[:, :-2].reshape(heads, size), qkv[:, -2], qkv[:, -1]
-            queries[i] = w, p * survival[i], turn(norm(q, w["query_norm"]), position[i])
-            entries[t, i] = turn(norm(key, w["key_norm"]), position[i]), value
+            queries[i] = w, p * survival[i], turn(norm(q, w["query_norm"]) if model.qk_norm else q, position[i])
+            entries[t, i] = turn(norm(key, w["key_norm"]) if model.qk_norm else key, position[i]), value
             layer_TS[t, i] = layer
         for i, (w, gate, query) in queries.items():
             arrays = document[None], (layer_TS < model.pool_size)[:, None], layer_TS[:, None]
@@ -125,6 +127,21 @@ def test_a_routed_network_equals_the_plain_one(view, estimator):
         expected, depth = plain_network(config, params, *fields)
         np.testing.assert_array_equal(output.depth_BS[row][real], depth)
         np.testing.assert_allclose(output.logits_BSV[row][real], expected, atol=5e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("of", [dense_config, make_config])
+def test_without_qk_norm_and_with_another_epsilon(of):
+    config = of(model__qk_norm=False, model__norm_eps=0.1)
+    model, batch = Model(config), make_batch(config)
+    params = perturbed(model.params)
+    assert not {"query_norm", "key_norm"} & set(params["pool"]["block"])
+    logits_SV, fields = (
+        model(batch, params).logits_BSV[0],
+        [batch[name][0] for name in ("token", "document", "position")],
+    )
+    np.testing.assert_allclose(logits_SV, plain_network(config, params, *fields)[0], atol=5e-4, rtol=1e-3)
+    smaller = dataclasses.replace(config, model=dataclasses.replace(config.model, norm_eps=1e-6))
+    assert np.abs(logits_SV - plain_network(smaller, params, *fields)[0]).max() > 0.01
 
 
 def test_other_views_are_not_a_plain_transformer():
