@@ -105,9 +105,11 @@ def _tokenizer(get, path: Path) -> Tokenizer:
             f"{path}: tokenizer.ggml.model={kind!r}, tokenizer.ggml.pre={split!r}: 'gpt2' and one of "
             f"{', '.join(_SPLITS_DIGITS)} are known; a folder with a tokenizer.json is the other way in"
         )
-    tokens, types = get("tokenizer.ggml.tokens"), get("tokenizer.ggml.token_type")
+    tokens, merges, types = (get(f"tokenizer.ggml.{name}") or [] for name in ("tokens", "merges", "token_type"))
+    if not tokens or len(tokens) != len(types):
+        raise ConfigError(f"{path}: tokenizer.ggml.tokens are {len(tokens)}, tokenizer.ggml.token_type {len(types)}")
     vocabulary = {token: index for index, token in enumerate(tokens)}
-    tokenizer = Tokenizer(models.BPE(vocabulary, [tuple(merge.split(" ")) for merge in get("tokenizer.ggml.merges")]))
+    tokenizer = Tokenizer(models.BPE(vocabulary, [tuple(merge.split(" ")) for merge in merges]))
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=bool(get("tokenizer.ggml.add_space_prefix")))
     digits = [pre_tokenizers.Digits(individual_digits=True)] if _SPLITS_DIGITS[split] else []
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*digits, byte_level])

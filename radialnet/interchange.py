@@ -69,6 +69,8 @@ def export_run(workdir: Path, out: Path, kind: str) -> dict:
             metadata = {"format": "radialnet", "step": str(trained.step)}
         tensors = {name: np.asarray(x, order="C") for name, x in tensors.items()}
         safetensors.numpy.save_file(tensors, folder / WEIGHTS, metadata)
+        # The library writes what its owner alone may read.
+        shutil.copymode(folder / "config.json", folder / WEIGHTS)
     return {"step": trained.step, "tensors": len(tensors), "parameters": sum(x.size for x in tensors.values())}
 
 

@@ -12,7 +12,8 @@ ORDER = [
     "model", "losses", "optimizer", "train_step", "run_folder", "checkpoint", "data", "trained", "plots", "sampling",
     "decode_cache", "decode_attention", "decode_step", "decode_loop", "decode", "writers", "progress", "preemption",
     "alarms", "watchdog", "evaluate", "hops", "generate", "baseline", "timing", "decode_benchmark", "benchmark",
-    "program", "aot", "train_log", "non_finite", "trainer", "sweep", "results",
+    "program", "aot", "train_log", "non_finite", "trainer", "llama", "gguf_file", "interchange", "export",
+    "import", "sweep", "results",
 ]  # fmt: skip
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "radialnet"

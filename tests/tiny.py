@@ -77,6 +77,15 @@ class Model:
         self.controllers = Controllers.init(config.router, config.model.pool_size)
         self.at = schedule(config.router, config.model.max_depth, jnp.int32(step))
 
+    @classmethod
+    def of(cls, trained) -> "Model":
+        """A trained one."""
+        model = cls.__new__(cls)
+        model.config, model.graph, model.params = trained.config, trained.graph, trained.params
+        model.controllers = trained.controllers
+        model.at = schedule(trained.config.router, trained.config.model.max_depth, jnp.int32(trained.step))
+        return model
+
     def __call__(self, batch, params=None, controllers=None, rng=None, max_depth=None, at=None):
         return _forward(
             self.graph,
