@@ -112,26 +112,28 @@ def smollm2(tmp_path_factory):
 def test_real_weights(smollm2):
     """SmolLM2-135M-Instruct, Q4_1, dequantised by the library here and there.
 
-    Its logits go up to 43, where one step of fp32 is 4e-6: sums in another order alone put either side 1e-4 off the
-    same model in fp64.
+    Its logits go up to 40, where one step of fp32 is 4e-6. Sums in another order put either side about 1e-4 off the
+    same model in fp64, most of all at the first token, whose state is much larger than the others'.
     """
     path, trained = smollm2
     gguf = {"gguf_file": path.name}
     model = transformers.LlamaForCausalLM.from_pretrained(path.parent, dtype=torch.float32, **gguf)
     tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, **gguf)
-    text = (Path(__file__).parents[1] / "radialnet" / "tokenizer.py").read_text()
+    text = (Path(__file__).parents[1] / "README.md").read_text()
     assert tokenizer(text)["input_ids"] == trained.tokenizer.encode(text)
     text = "The capital of France is Paris, and the capital of Italy is Rome. 1 + 1 = 2, and 12 × 12 = 144."
     token_BS = np.asarray([[trained.tokenizer.separator_id, *trained.tokenizer.encode(text)]], np.int32)
     logits, expected = ours(trained, token_BS), theirs(model, token_BS)
     exact = theirs(model.double(), token_BS)
-    difference, size = np.abs(logits - expected).max(), np.abs(expected).max()
+    difference_S, size = np.abs(logits - expected)[0].max(-1), np.abs(expected).max()
     print(
-        f"\n{token_BS.size} tokens, logits up to {size:.1f}: ours and theirs differ by {difference:.1e} at most, "
-        f"{difference / size:.1e} of the largest; from fp64 ours by {np.abs(logits - exact).max():.1e}, "
-        f"theirs by {np.abs(expected - exact).max():.1e}"
+        f"\n{token_BS.size} tokens, logits up to {size:.1f}: ours and theirs differ by {difference_S.max():.1e} at "
+        f"most, {difference_S.max() / size:.1e} of the largest; after the first token by {difference_S[1:].max():.1e}, of "
+        f"all by {np.sqrt(np.square(logits - expected).mean()):.1e} (root mean square); from fp64 ours by "
+        f"{np.abs(logits - exact).max():.1e}, theirs by {np.abs(expected - exact).max():.1e}"
     )
-    assert difference <= 1e-4
+    assert difference_S[1:].max() <= 1e-4 and difference_S.max() <= 1e-5 * size
+    np.testing.assert_allclose(logits, expected, atol=1e-4, rtol=1e-4)
     np.testing.assert_array_equal(logits.argmax(-1), expected.argmax(-1))
 
 
