@@ -161,7 +161,10 @@ class RadialLM(TemplateLM):
         never more than half a row is kept free for them: they may go on beyond it."""
         context, given = request.args
         settings = normalize_gen_kwargs(given)
-        sampling = Sampling(seed=index, **{name: settings[name] for name in _SAMPLING if name in settings})
+        try:
+            sampling = Sampling(seed=index, **{name: settings[name] for name in _SAMPLING if name in settings})
+        except ConfigError as error:
+            raise ConfigError(f"task {request.task_name}: generation_kwargs.{error}") from None
         prompt = self.tok_encode(context)
         room = max(self.max_length - 1 - settings["max_gen_toks"], self.max_length // 2)
         self.num_cut[request.task_name] += len(prompt) > room
