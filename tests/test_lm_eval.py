@@ -10,15 +10,15 @@ import pytest
 
 pytest.importorskip("lm_eval")
 import datasets
-from radialnet.corpus import Document
 
 from radialnet import harness
-from radialnet.data import PackedRows, write_rows
 from radialnet.evaluate import evaluate_trained
 from radialnet.generate import generate
 from radialnet.harness import RadialLM
 from radialnet.lm_eval import evaluate_tasks, load_tasks, summary
 from radialnet.sections import ConfigError
+from radialnet.shards import PackedRows, Stream
+from radialnet.sources import Document
 from radialnet.tokenizer import BYTE_VOCAB_SIZE, Tokenizer
 from radialnet.trained import TrainedModel
 from tests.tiny import Model, make_config
@@ -108,18 +108,18 @@ def test_likelihoods_are_those_of_whole_sequences_alone(trained):
         lm.loglikelihood([asks("", text_of(SEQ + 1))])
 
 
-def evaluated(trained, text, folder, max_depth=MAX_DEPTH):
-    write_rows(folder, (Document("a", text),), trained.tokenizer, SEQ)
-    return evaluate_trained(trained, PackedRows(folder), max_depth, 0.0)
+def evaluated(trained, text, max_depth=MAX_DEPTH):
+    rows = PackedRows(Stream.of([Document("a", text)], trained.tokenizer), SEQ)
+    return evaluate_trained(trained, rows, max_depth, 0.0)
 
 
-def test_a_text_is_as_likely_as_evaluate_says(trained, tmp_path):
+def test_a_text_is_as_likely_as_evaluate_says(trained):
     """Shorter than a row, as long as some, and longer by a part, in which the harness would look back further."""
     texts = [text_of(length, length) for length in (SEQ - 8, 2 * SEQ, 2 * SEQ + 17)]
     lm = RadialLM(trained, ROWS)
     found = lm.loglikelihood_rolling([asks(text) for text in [*texts, ""]], disable_tqdm=True)
     assert found.pop() == 0
-    by_evaluate = [evaluated(trained, text, tmp_path / str(len(text))) for text in texts]
+    by_evaluate = [evaluated(trained, text) for text in texts]
     for text, log_p, expected in zip(texts, found, by_evaluate, strict=True):
         assert -log_p / math.log(2) / len(text) == pytest.approx(expected["bpb"], abs=1e-4)
     alone = RadialLM(trained, ROWS)
@@ -194,7 +194,7 @@ def tasks(tmp_path_factory, trained):
 
 
 @pytest.mark.slow
-def test_tasks_of_files_give_what_they_should_at_any_depth(trained, tasks, tmp_path):
+def test_tasks_of_files_give_what_they_should_at_any_depth(trained, tasks):
     manager = load_tasks(["choice", "te*", "write"], tasks.folder, include_defaults=False)
     lm = RadialLM(trained, ROWS)
     results = evaluate_tasks(lm, manager)["results"]
@@ -204,7 +204,7 @@ def test_tasks_of_files_give_what_they_should_at_any_depth(trained, tasks, tmp_p
         best.append(np.argmax([direct(trained, tokens, 3)[0] for tokens in texts]))
     is_right = np.asarray(best) == [line["gold"] for line in tasks.questions]
     assert results["choice"]["acc,none"] == pytest.approx(is_right.mean()) and len(set(best)) > 1
-    expected = evaluated(trained, tasks.text, tmp_path / "rows")
+    expected = evaluated(trained, tasks.text)
     assert results["text"]["bits_per_byte,none"] == pytest.approx(expected["bpb"], abs=1e-4)
     assert results["text"]["byte_perplexity,none"] == pytest.approx(2 ** expected["bpb"], rel=1e-4)
     assert results["write"]["exact_match,none"] == 0.75
