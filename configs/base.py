@@ -66,11 +66,18 @@ def get_config() -> ConfigDict:
     cache.when_full = "error"  # error | slide: a row gives up its oldest tokens, and goes on without them.
 
     config.data = data = ConfigDict()
-    data.source = "stdlib"  # stdlib (Python's own standard library) | text (files) | jsonl | hops (generated).
-    data.path = ""  # Folder of `text`; file or folder of `jsonl`.
-    data.text_key = "text"  # The field of a JSON line that holds the document.
-    data.tokenizer = "bpe"  # bpe (byte-level, trained on the training split) | byte.
-    data.vocab_size = 4096  # V: of the BPE, special token included. The byte tokenizer has 257.
+    # stdlib (Python's own standard library) | text (files) | jsonl | hf (datasets of Hugging Face) | tfds |
+    # tokens (.npy files with a document's ids in each row) | mixture (of those) | hops (generated).
+    data.source = "stdlib"
+    data.path = ""  # File or folder; of hf and tfds also a name.
+    data.subset = ""  # Of hf: the configuration of a data set that has several.
+    data.split = "train"  # Of hf and tfds: what is read. Some of it is held out, eval_fraction.
+    data.text_key = "text"  # The field of a JSON line, or of a row of hf and tfds, that holds the document.
+    data.mixture = ""  # "0.7 jsonl books.jsonl; 0.3 hf notes text_key=body": weight, source, path, other fields.
+    data.streaming = False  # Of hf: read as it comes, without a copy on disk. A run that goes on is not an exact one.
+    # bpe (byte-level, trained on the training split) | byte | a file: tokenizer.json, or a .model of SentencePiece.
+    data.tokenizer = "bpe"
+    data.vocab_size = 4096  # V: of the BPE, special token included. Other tokenizers have their own.
     data.eval_fraction = 0.05  # Share of the documents held out, chosen by the hash of their content.
     data.hops_symbols = 16  # n: symbols of a held-out row of `hops`, of an alphabet of 16; in training 2…n.
     data.hops_max = 8  # K: a query of `hops` needs 1…K look-ups; K < n. Beyond n/2 they are fewer backwards.

@@ -24,6 +24,7 @@ import sys
 import time
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +46,7 @@ from radialnet.program import work_of
 from radialnet.router import Controllers, schedule
 from radialnet.sections import PAGE_SIZE, ConfigError
 from radialnet.sharding import Placement
-from radialnet.tokenizer import BYTE_VOCAB_SIZE
+from radialnet.tokenizer import BYTE_VOCAB_SIZE, Tokenizer
 from radialnet.train_step import init_state, jitted_train_step, state_shardings
 
 EXIT_DOES_NOT_FIT = 1
@@ -151,6 +152,8 @@ def _vocab_size(config: Config) -> int:
     """That of the run's tokenizer, without the data that it may be trained on."""
     if config.data.source == "hops":
         return make_tokenizer().vocab_size
+    if config.data.tokenizer not in ("byte", "bpe"):
+        return Tokenizer.load(Path(config.data.tokenizer)).vocab_size
     return BYTE_VOCAB_SIZE if config.data.tokenizer == "byte" else config.data.vocab_size
 
 

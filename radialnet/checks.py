@@ -10,9 +10,11 @@ from radialnet.sections import (
     GROUPED_BACKENDS,
     HOPS_ALPHABET,
     PAGE_SIZE,
+    SOURCES,
     TRAINED_FORMS,
     VIEWS,
     ConfigError,
+    DataConfig,
     Sections,
 )
 
@@ -183,12 +185,7 @@ def _validate_router(config: Sections) -> None:
 
 def _validate_run(config: Sections) -> None:
     data, optimizer, train = config.data, config.optimizer, config.train
-    _one_of("config.data.source", data.source, ("stdlib", "text", "jsonl", "hops"))
-    _one_of("config.data.tokenizer", data.tokenizer, ("bpe", "byte"))
-    _require(
-        data.source in ("stdlib", "hops") or bool(data.path),
-        f"config.data.path={data.path!r}: config.data.source={data.source!r} needs a path",
-    )
+    _validate_data(data)
     _require(
         data.tokenizer == "byte" or data.vocab_size >= 258,
         f"config.data.vocab_size={data.vocab_size}: a byte-level BPE needs at least 258 "
@@ -217,6 +214,38 @@ def _validate_run(config: Sections) -> None:
     _at_least("log", config.log, 0, "sample_tokens")
     _validate_mesh(config)
     _one_of("config.log.alarms", config.log.alarms, ("off", "warn", "stop"))
+
+
+def _validate_data(data: DataConfig) -> None:
+    _one_of("config.data.source", data.source, (*SOURCES, "mixture", "hops"))
+    _require(
+        (data.source == "mixture") == bool(data.mixture.strip(" ;")),
+        f"config.data.source={data.source!r} with config.data.mixture={data.mixture!r}: "
+        "the parts of a mixture go with 'mixture' and with nothing else",
+    )
+    parts = [part for _, part in data.parts()]
+    is_file = data.tokenizer.endswith((".json", ".model"))
+    _require(
+        data.tokenizer in ("bpe", "byte") or is_file,
+        f"config.data.tokenizer={data.tokenizer!r}: bpe, byte, a tokenizer.json or a .model of SentencePiece is needed",
+    )
+    for part in parts:
+        if data.source == "mixture":
+            _one_of("config.data.mixture: source", part.source, SOURCES)
+        _require(
+            part.source in ("stdlib", "hops") or bool(part.path),
+            f"config.data.path={part.path!r}: config.data.source={part.source!r} needs a path",
+        )
+        _require(
+            part.source != "tokens" or data.tokenizer != "bpe",
+            f"config.data.tokenizer={data.tokenizer!r}: the one that the rows of config.data.source='tokens' were made "
+            "with is needed, a file, or 'byte'",
+        )
+    _require(
+        not data.streaming or (data.source == "hf" and data.tokenizer != "bpe"),
+        f"config.data.streaming=True is for config.data.source='hf' and a tokenizer that is there, not for "
+        f"config.data.source={data.source!r} with config.data.tokenizer={data.tokenizer!r}",
+    )
 
 
 def _validate_mesh(config: Sections) -> None:

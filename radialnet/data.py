@@ -1,124 +1,75 @@
-"""Packed rows of tokens on disk, and the pure function (seed, step) -> rows that training reads.
+"""What a run is trained and evaluated on, and the pure function (seed, step) -> rows that training reads.
 
-A split is one stream: every document is the separator and its tokens, one after the other. Row r holds the tokens
-r·S … (r+1)·S of it; the last one is only a target and the first of the next row, so that every token is read once
-as an input and predicted once. Attention never crosses from one document of a row to another (`document_BS`).
-Rows of the hop task are not on disk: `hop_task` makes them when they are read.
+Documents come from a source (`sources`), are tokenised and kept in `data.cache_dir` (`shards`), and packed into rows
+when they are read. Rows of the hop task are not on disk: `hop_task` makes them.
 """
 
 import dataclasses
 import hashlib
 import json
-import shutil
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import grain
 import numpy as np
-from numpy.typing import ArrayLike
 
 from radialnet.config import Config
-from radialnet.corpus import Document, check_memory, load_corpus
-from radialnet.files import sha256_of, write_whole
+from radialnet.files import sha256_of
 from radialnet.hop_task import HopRows, make_tokenizer
 from radialnet.hop_task import manifest as hop_manifest
-from radialnet.run_folder import CHECKSUMS, RunFolder
+from radialnet.run_folder import RunFolder
 from radialnet.sections import ConfigError, DataConfig
+from radialnet.shards import PADDING, SPLITS, Batch, PackedRows, Stream, open_streams, write_shards
+from radialnet.sources import Source, evenly, fingerprint, open_source
+from radialnet.streaming import StreamedRows
 from radialnet.tokenizer import BYTE_VOCAB_SIZE, Tokenizer
 
-# Part of the name of what is cached: raise it when the layout of the rows changes.
-LAYOUT = 2
-# Bytes of memory that a token takes while rows are packed.
-_PACKING = 100
-PADDING = -1  # Document id of what fills up the last row.
-
-Batch = dict[str, np.ndarray]
+# Part of the name of what is cached: raise it when the layout of the shards changes.
+LAYOUT = 3
+# Documents that a BPE is trained on, all over the sources.
+_TRAINS_TOKENIZER = 2**17
 
 
-# The files of packed rows.
-_ARRAYS = ("tokens", "documents", "positions")
+class MixedRows:
+    """Rows of several parts, numbered one part after the other, and the weights by which they are mixed."""
 
-
-class PackedRows:
-    """Rows of S+1 tokens, memory-mapped: a random-access source for Grain."""
-
-    def __init__(self, folder: Path):
-        """Open what `write_rows` wrote, after all of it was read once. Raises ConfigError when it is damaged."""
-        try:
-            sums = json.loads((folder / CHECKSUMS).read_bytes())
-            damaged = [name for name in _ARRAYS if sums[name] != sha256_of(folder / f"{name}.npy")]
-            self.tokens, self.documents, self.positions = (
-                np.load(folder / f"{name}.npy", mmap_mode="r") for name in _ARRAYS
-            )
-        except (OSError, ValueError, EOFError, KeyError, TypeError, RecursionError) as error:
-            damaged = [str(error)]
-        if damaged:
-            raise ConfigError(
-                f"{folder}: damaged ({', '.join(damaged)}); delete the folder, and the rows are packed again"
-            )
+    def __init__(self, parts: Sequence[PackedRows], weights: Sequence[float]):
+        self._parts, self.weights = tuple(parts), tuple(weights)
+        self.ends = np.cumsum([len(part) for part in parts]).tolist()
 
     def __len__(self) -> int:
-        return len(self.tokens)
+        return self.ends[-1]
 
     def __getitem__(self, row: int) -> Batch:
-        tokens = np.asarray(self.tokens[row], np.int32)
-        documents = np.asarray(self.documents[row])
-        return {
-            "token": tokens[:-1],
-            "target": tokens[1:],
-            "document": documents[:-1],
-            "position": np.asarray(self.positions[row, :-1], np.int32),
-            # A target is real where it is not padding; its input is real then, too.
-            "is_target": documents[1:] != PADDING,
-        }
+        part = int(np.searchsorted(self.ends, row, side="right"))
+        return self._parts[part][row - (self.ends[part - 1] if part else 0)]
+
+    def mixed(self, of_part: Callable[[grain.MapDataset], grain.MapDataset]) -> grain.MapDataset:
+        """Numbers of rows in the proportion of the weights, of each part those that `of_part` makes of its own."""
+        begins = [0, *self.ends]
+        parts = [of_part(grain.MapDataset.range(begin, end)) for begin, end in zip(begins, self.ends, strict=False)]
+        return grain.MapDataset.mix(parts, self.weights)
 
 
-def pack(documents: Sequence[ArrayLike], separator: int, seq_len: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Tokens, document ids and positions of packed rows, each [R, S+1]. Positions count within row and document."""
-    stream = np.concatenate([part for tokens in documents for part in ([separator], tokens)]).astype(np.int32)
-    document = np.repeat(np.arange(len(documents), dtype=np.int32), [len(tokens) + 1 for tokens in documents])
-    num_rows = max(1, -(-(len(stream) - 1) // seq_len))
-    index = np.arange(num_rows)[:, None] * seq_len + np.arange(seq_len + 1)
-    is_real = index < len(stream)
-    index = np.minimum(index, len(stream) - 1)
-    tokens = np.where(is_real, stream[index], separator).astype(np.int32)
-    documents_RS = np.where(is_real, document[index], PADDING).astype(np.int32)
-    column = np.broadcast_to(np.arange(seq_len + 1, dtype=np.int32), tokens.shape)
-    starts = np.diff(documents_RS, axis=1, prepend=PADDING - 1) != 0
-    positions = column - np.maximum.accumulate(np.where(starts, column, 0), axis=1)
-    return tokens, documents_RS, positions
+class _Interleaved:
+    """Rows of all parts side by side by their weights, until one of the parts is at its end."""
+
+    def __init__(self, rows: MixedRows):
+        self._rows, self._numbers = rows, rows.mixed(lambda part: part)
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __getitem__(self, row: int) -> Batch:
+        return self._rows[self._numbers[row]]
 
 
-def write_rows(folder: Path, documents: tuple[Document, ...], tokenizer: Tokenizer, seq_len: int) -> None:
-    """Tokenise, pack and save, whole or not at all."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f"{folder.name}.partial", dir=folder.parent))
-    try:
-        ids = tokenizer.encode_batch([document.text for document in documents])
-        num_tokens = sum(map(len, ids))
-        check_memory(_PACKING * num_tokens, f"{folder.parent}: to pack {num_tokens / 1e9:.1f} G tokens")
-        arrays = pack(ids, tokenizer.separator_id, seq_len)
-        for name, array in zip(_ARRAYS, arrays, strict=True):
-            np.save(partial / f"{name}.npy", array)
-        sums = {name: sha256_of(partial / f"{name}.npy") for name in _ARRAYS}
-        write_whole(partial / CHECKSUMS, json.dumps(sums) + "\n")
-        partial.rename(folder)
-    except OSError as error:
-        # Another run may have packed the same rows at the same time; its copy is as good.
-        if not folder.exists():
-            # NumPy tells of a full disk by what it could write.
-            raise ConfigError(f"{folder.parent}: the packed rows can't be written ({error})") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-Rows = PackedRows | HopRows
+Rows = PackedRows | MixedRows | _Interleaved | StreamedRows | HopRows
 
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """A tokenised corpus: rows of both splits, the tokenizer, and the manifest of the documents."""
+    """Rows of both splits, the tokenizer, and the manifest: what they are known by."""
 
     train: Rows
     eval: Rows
@@ -126,39 +77,93 @@ class Dataset:
     manifest: dict
 
 
-def prepare(config: Config, folder: RunFolder) -> Dataset:
-    """Read the corpus, train the tokenizer, pack the rows; what is already in `data.cache_dir` is used again.
+def prepare(
+    config: Config,
+    folder: RunFolder | None = None,
+    num_processes: int = 1,
+    report: Callable[[int, int], None] = lambda done, total: None,
+) -> Dataset:
+    """Read the documents, train the tokenizer, tokenise; what is already in `data.cache_dir` is used again.
 
-    A run that has begun (its folder holds a config) is given its own tokenizer, and the corpus must be the one of its
+    A run that has begun (its folder holds a config) is given its own tokenizer, and the documents must be those of its
     manifest. Nothing is written to the folder.
 
+    Args:
+        num_processes: that tokenise, side by side.
+        report: called with the numbers of documents tokenised, and of all.
+
     Raises:
-        ConfigError: the corpus can't be read or is not the one of the manifest; the cache can't be used.
+        ConfigError: the documents can't be read or are not those of the manifest; the cache can't be used.
     """
     cfg = config.data
+    cache, has_begun = _cache_folder(cfg), folder is not None and folder.config.exists()
     if cfg.source == "hops":
-        return _hops(config, folder)
-    corpus = load_corpus(cfg)
-    manifest = corpus.manifest()
-    cache = _cache_folder(cfg)
-    if folder.config.exists():
+        return _hops(config, folder if has_begun else None)
+    if cfg.streaming:
+        return _streamed(config, folder if has_begun else None)
+    weights, parts = zip(*cfg.parts(), strict=True)
+    sources = [open_source(part) for part in parts]
+    known = [fingerprint(source) for source in sources]
+    tokenizer = tokenizer_of_run(folder) if has_begun else _tokenizer(cache, cfg, sources, known)
+    indices, streams = [], []
+    for source, of_source in zip(sources, known, strict=True):
+        shards = cache / f"tokens-{_key(LAYOUT, of_source, tokenizer.fingerprint(), cfg.eval_fraction)}"
+        indices.append(write_shards(shards, source, tokenizer, cfg.eval_fraction, num_processes, report))
+        streams.append(open_streams(shards, indices[-1], tokenizer.separator_id))
+    manifest = {**_manifest(cfg, weights, parts, indices), "tokenizer": tokenizer.fingerprint()}
+    if has_begun:
         _check_manifest(folder.manifest, manifest["sha256"], cfg)
-        tokenizer = tokenizer_of_run(folder)
-    else:
-        tokenizer = _tokenizer(cache, cfg, corpus.train)
-    key = _key(LAYOUT, manifest["sha256"], tokenizer.fingerprint(), config.train.seq_len)
-    rows = {}
-    for split in ("train", "eval"):
-        path = cache / f"rows-{key}-{split}"
-        if not path.exists():
-            write_rows(path, getattr(corpus, split), tokenizer, config.train.seq_len)
-        rows[split] = PackedRows(path)
-    if len(rows["train"]) < config.train.batch_size:
-        raise ConfigError(
-            f"config.train.batch_size={config.train.batch_size}: {cfg.path or cfg.source} has text for "
-            f"{len(rows['train'])} rows of config.train.seq_len={config.train.seq_len} to train on, less than one batch"
-        )
-    return Dataset(tokenizer=tokenizer, manifest={**manifest, "tokenizer": tokenizer.fingerprint()}, **rows)
+    for part, index in zip(parts, indices, strict=True):
+        if not any(index["num_documents"].values()):
+            raise ConfigError(f"config.data.path={part.path!r}: no text in it")
+        if not all(index["num_documents"].values()):
+            raise ConfigError(
+                f"config.data.eval_fraction={cfg.eval_fraction} leaves {index['num_documents']['train']} documents of "
+                f"{part.path or part.source} for training and {index['num_documents']['eval']} for evaluation; "
+                "both need one"
+            )
+    rows = {split: [PackedRows(of[split], config.train.seq_len) for of in streams] for split in SPLITS}
+    for part, packed in zip(parts, rows["train"], strict=True):
+        if len(packed) < config.train.batch_size:
+            raise ConfigError(
+                f"config.train.batch_size={config.train.batch_size}: {part.path or part.source} has text for "
+                f"{len(packed)} rows of config.train.seq_len={config.train.seq_len} to train on, less than one batch"
+            )
+    if len(parts) == 1:
+        return Dataset(rows["train"][0], rows["eval"][0], tokenizer, manifest)
+    mixed = {split: MixedRows(of, weights) for split, of in rows.items()}
+    return Dataset(mixed["train"], _Interleaved(mixed["eval"]), tokenizer, manifest)
+
+
+def held_out_rows(source: Source, tokenizer: Tokenizer, seq_len: int) -> PackedRows:
+    """Rows of all documents of a source, tokenised in memory. Raises ConfigError: they can't be read."""
+    documents = [document for document in map(source.__getitem__, range(len(source))) if len(document.content)]
+    if not documents:
+        raise ConfigError(f"{source}: no text in it")
+    return PackedRows(Stream.of(documents, tokenizer), seq_len)
+
+
+def _manifest(cfg: DataConfig, weights: Sequence[float], parts: Sequence[DataConfig], indices: list[dict]) -> dict:
+    """What the documents of a run are known by: a hash of all of them with their splits, how many they are, and, up to
+    10,000, each of them by its name, SHA-256 and split."""
+    sha256s = [index["sha256"] for index in indices]
+
+    def total(name: str) -> dict[str, int]:
+        return {split: sum(index[name][split] for index in indices) for split in SPLITS}
+
+    manifest = {
+        "source": cfg.source,
+        "sha256": sha256s[0] if len(parts) == 1 else _key(*sha256s),
+        "num_documents": total("num_documents"),
+        "num_tokens": total("num_tokens"),
+        "documents": [document for index in indices for document in index["documents"]],
+    }
+    if len(parts) > 1:
+        manifest["parts"] = [
+            {"source": part.source, "weight": weight, **{name: index[name] for name in ("sha256", "num_tokens")}}
+            for part, weight, index in zip(parts, weights, indices, strict=True)
+        ]
+    return manifest
 
 
 def tokenizer_of_run(folder: RunFolder) -> Tokenizer:
@@ -177,14 +182,21 @@ def tokenizer_of_run(folder: RunFolder) -> Tokenizer:
     return tokenizer
 
 
-def _hops(config: Config, folder: RunFolder) -> Dataset:
+def _hops(config: Config, begun: RunFolder | None) -> Dataset:
     cfg = config.data
-    _cache_folder(cfg)  # Nothing to keep there, but compiled programs are put into it.
-    rows = {split: HopRows(split, cfg.hops_symbols, cfg.hops_max, config.train.seq_len) for split in ("train", "eval")}
+    rows = {split: HopRows(split, cfg.hops_symbols, cfg.hops_max, config.train.seq_len) for split in SPLITS}
     manifest = hop_manifest(rows)
-    if folder.config.exists():
-        _check_manifest(folder.manifest, manifest["sha256"], cfg)
+    if begun:
+        _check_manifest(begun.manifest, manifest["sha256"], cfg)
     return Dataset(tokenizer=make_tokenizer(), manifest=manifest, **rows)
+
+
+def _streamed(config: Config, begun: RunFolder | None) -> Dataset:
+    tokenizer = tokenizer_of_run(begun) if begun else _tokenizer(Path(), config.data, [], [])
+    rows = StreamedRows(config.data, tokenizer, config.train.seq_len)
+    if begun:
+        _check_manifest(begun.manifest, rows.manifest["sha256"], config.data)
+    return Dataset(rows, rows.held_out, tokenizer, {**rows.manifest, "tokenizer": tokenizer.fingerprint()})
 
 
 def _cache_folder(cfg: DataConfig) -> Path:
@@ -213,12 +225,17 @@ def _check_manifest(path: Path, sha256: str, cfg: DataConfig) -> None:
         )
 
 
-def _tokenizer(cache: Path, cfg: DataConfig, documents: tuple[Document, ...]) -> Tokenizer:
+def _tokenizer(cache: Path, cfg: DataConfig, sources: list[Source], known: list[str]) -> Tokenizer:
     if cfg.tokenizer == "byte":
         return Tokenizer.train([], BYTE_VOCAB_SIZE)
-    path = cache / f"tokenizer-{_key(cfg.vocab_size, [document.sha256 for document in documents])}.json"
+    if cfg.tokenizer != "bpe":
+        return Tokenizer.load(Path(cfg.tokenizer))
+    path = cache / f"tokenizer-{_key(cfg.vocab_size, known, cfg.eval_fraction)}.json"
     if not path.exists():
-        Tokenizer.train((document.text for document in documents), cfg.vocab_size).save(path)
+        most = _TRAINS_TOKENIZER // len(sources)
+        documents = (source[index] for source in sources for index in evenly(len(source), most))
+        texts = (document.content for document in documents if not document.is_held_out(cfg.eval_fraction))
+        Tokenizer.train(texts, cfg.vocab_size).save(path)
     return Tokenizer.load(path)
 
 
@@ -226,38 +243,48 @@ def _key(*parts: object) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
-def train_batches(rows: Rows, batch_size: int, seed: int, own: Sequence[int] | None = None) -> grain.MapDataset:
-    """The batch of every training step: `train_batches(...)[step]`, a pure function of (seed, step).
+def row_numbers(rows: Rows, seed: int) -> grain.MapDataset:
+    """Of rows to train on, one after the other: each epoch goes through all of them once, in an order of its own; of a
+    mixture, each part at the pace of its weight."""
 
-    Each epoch goes through all rows once, in an order of its own, however many processes share them.
+    def endless(numbers: grain.MapDataset) -> grain.MapDataset:
+        return numbers.shuffle(seed=seed).repeat()
+
+    return rows.mixed(endless) if isinstance(rows, MixedRows) else endless(grain.MapDataset.range(len(rows)))
+
+
+def train_batches(rows: Rows, batch_size: int, seed: int, own: Sequence[int] | None = None) -> grain.MapDataset:
+    """The batch of every training step: `train_batches(...)[step]`, a pure function of (seed, step), however many
+    processes share the rows.
 
     Args:
         own: which rows of each batch are read; by default all.
     """
-    if own is None or len(own) == batch_size:
-        return grain.MapDataset.source(rows).shuffle(seed=seed).repeat().batch(batch_size)
-    return grain.MapDataset.source(_OwnRows(rows, batch_size, seed, own)).batch(len(own))
+    numbers, size = row_numbers(rows, seed), batch_size
+    if own is not None and len(own) < batch_size:
+        numbers, size = grain.MapDataset.source(_OwnNumbers(numbers, batch_size, own)), len(own)
+    return numbers.map(rows.__getitem__).batch(size)
 
 
-class _OwnRows:
-    """Some rows of each batch, one batch after the other: a random-access source for Grain."""
+class _OwnNumbers:
+    """Of each batch some of its numbers of rows, one batch after the other: a random-access source for Grain."""
 
-    def __init__(self, rows: Rows, batch_size: int, seed: int, own: Sequence[int]):
-        self._rows, self._own = rows, tuple(own)
-        self._batch_size = batch_size
-        self._numbers = grain.MapDataset.range(len(rows)).shuffle(seed=seed).repeat()
+    def __init__(self, numbers: grain.MapDataset, batch_size: int, own: Sequence[int]):
+        self._numbers, self._batch_size, self._own = numbers, batch_size, tuple(own)
 
     def __len__(self) -> int:
         return len(self._numbers) // self._batch_size * len(self._own)
 
-    def __getitem__(self, index: int) -> Batch:
+    def __getitem__(self, index: int) -> int:
         step, place = divmod(index, len(self._own))
-        return self._rows[self._numbers[step * self._batch_size + self._own[place]]]
+        return int(self._numbers[step * self._batch_size + self._own[place]])
 
 
-def train_row_numbers(rows: Rows, batch_size: int, seed: int) -> grain.MapDataset:
-    """Which rows the batches of `train_batches` are made of."""
-    return grain.MapDataset.range(len(rows)).shuffle(seed=seed).repeat().batch(batch_size)
+def batches_from(rows: Rows, batch_size: int, seed: int, own: Sequence[int], step: int) -> Iterator[Batch]:
+    """The batches of `train_batches` from a step on; of a stream those that come."""
+    if isinstance(rows, StreamedRows):
+        return rows.batches(batch_size, (seed + step) % 2**32)
+    return prefetch(train_batches(rows, batch_size, seed, own), step)
 
 
 def prefetch(batches: grain.MapDataset, start: int) -> Iterator[Batch]:

@@ -11,7 +11,6 @@ when several depths or biases are asked for).
 import itertools
 import json
 import math
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -24,14 +23,15 @@ import optax
 from absl import flags
 
 from radialnet import cli
-from radialnet.corpus import read_held_out
-from radialnet.data import PADDING, Batch, PackedRows, Rows, eval_batches, prepare, write_rows
+from radialnet.data import Rows, eval_batches, held_out_rows, prepare
 from radialnet.decode import Decoder
 from radialnet.files import finite
 from radialnet.metrics import BatchSums, add, figures, flops_per_token
 from radialnet.router import Controllers
 from radialnet.run_folder import RunFolder
 from radialnet.sections import ConfigError
+from radialnet.shards import PADDING, Batch
+from radialnet.sources import open_held_out
 from radialnet.train_step import eval_step
 from radialnet.trained import TrainedModel, load_trained
 
@@ -150,7 +150,7 @@ def _side_by_side(texts: list[Batch], num_rows: int, seq_len: int) -> Batch:
     return batch
 
 
-def _held_out_rows(trained: TrainedModel, workdir: Path, data: str | None, scratch: Path) -> Rows:
+def _held_out_rows(trained: TrainedModel, workdir: Path, data: str | None) -> Rows:
     folder = RunFolder(workdir)
     if not data:
         return prepare(trained.config, folder).eval
@@ -158,9 +158,8 @@ def _held_out_rows(trained: TrainedModel, workdir: Path, data: str | None, scrat
         raise ConfigError(f"--data={data}: not for a run on config.data.source='hops', which knows no text")
     if not Path(data).exists():
         raise ConfigError(f"--data={data}: no such file or folder")
-    documents = read_held_out(Path(data), trained.config.data.text_key)
-    write_rows(scratch / "rows", documents, trained.tokenizer, trained.config.train.seq_len)
-    return PackedRows(scratch / "rows")
+    source = open_held_out(Path(data), trained.config.data.text_key)
+    return held_out_rows(source, trained.tokenizer, trained.config.train.seq_len)
 
 
 def main() -> None:
@@ -170,20 +169,19 @@ def main() -> None:
     trained = load_trained(workdir)
     if not _MAX_DEPTH.value:
         max_depths = [trained.config.model.max_depth]
-    with tempfile.TemporaryDirectory() as scratch:
-        rows = _held_out_rows(trained, workdir, _DATA.value, Path(scratch))
-        rows = _first(rows, -(-_MAX_TOKENS.value // trained.config.train.seq_len))
-        by_path = evaluate_decoding if _PATH.value == "decode" else evaluate_trained
-        results = []
-        for max_depth, exit_bias in itertools.product(max_depths, exit_biases):
-            result = by_path(trained, rows, max_depth, exit_bias)
-            results.append(result)
-            if not _JSON.value:
-                print(
-                    f"step {result['step']}  max depth {max_depth}  exit bias {result['exit_bias']:+.2f}:  "
-                    f"bpb {result['bpb']:.4f}  ce {result['ce']:.4f}  depth {result['depth']:.3f}  "
-                    f"{result['tokens_per_s'] or math.nan:,.0f} tokens/s"
-                )
+    rows = _held_out_rows(trained, workdir, _DATA.value)
+    rows = _first(rows, -(-_MAX_TOKENS.value // trained.config.train.seq_len))
+    by_path = evaluate_decoding if _PATH.value == "decode" else evaluate_trained
+    results = []
+    for max_depth, exit_bias in itertools.product(max_depths, exit_biases):
+        result = by_path(trained, rows, max_depth, exit_bias)
+        results.append(result)
+        if not _JSON.value:
+            print(
+                f"step {result['step']}  max depth {max_depth}  exit bias {result['exit_bias']:+.2f}:  "
+                f"bpb {result['bpb']:.4f}  ce {result['ce']:.4f}  depth {result['depth']:.3f}  "
+                f"{result['tokens_per_s'] or math.nan:,.0f} tokens/s"
+            )
     print(json.dumps(finite(results[0] if len(results) == 1 else results)))
 
 

@@ -18,11 +18,12 @@ from flax import nnx
 from radialnet import cli
 from radialnet.checks import check_hops
 from radialnet.config import Config
-from radialnet.data import PADDING, Batch, eval_batches
+from radialnet.data import eval_batches
 from radialnet.files import finite
 from radialnet.hop_task import HopRows, hops_of
 from radialnet.router import Controllers, schedule
 from radialnet.sections import ConfigError
+from radialnet.shards import PADDING, Batch
 from radialnet.train_step import forward
 from radialnet.trained import TrainedModel, load_trained
 

@@ -11,7 +11,7 @@ import numpy as np
 from radialnet.checkpoint import Checkpoints
 from radialnet.cli import NonFiniteError
 from radialnet.config import Config
-from radialnet.data import Dataset, train_batches, train_row_numbers
+from radialnet.data import Dataset, row_numbers, train_batches
 from radialnet.files import write_whole
 from radialnet.processes import wait_for_processes
 from radialnet.run_folder import RunFolder
@@ -38,12 +38,16 @@ def write_reproduction(folder: Path, config: Config, dataset: Dataset, trees: di
     wait_for_processes("begin a report")
     run, batch_size, seed = RunFolder(folder), config.train.batch_size, config.train.seed
     steps = range(error.first_step, error.first_step + config.train.max_skipped_steps)
-    # Step n is the n-th, so that it reads the batch before it in the order of the data.
-    rows = {step: train_row_numbers(dataset.train, batch_size, seed)[step - 1].tolist() for step in steps}
     if is_first:
-        batches = train_batches(dataset.train, batch_size, seed)
-        names = {f"{name}_{step}": array for step in steps for name, array in batches[step - 1].items()}
-        np.savez_compressed(folder / "batches.npz", **names)
+        rows = {}
+        # What was streamed is gone.
+        if not config.data.streaming:
+            # Step n is the n-th, so that it reads the batch before it in the order of the data.
+            numbers = row_numbers(dataset.train, seed).batch(batch_size)
+            rows = {step: numbers[step - 1].tolist() for step in steps}
+            batches = train_batches(dataset.train, batch_size, seed)
+            names = {f"{name}_{step}": array for step in steps for name, array in batches[step - 1].items()}
+            np.savez_compressed(folder / "batches.npz", **names)
         report = {"error": str(error), "steps": list(steps), "seed": seed, "rows": rows}
         write_whole(folder / "report.json", json.dumps(report, indent=1) + "\n")
         dataset.tokenizer.save(run.tokenizer)

@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import rich.console
 import rich.progress
@@ -26,6 +26,36 @@ class Clock:
 
     def seconds(self) -> float:
         return time.perf_counter() - self._start - self._paused
+
+
+@contextlib.contextmanager
+def counted(console: rich.console.Console, what: str) -> Iterator[Callable[[int, int], None]]:
+    """A live bar of work that takes its time, by a function of (done, total); where there is no terminal, a line when
+    it begins with more than nothing to do."""
+    columns = rich.progress
+    bar = columns.Progress(
+        columns.TextColumn(what),
+        columns.BarColumn(),
+        columns.MofNCompleteColumn(),
+        columns.TimeElapsedColumn(),
+        columns.TextColumn("ETA"),
+        columns.TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+    task = bar.add_task("", total=None)
+    is_told = console.is_terminal
+
+    def report(done: int, total: int) -> None:
+        nonlocal is_told
+        if not is_told and done < total:
+            console.print(f"{what}: {done:,} of {total:,} are there")
+            is_told = True
+        bar.update(task, completed=done, total=total)
+
+    with bar:
+        yield report
 
 
 class Progress:

@@ -1,6 +1,8 @@
 """The sections of a configuration: frozen dataclasses. Defaults and the meaning of each field: `configs/base.py`."""
 
 import dataclasses
+import math
+import shlex
 
 VIEWS = ("all", "latest", "same_step", "first", "same_layer")
 TRAINED_FORMS = ("factored", "flat", "early_exit", "mod", "recursion")
@@ -10,6 +12,7 @@ ATTENTION_BACKENDS = ("tiles", "pallas")
 ESTIMATORS = ("straight_through", "score", "weighted", "dense")
 # Entries of a page of the decode cache.
 PAGE_SIZE = 16
+SOURCES = ("stdlib", "text", "jsonl", "hf", "tfds", "tokens")
 # Symbols that rows of the hop task are made of (`hop_task`).
 HOPS_ALPHABET = 16
 
@@ -93,13 +96,38 @@ class CacheConfig:
 class DataConfig:
     source: str
     path: str
+    subset: str
+    split: str
     text_key: str
+    mixture: str
+    streaming: bool
     tokenizer: str
     vocab_size: int
     eval_fraction: float
     hops_symbols: int
     hops_max: int
     cache_dir: str
+
+    def parts(self) -> list[tuple[float, "DataConfig"]]:
+        """Each source and its weight; that is one, but for a mixture. Raises ConfigError: a mixture can't be read."""
+        if self.source != "mixture":
+            return [(1.0, self)]
+        return [self._part(told.strip()) for told in self.mixture.split(";") if told.strip()]
+
+    def _part(self, told: str) -> tuple[float, "DataConfig"]:
+        """Of `0.7 jsonl books.jsonl text_key=body`."""
+        try:
+            weight, source, *words = shlex.split(told)
+            weight, path = float(weight), [word for word in words if "=" not in word]
+            fields = dict(word.split("=", 1) for word in words if "=" in word)
+            if not (0 < weight < math.inf and len(path) <= 1 and fields.keys() <= {"subset", "split", "text_key"}):
+                raise ValueError
+        except ValueError:
+            raise ConfigError(
+                f"config.data.mixture: {told!r}: a weight above 0, a source and its path are needed, and after them "
+                "what of subset=…, split=…, text_key=… is not that of config.data"
+            ) from None
+        return weight, dataclasses.replace(self, source=source, path="".join(path), mixture="", **fields)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -92,9 +92,14 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: Path) -> "Tokenizer":
-        """Read a `tokenizer.json`. Raises ConfigError when it can't be read."""
+        """Read a `tokenizer.json`, or a `.model` of SentencePiece. Raises ConfigError when it can't be read."""
         if not path.is_file():
             raise ConfigError(f"{path}: no such file; a run folder holds the tokenizer.json it was trained with")
+        if path.suffix == ".model":
+            # Here, for it needs a library that no other tokenizer does.
+            from radialnet.sentencepiece_model import converted
+
+            return cls(converted(path))
         try:
             return cls(tokenizers.Tokenizer.from_file(str(path)))
         except Exception as error:  # The library raises no class of its own.
@@ -103,6 +108,14 @@ class Tokenizer:
     def save(self, path: Path) -> None:
         """Write as `tokenizer.json`, whole or not at all."""
         write_whole(path, self._tokenizer.to_str())
+
+    def __reduce__(self):
+        # The library's own copies forget that special tokens are text.
+        return Tokenizer._of_json, (self._tokenizer.to_str(),)
+
+    @classmethod
+    def _of_json(cls, content: str) -> "Tokenizer":
+        return cls(tokenizers.Tokenizer.from_str(content))
 
     def fingerprint(self) -> str:
         return hashlib.sha256(self._tokenizer.to_str().encode()).hexdigest()

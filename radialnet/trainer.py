@@ -17,7 +17,7 @@ from flax import nnx
 from radialnet.checkpoint import Checkpoints
 from radialnet.cli import NonFiniteError, PreemptedError, warn
 from radialnet.config import Config
-from radialnet.data import Dataset, eval_batches, prefetch, prepare, train_batches
+from radialnet.data import Dataset, batches_from, eval_batches, prepare
 from radialnet.decode import CacheFullError
 from radialnet.evaluate import EvalStep, evaluate
 from radialnet.generate import generate
@@ -28,7 +28,7 @@ from radialnet.optimizer import make_optimizer
 from radialnet.plots import RUN_PLOTS, plot_run
 from radialnet.preemption import Preemption
 from radialnet.processes import all_or_none, check_same, wait_for_processes
-from radialnet.progress import Progress
+from radialnet.progress import Progress, counted
 from radialnet.run_folder import RunFolder
 from radialnet.sections import ConfigError
 from radialnet.sharding import Placement
@@ -107,7 +107,10 @@ def train(config: Config, workdir: Path) -> None:
             # 1. The folder, and whether the config may go on with what is in it.
             _check_folder(config, folder, console)
             # 2. The data. A resumed run reads the documents of its manifest, by its own tokenizer, or not at all.
-            dataset = prepare(config, folder)
+            if config.data.streaming and jax.process_count() > 1:
+                raise ConfigError("config.data.streaming=True: one process alone can read what comes once")
+            with counted(console, "documents tokenised") as report:
+                dataset = prepare(config, folder, report=report)
             placement = place(config, dataset.tokenizer.vocab_size, jax.devices())
         fields = config.to_dict()
         # Where the data lies may differ, but not what it is.
@@ -302,14 +305,16 @@ def _print_processes(placement: Placement) -> None:
 
 def _print_start(run: Run) -> None:
     config, dataset = run.config, run.dataset
+    if config.data.streaming and run.step:
+        warn("config.data.streaming=True: the data begins anew, not where the run was")
     sizes = jax.tree.map(lambda x: x.size, run.state.params)
-    tokens = len(dataset.train) * config.train.seq_len
+    num_documents, num_tokens = (dataset.manifest[name]["train"] for name in ("num_documents", "num_tokens"))
     run.console.print(
         f"{run.folder.root}: step {run.step} of {config.train.num_steps} on {run.placement.parallel.num_devices} "
         f"{jax.devices()[0].device_kind} device(s)\n"
         f"model: {config.router.form}, pool of {config.model.pool_size} layers, max depth {config.model.max_depth}, "
         f"{sum(jax.tree.leaves(sizes)):,} parameters, {sum(jax.tree.leaves(sizes['pool'])):,} of them in the pool\n"
-        f"data: {config.data.source}, {len(dataset.manifest['documents'])} documents, {tokens:,} training tokens, "
+        f"data: {config.data.source}, {num_documents:,} documents of {num_tokens:,} tokens to train on, "
         f"vocabulary {dataset.tokenizer.vocab_size}; {config.train.batch_size * config.train.seq_len:,} tokens a step"
     )
 
@@ -317,7 +322,7 @@ def _print_start(run: Run) -> None:
 def _loop(run: Run, writer: MetricsWriter, preemption: Preemption) -> None:
     config, num_steps, placement = run.config, run.config.train.num_steps, run.placement
     batch_size, optimizer = config.train.batch_size, make_optimizer(config)
-    batches = prefetch(train_batches(run.dataset.train, batch_size, config.train.seed, run.own_rows), run.step)
+    batches = batches_from(run.dataset.train, batch_size, config.train.seed, run.own_rows, run.step)
 
     def next_batch() -> dict:
         return placement.put_rows(next(batches), batch_size)

@@ -208,6 +208,44 @@ def test_evaluate_at_several_depths_and_biases(trained, tmp_path):
     assert depths == {(1, False): 1, (1, True): 1, (2, False): 2, (2, True): 1, (4, False): 4, (4, True): 1}
 
 
+@pytest.mark.slow
+def test_lm_eval_gives_the_figures_of_evaluate(trained, tmp_path):
+    pytest.importorskip("lm_eval")
+    workdir, text = trained[0], "def f(x):\n    return x\n" * 60
+    (tmp_path / "text.jsonl").write_text(json.dumps({"text": text}) + "\n")
+    task = {
+        "task": "some_text", "dataset_path": "json", "dataset_kwargs": {"data_files": str(tmp_path / "text.jsonl")},
+        "test_split": "train", "output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "{{text}}",
+        "metric_list": [{"metric": "bits_per_byte"}],
+    }  # fmt: skip
+    (tmp_path / "some_text.yaml").write_text(json.dumps(task))
+    environ = {**environment(), "HF_DATASETS_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
+    command = ["-m", "radialnet.lm_eval", f"--workdir={workdir}", f"--include_path={tmp_path}"]
+    stdout, _ = run(*command, "--tasks=some_text", "--max_depth=1,3", "--exit_bias=-50", env=environ)
+    by_evaluate, _ = run(
+        "-m", "radialnet.evaluate", f"--workdir={workdir}", "--max_depth=1,3", "--exit_bias=-50",
+        f"--data={tmp_path / 'text.jsonl'}", "--json",
+    )  # fmt: skip
+    found = json.loads(stdout.splitlines()[-1])
+    assert [line["depth"] for line in found] == [{"some_text": 1}, {"some_text": 3}]
+    for line, expected in zip(found, json.loads(by_evaluate), strict=True):
+        figures = line["results"]["some_text"]
+        assert figures["bits_per_byte,none"] == pytest.approx(expected["bpb"], abs=1e-4)
+        assert f"{figures['bits_per_byte,none']:.4f}" in stdout
+    assert stdout.count("|depth") == 2
+    _, stderr = run(*command, "--tasks=some_text,other", code=2, env=environ)
+    assert "error: --tasks=some_text,other: no task 'other'\n" in stderr
+
+
+def test_lm_eval_says_what_it_needs(trained, tmp_path):
+    (tmp_path / "lm_eval.py").write_text("raise ModuleNotFoundError(\"No module named 'lm_eval'\")")
+    _, stderr = run(
+        "-m", "radialnet.lm_eval", f"--workdir={trained[0]}", "--tasks=any", code=2,
+        env={**environment(), "PYTHONPATH": str(tmp_path)},
+    )  # fmt: skip
+    assert stderr == "error: lm-eval is needed (No module named 'lm_eval'): pip install -r requirements-eval.txt\n"
+
+
 def test_generate(trained):
     workdir, _ = trained
     command = ["-m", "radialnet.generate", f"--workdir={workdir}", "--prompt=def f", "--max_new_tokens=5"]

@@ -1,15 +1,15 @@
-import hashlib
 import json
-import os
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from radialnet.corpus import Document, load_corpus, read_held_out
-from radialnet.data import PADDING, PackedRows, eval_batches, pack, prefetch, prepare, train_batches, write_rows
+from radialnet.data import eval_batches, prefetch, prepare, train_batches
 from radialnet.run_folder import RunFolder
 from radialnet.sections import ConfigError
+from radialnet.shards import PADDING, PackedRows, Stream
+from radialnet.sources import Document
 from radialnet.tokenizer import BYTE_VOCAB_SIZE, PIECE, SEPARATOR, Tokenizer, pieces
 from tests.tiny import make_config
 
@@ -23,11 +23,12 @@ def byte_tokenizer():
 
 
 @pytest.fixture(scope="module")
-def rows(tmp_path_factory, byte_tokenizer):
-    folder = tmp_path_factory.mktemp("rows") / "train"
-    documents = tuple(Document(str(i), text) for i, text in enumerate(TEXTS))
-    write_rows(folder, documents, byte_tokenizer, SEQ)
-    return PackedRows(folder)
+def rows(byte_tokenizer):
+    """Of documents that lie in three shards, one of them without any."""
+    documents = [Document(str(index), text) for index, text in enumerate(TEXTS)]
+    shards = [Stream.of(part, byte_tokenizer) for part in (documents[:3], [], documents[3:])]
+    tokens, starts = (sum((getattr(shard, name) for shard in shards), ()) for name in ("tokens", "starts"))
+    return PackedRows(Stream(tokens, starts, byte_tokenizer.separator_id), SEQ)
 
 
 def stream_of(tokenizer):
@@ -100,11 +101,14 @@ def test_document_ids_and_positions(rows, byte_tokenizer):
     assert rows[len(rows) - 1]["document"][-1] == PADDING
 
 
-def test_pack_of_a_stream_that_fills_its_rows_has_no_padding():
-    tokens, documents, positions = pack([[1, 2, 3, 4]], separator=0, seq_len=4)
-    np.testing.assert_array_equal(tokens, [[0, 1, 2, 3, 4]])
-    np.testing.assert_array_equal(documents, [[0] * 5])
-    np.testing.assert_array_equal(positions, [range(5)])
+def test_a_stream_that_fills_its_rows_has_no_padding():
+    row = PackedRows(Stream((np.array([0, 1, 2, 3, 4]),), (np.array([0]),), 0), 4)
+    assert len(row) == 1
+    np.testing.assert_array_equal(row[0]["token"], [0, 1, 2, 3])
+    np.testing.assert_array_equal(row[0]["target"], [1, 2, 3, 4])
+    np.testing.assert_array_equal(row[0]["document"], [0] * 4)
+    np.testing.assert_array_equal(row[0]["position"], range(4))
+    assert row[0]["is_target"].all()
 
 
 def test_batches_are_a_pure_function_of_seed_and_step(rows):
@@ -112,6 +116,7 @@ def test_batches_are_a_pure_function_of_seed_and_step(rows):
     for step in (5, 0, 12, 5):
         for name, array in batches[0][step].items():
             np.testing.assert_array_equal(array, batches[1][step][name])
+            assert array.dtype == (bool if name == "is_target" else np.int32)
     other = train_batches(rows, 2, seed=4)
     assert any((other[step]["token"] != batches[0][step]["token"]).any() for step in range(4))
 
@@ -126,6 +131,56 @@ def test_every_row_once_an_epoch_in_an_order_of_its_own(rows, batch_size):
     for order in orders:
         assert sorted(order) == known
     assert orders[0] != orders[1] != orders[2]
+
+
+@pytest.mark.parametrize("num_processes", [1, 2, 4])
+def test_any_number_of_processes_reads_the_same_batches(rows, num_processes):
+    parts = np.split(np.arange(8), num_processes)
+    of_process = [train_batches(rows, 8, seed=1, own=part.tolist()) for part in parts]
+    whole = train_batches(rows, 8, seed=1)
+    for step in (0, 3, 11):
+        for name, array in whole[step].items():
+            np.testing.assert_array_equal(np.concatenate([batches[step][name] for batches in of_process]), array)
+
+
+def test_a_mixture_goes_through_each_part_at_the_pace_of_its_weight(folder, tmp_path, byte_tokenizer):
+    other = tmp_path / "other.jsonl"
+    other.write_text("".join(json.dumps({"body": "x" * 40 + str(index)}) + "\n" for index in range(20)))
+    spec = f"3 text {folder}; 1 jsonl '{other}' text_key=body"
+    config = config_of("mixture", "", tmp_path / "cache", data__mixture=spec)
+    dataset = prepare(config)
+    x = byte_tokenizer.encode("x")[0]
+    batches = train_batches(dataset.train, 4, seed=0)
+    seen = [row.tolist() for step in range(240) for row in batches[step]["token"]]
+    is_other = np.array([x in row for row in seen])
+    assert is_other.mean() == 0.25
+    assert (is_other.reshape(-1, 4).sum(1) == 1).all(), "in each batch, not only over all"
+    # Each part goes through all of its rows before one of them comes again.
+    alone = prepare(config_of("jsonl", other, tmp_path / "cache", data__text_key="body")).train
+    known = Counter(tuple(alone[row]["token"].tolist()) for row in range(len(alone)))
+    found = Counter(tuple(row) for row, of_it in zip(seen, is_other, strict=True) if of_it)
+    assert sum(found.values()) > 3 * len(alone) and found.keys() == known.keys()
+    assert all(3 * known[row] <= number <= 4 * known[row] for row, number in found.items())
+    held_out = [x in dataset.eval[row]["token"] for row in range(len(dataset.eval))]
+    assert np.mean(held_out) == pytest.approx(0.25, abs=0.07)
+    assert [part["weight"] for part in dataset.manifest["parts"]] == [3, 1]
+    tokens = [part["num_tokens"]["train"] for part in dataset.manifest["parts"]]
+    assert dataset.manifest["num_tokens"]["train"] == sum(tokens)
+
+
+@pytest.mark.parametrize("spec", ["text a", "0 text a", "1 text a b", "1 text a key=b", "inf text a", "1 text 'a"])
+def test_a_mixture_that_cannot_be_read(spec, tmp_path):
+    with pytest.raises(ConfigError, match="config.data.mixture: .*: a weight above 0, a source and its path"):
+        config_of("mixture", "", tmp_path, data__mixture=f"1 text b; {spec}")
+
+
+def test_a_mixture_of_what_cannot_be_mixed(tmp_path):
+    with pytest.raises(ConfigError, match="config.data.mixture: source='hops': one of stdlib, text"):
+        config_of("mixture", "", tmp_path, data__mixture="1 hops")
+    with pytest.raises(ConfigError, match="config.data.source='text' with config.data.mixture='1 stdlib'"):
+        config_of("text", "a", tmp_path, data__mixture="1 stdlib")
+    with pytest.raises(ConfigError, match="config.data.path='': config.data.source='jsonl' needs a path"):
+        config_of("mixture", "", tmp_path, data__mixture="1 stdlib; 1 jsonl")
 
 
 def test_prefetch_goes_on_from_any_step(rows):
@@ -166,42 +221,42 @@ def folder(tmp_path):
 
 
 def test_splits_share_no_text_and_the_manifest_names_all(folder, tmp_path):
-    corpus = load_corpus(config_of("text", folder, tmp_path).data)
-    train, held_out = ({document.text for document in split} for split in (corpus.train, corpus.eval))
-    assert not train & held_out
-    assert train | held_out == {f"document {index}\n" * 5 for index in range(12)}
-    manifest = corpus.manifest()
-    assert len(manifest["documents"]) == 24
-    for entry in manifest["documents"]:
-        content = (folder / entry["name"]).read_bytes()
-        assert entry["sha256"] == hashlib.sha256(content).hexdigest()
-        assert entry["bytes"] == len(content)
-    assert manifest == load_corpus(config_of("text", folder, tmp_path).data).manifest()
+    dataset = prepare(config_of("text", folder, tmp_path / "cache"))
+    splits = {"train": set(), "eval": set()}
+    for entry in dataset.manifest["documents"]:
+        text = (folder / entry["name"]).read_text()
+        splits[entry["split"]].add(text)
+        assert entry["sha256"] == Document("", text).sha256
+    assert splits["train"] and splits["eval"] and not splits["train"] & splits["eval"]
+    assert splits["train"] | splits["eval"] == {f"document {index}\n" * 5 for index in range(12)}
+    assert sum(dataset.manifest["num_documents"].values()) == len(dataset.manifest["documents"]) == 24
+    # As many tokens as bytes, and a separator for each document.
+    assert sum(dataset.manifest["num_tokens"].values()) == sum(
+        1 + path.stat().st_size for path in folder.rglob("[!.]*.txt")
+    )
 
 
 def test_no_token_of_the_held_out_split_reaches_training(folder, tmp_path):
-    config = config_of("text", folder, tmp_path / "cache")
-    dataset = prepare(config, RunFolder(tmp_path))
-    corpus = load_corpus(config.data)
-
-    def text_of(rows):
-        ids = [token for row in range(len(rows)) for token in rows[row]["token"][rows[row]["is_target"]].tolist()]
-        return dataset.tokenizer.decode(ids)
-
+    dataset = prepare(config_of("text", folder, tmp_path / "cache"))
     for split in ("train", "eval"):
-        joined = "".join(document.text for document in getattr(corpus, split))
+        rows = getattr(dataset, split)
+        ids = [token for row in range(len(rows)) for token in rows[row]["token"][rows[row]["is_target"]].tolist()]
+        members = [entry for entry in dataset.manifest["documents"] if entry["split"] == split]
+        joined = "".join((folder / entry["name"]).read_text() for entry in members)
         # The last token of the stream is a target only.
-        assert text_of(getattr(dataset, split)) == joined[:-1]
+        assert dataset.tokenizer.decode(ids) == joined[:-1]
 
 
 def test_prepared_data_is_used_again(folder, tmp_path):
     config = config_of("text", folder, tmp_path / "cache")
-    first = prepare(config, RunFolder(tmp_path))
-    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.npy")}
-    second = prepare(config, RunFolder(tmp_path))
-    assert files == {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.npy")}
-    np.testing.assert_array_equal(first.train.tokens, second.train.tokens)
-    assert isinstance(first.train.tokens, np.memmap)
+    first = prepare(config)
+    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.*")}
+    second = prepare(config)
+    assert files == {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.*")}
+    assert len(first.train) == len(second.train)
+    # Another length of rows needs no other tokens.
+    assert len(prepare(config_of("text", folder, tmp_path / "cache", train__seq_len=2 * SEQ)).train) < len(first.train)
+    assert files.keys() == set((tmp_path / "cache").rglob("*.*"))
 
 
 @pytest.fixture
@@ -249,20 +304,22 @@ def test_damaged_files_of_a_run_are_named(begun, content):
         path.write_bytes(whole)
 
 
-def test_damaged_rows_are_named(begun, tmp_path):
+def test_damaged_shards_are_named(begun, tmp_path):
     run, config = begun
-    for file in ("tokens.npy", "documents.npy", "positions.npy", "checksums.json"):
-        path = next((tmp_path / "cache").rglob(file))
+    for name in ("00000-train-tokens.npy", "00000-eval-starts.npy", "index.json"):
+        path = next((tmp_path / "cache").rglob(name))
         whole = path.read_bytes()
         flipped = bytearray(whole)
         flipped[-9] ^= 64
-        for content in (whole[:20], bytes(flipped)):
+        contents = (whole[:20], bytes(flipped)) if name.endswith("npy") else (whole[:20], b"[]", b"\xff")
+        for content in contents:
             path.write_bytes(content)
             with pytest.raises(ConfigError, match=f"{path.parent.name}: damaged"):
                 prepare(config, run)
         path.unlink()
-        with pytest.raises(ConfigError, match=f"{path.parent.name}: damaged"):
-            prepare(config, run)
+        if name.endswith("npy"):
+            with pytest.raises(ConfigError, match=f"{path.parent.name}: damaged"):
+                prepare(config, run)
         path.write_bytes(whole)
     prepare(config, run)
 
@@ -273,54 +330,14 @@ def test_a_cache_that_is_no_folder(folder, tmp_path):
         prepare(config_of("text", folder, tmp_path / "cache"), RunFolder(tmp_path / "run"))
 
 
-def test_jsonl(tmp_path):
-    path = tmp_path / "documents.jsonl"
-    path.write_text("".join(json.dumps({"body": f"text {index}", "n": index}) + "\n" for index in range(30)))
-    corpus = load_corpus(config_of("jsonl", path, tmp_path, data__text_key="body").data)
-    assert {document.text for document in corpus.train + corpus.eval} == {f"text {index}" for index in range(30)}
-    assert len(read_held_out(path, "body")) == 30
-    good = path.read_bytes() + b"\n"
-    path.write_bytes(good)
-    assert len(read_held_out(path, "body")) == 30, "an empty line is no document"
-    for bad in (
-        b'{"other": 1}',
-        b'{"body": 5}',
-        b'{"body": "\xff"}',
-        b"[" * 200_000,
-        b'{"body": "\\ud800"}',
-        b"[]",
-        b"{",
-    ):
-        path.write_bytes(good + bad + b"\n")
-        with pytest.raises(ConfigError, match="line 32.*'body'"):
-            load_corpus(config_of("jsonl", path, tmp_path, data__text_key="body").data)
-
-
-@pytest.mark.parametrize("source", ["text", "jsonl"])
-def test_a_path_that_does_not_exist(source, tmp_path):
-    with pytest.raises(ConfigError, match="nowhere"):
-        load_corpus(config_of(source, tmp_path / "nowhere", tmp_path).data)
-
-
-def test_a_folder_without_text(tmp_path):
-    (tmp_path / "empty.txt").write_text("")
-    with pytest.raises(ConfigError, match="config.data.path=.*no text"):
-        load_corpus(config_of("text", tmp_path, tmp_path).data)
-
-
-@pytest.mark.parametrize("source", ["text", "jsonl"])
-def test_a_pipe_is_no_file(tmp_path, source):
-    """It was waited for, for good."""
-    os.mkfifo(tmp_path / "pipe.jsonl")
-    for path in (tmp_path, tmp_path / "pipe.jsonl"):
-        with pytest.raises(ConfigError, match="pipe.jsonl: not a regular file"):
-            load_corpus(config_of(source, path, tmp_path).data)
-
-
 def test_a_split_without_documents(tmp_path):
-    (tmp_path / "only.txt").write_text("one document")
-    with pytest.raises(ConfigError, match="eval_fraction=0.4"):
-        load_corpus(config_of("text", tmp_path, tmp_path).data)
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "only.txt").write_text("one document")
+    with pytest.raises(ConfigError, match="eval_fraction=0.4 leaves . documents of"):
+        prepare(config_of("text", tmp_path / "text", tmp_path / "cache"))
+    (tmp_path / "text" / "only.txt").write_text("")
+    with pytest.raises(ConfigError, match="config.data.path=.*no text"):
+        prepare(config_of("text", tmp_path / "text", tmp_path / "cache"))
 
 
 def test_less_text_than_a_batch_is_refused(folder, tmp_path):
@@ -330,41 +347,3 @@ def test_less_text_than_a_batch_is_refused(folder, tmp_path):
     prepare(config_of("text", folder, tmp_path, train__batch_size=num_rows), RunFolder(tmp_path))
     with pytest.raises(ConfigError, match=f"batch_size={num_rows + 1}: .* has text for {num_rows} rows"):
         prepare(config_of("text", folder, tmp_path, train__batch_size=num_rows + 1), RunFolder(tmp_path))
-
-
-def test_more_text_than_there_is_memory_is_refused(folder, tmp_path, monkeypatch):
-    """Files with holes: their size is what counts."""
-    with (folder / "enormous.txt").open("wb") as file:
-        file.truncate(2**43)
-    for read in (lambda: load_corpus(config_of("text", folder, tmp_path).data), lambda: read_held_out(folder, "")):
-        with pytest.raises(ConfigError, match=r"to read its 8796\.1 GB of text takes 17592\.2 GB of memory"):
-            read()
-    (folder / "enormous.txt").rename(folder / "enormous.jsonl")
-    with pytest.raises(ConfigError, match="enormous.jsonl: to read its"):
-        load_corpus(config_of("jsonl", folder / "enormous.jsonl", tmp_path).data)
-    (folder / "enormous.jsonl").unlink()
-    monkeypatch.setattr("radialnet.data._PACKING", 2**50)
-    with pytest.raises(ConfigError, match="cache: to pack 0.0 G tokens takes"):
-        prepare(config_of("text", folder, tmp_path / "cache"), RunFolder(tmp_path))
-    assert not list((tmp_path / "cache").glob("rows*"))
-
-
-def test_binary_files_are_named(tmp_path):
-    (tmp_path / "image.bin").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ConfigError, match="image.bin"):
-        load_corpus(config_of("text", tmp_path, tmp_path).data)
-
-
-def test_failed_packing_leaves_nothing_behind(tmp_path, byte_tokenizer):
-    with pytest.raises(ValueError):
-        write_rows(tmp_path / "rows", (), byte_tokenizer, SEQ)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_standard_library():
-    corpus = load_corpus(make_config().data)
-    names = [document.name for document in corpus.train + corpus.eval]
-    assert "argparse.py" in names and len(names) > 300
-    assert not [name for name in names if "site-packages" in name or "/test/" in name or name.startswith("test/")]
-    held_out = sum(len(document.text) for document in corpus.eval)
-    assert 0.01 < held_out / sum(len(document.text) for document in corpus.train) < 0.12

@@ -17,8 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs import smoke
 from radialnet.checkpoint import Checkpoints
-from radialnet.data import train_row_numbers
+from radialnet.data import row_numbers
 from radialnet.processes import join_processes
 from radialnet.run_folder import saved_steps
 from radialnet.sections import ConfigError
@@ -165,9 +166,11 @@ from radialnet import cli, data
 read = []
 
 class Told(data.PackedRows):
-    def __init__(self, folder):
-        super().__init__(folder)
-        self.split = folder.name.rsplit("-", 1)[1]
+    splits = ["train", "eval"]
+
+    def __init__(self, stream, seq_len):
+        super().__init__(stream, seq_len)
+        self.split = self.splits.pop(0)
 
     def __getitem__(self, row):
         read.append((self.split, int(row)))
@@ -182,7 +185,7 @@ try:
 finally:
     Path(told).write_text(json.dumps(read))
 """
-NUM_STEPS, ROWS = 8, 4
+NUM_STEPS, ROWS, SEQ_LEN = 8, 4, smoke.get_config().train.seq_len
 
 
 def both(workdir, commands, devices):
@@ -265,8 +268,8 @@ def test_two_processes_train_as_one_does(tmp_path, trained_by_two):
 def test_each_process_reads_its_own_rows(trained_by_two):
     _, flags, _, read = trained_by_two
     cache = Path(next(flag for flag in flags if "cache_dir" in flag).split("=")[1])
-    num_rows = len(np.load(next(cache.glob("rows-*-train")) / "tokens.npy", mmap_mode="r"))
-    order = train_row_numbers(range(num_rows), ROWS, seed=0)
+    num_tokens = len(np.load(next(cache.glob("tokens-*/*-train-tokens.npy")), mmap_mode="r"))
+    order = row_numbers(range(-(-(num_tokens - 1) // SEQ_LEN)), seed=0).batch(ROWS)
     for process, rows in enumerate(read):
         half = slice(process * ROWS // 2, (process + 1) * ROWS // 2)
         trained_on = Counter(row for split, row in rows if split == "train")

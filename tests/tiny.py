@@ -71,9 +71,9 @@ _forward = partial(jax.jit, static_argnums=(0, 6))(forward)
 class Model:
     """A freshly initialised model with its controllers, to call on batches."""
 
-    def __init__(self, config: Config, step: int = 0):
+    def __init__(self, config: Config, step: int = 0, vocab_size: int = VOCAB):
         self.config = config
-        self.graph, self.params = init_params(config, VOCAB)
+        self.graph, self.params = init_params(config, vocab_size)
         self.controllers = Controllers.init(config.router, config.model.pool_size)
         self.at = schedule(config.router, config.model.max_depth, jnp.int32(step))
 

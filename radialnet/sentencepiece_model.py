@@ -1,0 +1,66 @@
+"""Models of SentencePiece (arXiv 1808.06226) as tokenizers of the library that all others are of."""
+
+from pathlib import Path
+
+import tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers
+
+from radialnet.sections import ConfigError
+
+_SPACE = "▁"  # Which stands for one in the names of pieces.
+
+
+def converted(path: Path) -> tokenizers.Tokenizer:
+    """A `.model` file, a unigram or BPE model, with the ids and the normalisation that it has.
+
+    Raises:
+        ConfigError: it can't be read, or is of another kind; or the library `sentencepiece` is not there.
+    """
+    try:
+        from sentencepiece import sentencepiece_model_pb2 as proto
+    except ImportError:
+        raise ConfigError(f"{path}: a model of SentencePiece needs `pip install sentencepiece protobuf`") from None
+    model = proto.ModelProto()
+    try:
+        model.ParseFromString(path.read_bytes())
+    except Exception as error:  # Of protobuf, which may be one of several implementations.
+        raise ConfigError(f"{path}: not a model of SentencePiece ({error})") from None
+    kinds = {proto.TrainerSpec.UNIGRAM: _unigram, proto.TrainerSpec.BPE: _bpe}
+    if not model.pieces or model.trainer_spec.model_type not in kinds:
+        raise ConfigError(f"{path}: a unigram or BPE model of SentencePiece is needed")
+    tokenizer = tokenizers.Tokenizer(kinds[model.trainer_spec.model_type](model))
+    spec = model.normalizer_spec
+    steps = [normalizers.Precompiled(spec.precompiled_charsmap)] if spec.precompiled_charsmap else []
+    if spec.remove_extra_whitespaces:
+        steps += [normalizers.Strip(), normalizers.Replace(tokenizers.Regex(" {2,}"), " ")]
+    if spec.add_dummy_prefix:
+        # Here, for Metaspace adds none to a text that begins with a space.
+        steps += [normalizers.Prepend(_SPACE)]
+    if steps:
+        tokenizer.normalizer = normalizers.Sequence(steps)
+    # What the model learned of pieces across spaces it learned with the text whole.
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(_SPACE, "never", split=model.trainer_spec.split_by_whitespace)
+    prepend = "always" if spec.add_dummy_prefix else "never"
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace(_SPACE, prepend, split=True)])
+    control = [piece.piece for piece in model.pieces if piece.type == proto.ModelProto.SentencePiece.CONTROL]
+    tokenizer.add_special_tokens(control)
+    return tokenizer
+
+
+def _unigram(model) -> models.Unigram:
+    vocabulary = [(piece.piece, piece.score) for piece in model.pieces]
+    return models.Unigram(vocabulary, model.trainer_spec.unk_id, byte_fallback=model.trainer_spec.byte_fallback)
+
+
+def _bpe(model) -> models.BPE:
+    """Its merges are not in the file: they are all pairs of pieces that make a piece, in the order of the pieces."""
+    vocabulary = {piece.piece: token for token, piece in enumerate(model.pieces)}
+    merges = []
+    for name, token in vocabulary.items():
+        pairs = [(name[:cut], name[cut:]) for cut in range(1, len(name))]
+        pairs = [(left, right) for left, right in pairs if left in vocabulary and right in vocabulary]
+        merges += [(token, vocabulary[left], vocabulary[right], left, right) for left, right in pairs]
+    merges = [(left, right) for *_, left, right in sorted(merges)]
+    unknown = model.pieces[model.trainer_spec.unk_id].piece
+    byte_fallback = model.trainer_spec.byte_fallback
+    return models.BPE(vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=byte_fallback)

@@ -1,0 +1,67 @@
+import io
+from pathlib import Path
+
+import pytest
+
+from radialnet.sections import ConfigError
+from radialnet.tokenizer import Tokenizer
+from tests.test_data import TEXTS
+
+sentencepiece = pytest.importorskip("sentencepiece")
+
+TEXT = [line for line in Path(__file__).with_name("test_data.py").read_text().splitlines() if line.strip()]
+MORE = [*TEXT, *TEXTS, "  two  spaces\tand a tab ", "ﬁ ﬀ Å １２", "emoji 🙂 and 漢字", ""]
+
+
+def train(path, **options):
+    model = io.BytesIO()
+    options = {"vocab_size": 400, "character_coverage": 0.999, "minloglevel": 2, **options}
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(TEXT), model_writer=model, **options)
+    path.write_bytes(model.getvalue())
+    return sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+
+
+CASES = {
+    "unigram": {"model_type": "unigram"},
+    "unigram, bytes": {"model_type": "unigram", "byte_fallback": True, "vocab_size": 600},
+    "bpe, bytes": {"model_type": "bpe", "byte_fallback": True, "vocab_size": 600},
+    "as llama": {
+        "model_type": "bpe",
+        "byte_fallback": True,
+        "vocab_size": 600,
+        "normalization_rule_name": "identity",
+        "remove_extra_whitespaces": False,
+        "split_digits": True,
+    },
+    "no prefix": {"model_type": "unigram", "add_dummy_prefix": False},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_ids_are_those_of_the_library(case, tmp_path):
+    theirs = train(tmp_path / "tokenizer.model", **CASES[case])
+    ours = Tokenizer.load(tmp_path / "tokenizer.model")
+    assert ours.vocab_size == theirs.vocab_size() and ours.separator_id == theirs.eos_id()
+    for text in MORE:
+        assert ours.encode(text) == theirs.encode(text), text
+        if "bytes" in case or case == "as llama":
+            assert ours.decode(ours.encode(text)) == theirs.decode(theirs.encode(text)), text
+    ours.save(tmp_path / "tokenizer.json")
+    assert Tokenizer.load(tmp_path / "tokenizer.json").encode(MORE[-2]) == theirs.encode(MORE[-2])
+
+
+def test_bytes_are_counted(tmp_path):
+    """Those of the text, and of the space before it."""
+    train(tmp_path / "tokenizer.model", **CASES["as llama"])
+    ours = Tokenizer.load(tmp_path / "tokenizer.model")
+    for text in MORE[:-1]:
+        assert ours.bytes_per_token[ours.encode(text)].sum() == 1 + len(text.encode())
+    assert ours.bytes_per_token[ours.separator_id] == 0
+
+
+def test_a_file_that_is_none(tmp_path):
+    path = tmp_path / "tokenizer.model"
+    for content in (b"", b"\xff\xff\xff", b"{}"):
+        path.write_bytes(content)
+        with pytest.raises(ConfigError, match="tokenizer.model: "):
+            Tokenizer.load(path)
