@@ -90,6 +90,7 @@ def dataset(tmp_path_factory):
     return config, prepare(config, RunFolder(text / "none"))
 
 
+@pytest.mark.slow
 def test_training_goes_on_in_a_run_that_was_read_in(tmp_path, dataset):
     """With a fresh optimizer, at the learning rate of the step."""
     config, data = dataset
@@ -108,6 +109,7 @@ def test_training_goes_on_in_a_run_that_was_read_in(tmp_path, dataset):
     assert (adam.count, schedule.count) == (2, 5)
 
 
+@pytest.mark.slow
 def test_up_cycled_from_a_llama(tmp_path, dataset):
     """A learning rate of 0 leaves what was read in; norms and rotary positions must be those of the Llama."""
     config, data = dataset
@@ -145,7 +147,7 @@ def test_shards_and_half_precision(tmp_path):
     export_run(make_run(tmp_path / "run", make_config(**PLAIN)), tmp_path / "llama", "llama")
     tensors = safetensors.flax.load_file(tmp_path / "llama" / "model.safetensors")
     (tmp_path / "llama" / "model.safetensors").unlink()
-    # As older files have them, with a buffer and the head twice.
+    # As older files have them, with a buffer.
     tensors |= {"model.layers.0.self_attn.rotary_emb.inv_freq": jnp.ones(2)}
     weight_map = {}
     for part, dtype in enumerate((jnp.bfloat16, jnp.float16)):
