@@ -125,7 +125,7 @@ class Wandb:
         import wandb
 
         run = _read_identity(folder)
-        # What is printed is not captured, for whoever prints waits for that; and uploads don't hold up the end for ever.
+        # What is printed is not captured, for whoever prints waits for that; nor is an upload waited for for ever.
         settings = wandb.Settings(console="off", finish_timeout=FINISH_SECONDS)
         self._html, self._last = wandb.Html, {}
         self._run = wandb.init(
