@@ -50,7 +50,7 @@ def check_trackers(folder: RunFolder, config: Config) -> None:
             importlib.import_module(name)
         except ImportError as error:
             told = f"pip install -r requirements-tracking.txt ({error})"
-            raise ConfigError(f"config.log.writers={config.log.writers!r}: {name} is missing; {told}") from None
+            raise ConfigError(f"config.log.writers={config.log.writers!r}: {name} can't be imported; {told}") from None
     if _hosted(config) and folder.tracking.exists():
         _read_identity(folder)
 
