@@ -73,6 +73,14 @@ class RunFolder:
     def tensorboard(self) -> Path:
         return self.root / "tensorboard"
 
+    @property
+    def tracking(self) -> Path:
+        return self.root / "tracking.json"
+
+    @property
+    def profile(self) -> Path:
+        return self.root / "profile"
+
     def has_checkpoint(self) -> bool:
         return has_checkpoint(self.checkpoints)
 
