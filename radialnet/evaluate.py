@@ -150,7 +150,12 @@ def _side_by_side(texts: list[Batch], num_rows: int, seq_len: int) -> Batch:
     return batch
 
 
-def _held_out_rows(trained: TrainedModel, workdir: Path, data: str | None, scratch: Path) -> Rows:
+def held_out_rows(trained: TrainedModel, workdir: Path, data: str | None, scratch: Path) -> Rows:
+    """The rows of the run's own held-out split, or of the text in `data`, which are packed into the folder `scratch`.
+
+    Raises:
+        ConfigError: the corpus of the run is not there any more, or another one; or `data` can't be read as text.
+    """
     folder = RunFolder(workdir)
     if not data:
         return prepare(trained.config, folder).eval
@@ -171,7 +176,7 @@ def main() -> None:
     if not _MAX_DEPTH.value:
         max_depths = [trained.config.model.max_depth]
     with tempfile.TemporaryDirectory() as scratch:
-        rows = _held_out_rows(trained, workdir, _DATA.value, Path(scratch))
+        rows = held_out_rows(trained, workdir, _DATA.value, Path(scratch))
         rows = _first(rows, -(-_MAX_TOKENS.value // trained.config.train.seq_len))
         by_path = evaluate_decoding if _PATH.value == "decode" else evaluate_trained
         results = []
