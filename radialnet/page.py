@@ -4,29 +4,28 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 from html import escape
 
-# The colour of amounts as `plots.AMOUNT`; that of the deepest token lets some of the background through, so that text
-# can be read on all of them in both modes.
-_RGB, _MOST = "26 95 180", 0.65
+# What the colour of the deepest token covers of the background: text can be read on it in light and in dark mode.
+_MOST = 0.65
+# What is shown of the token between documents.
+DOCUMENT = "⟦document⟧"
 
-_STYLE = """
-:root { color-scheme: light dark; --page: #ffffff; --ink: #1b1e23; --faint: #5a616b; --line: #d3d7dd;
-  --mark: #fff0c2; --warn: #a01c1c; --series-0: #1f77b4; --series-1: #c44f00; --series-2: #2a8c3f; --series-3: #b3369b;
-  --series-4: #8c6d1f; --series-5: #6b6b6b; }
-@media (prefers-color-scheme: dark) { :root { --page: #15181d; --ink: #e8eaed; --faint: #a7aeb8; --line: #3a4049;
-  --mark: #4a3d12; --warn: #ff9c94; --series-0: #62b0ea; --series-1: #ff9447; --series-2: #63c978; --series-3: #e884d3;
-  --series-4: #d8b45a; --series-5: #b0b0b0; } }
-@media print { :root { color-scheme: light; --page: #ffffff; --ink: #000000; --faint: #444444; --line: #bbbbbb;
-  --mark: #fff0c2; --warn: #a01c1c; --series-0: #1f77b4; --series-1: #c44f00; --series-2: #2a8c3f; --series-3: #b3369b;
-  --series-4: #8c6d1f; --series-5: #6b6b6b; }
-  * { print-color-adjust: exact; -webkit-print-color-adjust: exact; } figure, tr { break-inside: avoid; } }
+_LIGHT = """color-scheme: light; --page: #ffffff; --ink: #1b1e23; --faint: #5a616b; --line: #d3d7dd; --mark: #fff0c2;
+  --warn: #a01c1c; --rgb: 26 95 180; --series-0: #1f77b4; --series-1: #c44f00; --series-2: #2a8c3f; --series-3: #b3369b;
+  --series-4: #8c6d1f; --series-5: #6b6b6b;"""
+_DARK = """color-scheme: dark; --page: #15181d; --ink: #e8eaed; --faint: #a7aeb8; --line: #3a4049; --mark: #4a3d12;
+  --warn: #ff9c94; --rgb: 76 143 230; --series-0: #62b0ea; --series-1: #ff9447; --series-2: #63c978;
+  --series-3: #e884d3; --series-4: #d8b45a; --series-5: #b0b0b0;"""
+_STYLE = f""":root {{ {_LIGHT} --amount: rgb(var(--rgb)); }}
+@media screen and (prefers-color-scheme: dark) {{ :root {{ {_DARK} }} }}"""
+_STYLE += """
 * { box-sizing: border-box; }
 body { margin: 0 auto; padding: 1rem; max-width: 76rem; background: var(--page); color: var(--ink);
   font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
 h1 { font-size: 1.6rem; line-height: 1.2; margin: .5rem 0; } h2 { font-size: 1.25rem; margin: 2rem 0 .5rem;
   border-top: 1px solid var(--line); padding-top: 1rem; } h3 { font-size: 1rem; margin: 1rem 0 .25rem; }
 p { margin: .5rem 0; max-width: 60rem; } .faint, figcaption { color: var(--faint); } .warn { color: var(--warn); }
-a { color: inherit; }
-.side-by-side { display: grid; gap: 1rem 2rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 21rem), 1fr)); }
+.side-by-side { display: grid; gap: 1rem 2rem;
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, var(--least)), 1fr)); }
 .side-by-side > * { min-width: 0; }
 figure { margin: .5rem 0; } figcaption { font-size: .9rem; }
 svg { display: block; width: 100%; height: auto; max-width: calc(1.45 * var(--width)); }
@@ -40,8 +39,10 @@ details { margin: .5rem 0; } summary { cursor: pointer; }
 .tokens { font: .95rem/1.9 ui-monospace, monospace; white-space: pre-wrap; border: 1px solid var(--line);
   padding: .5rem .75rem; max-width: none; } .tokens span { border-radius: 2px; padding: .1em 0; margin-right: 1px; }
 .tokens sub { display: none; font-size: .65em; line-height: 1; color: var(--ink); user-select: none; }
-input.numbers:checked ~ .tokens sub { display: inline; } @media print { .tokens sub { display: inline; } }
+input.numbers:checked ~ .tokens sub { display: inline; }
 .legend span { padding: .1em .6em; margin-right: .35em; border-radius: 2px; border: 1px solid var(--line); }
+@media print { * { print-color-adjust: exact; -webkit-print-color-adjust: exact; } figure, tr { break-inside: avoid; }
+  .tokens sub { display: inline; } }
 """
 
 
@@ -53,7 +54,7 @@ def page(title: str, body: Iterable[str], max_depth: int) -> str:
         max_depth: the depth that is darkest in `tokens` and `depth_legend`.
     """
     depths = "".join(
-        f".d{depth} {{ background: rgb({_RGB} / {_MOST * depth / max(max_depth, 1):.3f}); }}\n"
+        f".d{depth} {{ background: rgb(var(--rgb) / {_MOST * depth / max(max_depth, 1):.3f}); }}\n"
         for depth in range(max_depth + 1)
     )
     return (
@@ -77,9 +78,13 @@ def figure(svg: str, caption: str) -> str:
     return f"<figure>{svg}<figcaption>{escape(caption)}</figcaption></figure>"
 
 
-def side_by_side(parts: Iterable[str]) -> str:
-    """Pieces beside each other, or below where there is no room."""
-    return '<div class="side-by-side">' + "".join(f"<div>{part}</div>" for part in parts) + "</div>"
+def side_by_side(parts: Iterable[str], least: float = 24) -> str:
+    """Pieces beside each other, at least so many letters' heights wide, or below each other where there is no room."""
+    return (
+        f'<div class="side-by-side" style="--least: {least:g}rem">'
+        + "".join(f"<div>{part}</div>" for part in parts)
+        + "</div>"
+    )
 
 
 def details(summary: str, *parts: str) -> str:
@@ -127,24 +132,22 @@ def tokens(shown: Sequence[ShownToken], name: str) -> str:
     Args:
         name: of the box, unlike any other id of the page.
     """
-    spans = (
-        f'<span class="d{token.depth}" title="{escape(_quoted(token.text))}: depth {token.depth}, layers {token.way}">'
-        f"{_with_depth(token)}</span>"
-        for token in shown
-    )
+    # A document begins on a line of its own.
+    spans = (("\n" if number and token.text == DOCUMENT else "") + _span(token) for number, token in enumerate(shown))
     return (
         f'<div><input type="checkbox" class="numbers" id="{name}"> <label for="{name}">depth of each token as a number'
         f'</label><p class="tokens">{"".join(spans)}</p></div>'
     )
 
 
-def _with_depth(token: ShownToken) -> str:
-    """The text, its ends of lines to be seen; the depth before the last of them, not on the next line."""
+def _span(token: ShownToken) -> str:
+    """A token, its ends of lines to be seen; its depth stands before the last of them, not on the next line."""
     before, end, after = token.text.rpartition("\n")
     if not end:
         before, after = after, ""
     before = escape(before).replace("\n", "↵\n") + ("↵" if end else "")
-    return f"{before}<sub>{token.depth}</sub>{end}{escape(after)}"
+    title = escape(f"{_quoted(token.text)}: depth {token.depth}, layers {token.way}")
+    return f'<span class="d{token.depth}" title="{title}">{before}<sub>{token.depth}</sub>{end}{escape(after)}</span>'
 
 
 def depth_legend(max_depth: int) -> str:

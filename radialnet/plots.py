@@ -148,8 +148,8 @@ def to_svg(figure, name: str, title: str, description: str) -> str:
     drawn = re.sub(r'\bid="', f'id="{name}-', drawn)
     drawn = re.sub(r'xlink:href="(#?)', lambda found: f'href="#{name}-' if found[1] else 'href="', drawn)
     drawn = drawn.replace("url(#", f"url(#{name}-").replace("#000000", "currentColor")
-    for index, colour in enumerate(SERIES):
-        drawn = drawn.replace(colour, f"var(--series-{index})")
+    for name_of_colour, colour in (("amount", AMOUNT), *((f"series-{n}", colour) for n, colour in enumerate(SERIES))):
+        drawn = drawn.replace(colour, f"var(--{name_of_colour})")
     width, box = (re.search(rf' {key}="([^"]+)"', head)[1] for key in ("width", "viewBox"))
     return (
         f'<svg role="img" aria-labelledby="{name}-title {name}-description" viewBox="{box}" style="--width: {width}">'
@@ -208,10 +208,11 @@ def draw_depth(train: Sequence[dict], held_out: Sequence[dict]):
     """
     plt = _pyplot()
     figure, (above, below) = plt.subplots(
-        2, 1, figsize=(_SIZE[0], 4.6), sharex=True, gridspec_kw={"height_ratios": [2, 3]}
+        2, 1, figsize=(_SIZE[0] - 0.9, 4.2), sharex=True, gridspec_kw={"height_ratios": [2, 3]}
     )
     above.plot(*_series(train, "depth"), color=SERIES[0], linewidth=1, label="training")
-    above.plot(*_series(held_out, "depth"), color=SERIES[1], marker="o", markersize=4, linestyle="", label="held out")
+    look = {"color": SERIES[1], "marker": "o", "markersize": 4, "linestyle": "", "clip_on": False}
+    above.plot(*_series(held_out, "depth"), **look, label="held out")
     above.plot(*_series(train, "depth_target"), color="black", linewidth=1, linestyle=":", label="target")
     max_depth = len(train[0]["depth_hist"]) - 1
     above.set(ylabel="mean depth\n(layers)", ylim=(0, max_depth + 0.3))
@@ -221,7 +222,7 @@ def draw_depth(train: Sequence[dict], held_out: Sequence[dict]):
     steps = [line["step"] for line in train]
     shown = [depth for depth in range(max_depth + 1) if shares_DX[depth].max() > 0]
     colours = _amounts(plt)(np.linspace(0.1, 1, max_depth + 1))[shown]
-    labels = [f"{depth} layers" for depth in shown]
+    labels = [f"{depth} layer{'s' * (depth != 1)}" for depth in shown]
     below.stackplot(steps, shares_DX[shown], colors=colours, labels=labels, edgecolor="black", linewidth=0.4)
     below.set(xlabel="training step", ylabel="% of tokens", ylim=(0, 100), xlim=(min(0, steps[0]), steps[-1] or 1))
     below.grid(False)
@@ -236,6 +237,7 @@ def draw_histogram(percent_D: np.ndarray):
     axes.bar_label(bars, [_percent(percent) for percent in percent_D], fontsize=9)
     axes.set(xticks=range(len(percent_D)), xlabel="executed layers", ylabel="% of tokens", ylim=(0, 106))
     axes.grid(False, axis="x")
+    axes.set_axisbelow(True)
     return figure
 
 

@@ -39,6 +39,7 @@ from radialnet.trained import TrainedModel, load_trained
 # Tokens of the coloured text; tokens of a forward pass at a time; rows of the table of transitions.
 SHOWN_TOKENS, _TOKENS_AT_A_TIME, _TOP_TRANSITIONS = 400, 4096, 15
 _LONGEST_NAME = 28
+PART_OF_CHARACTER = "◌"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,19 +100,19 @@ def read_routes(trained: TrainedModel, rows: Rows, max_tokens: int) -> Routes:
 def shown_tokens(
     tokenizer: Tokenizer, token_N: np.ndarray, layer_TN: np.ndarray, num_layers: int
 ) -> tuple[page.ShownToken, ...]:
-    """The text of each token. A character of several tokens stands at the last of them, a ◌ at those before."""
+    """The text of each token. A character of several tokens stands at the last of them."""
     shown, pending = [], []
     before = ""
     for token, layer_T in zip(token_N.tolist(), layer_TN.T, strict=False):
         layers = tuple(layer_T[layer_T < num_layers].tolist())
         if token == tokenizer.separator_id:
-            text, pending, before = "⟦document⟧", [], ""
+            text, pending, before = page.DOCUMENT, [], ""
         else:
             # With those before it: alone, a word would lose its space and a part of a character its meaning.
             pending.append(token)
             whole = tokenizer.decode(pending)
             is_part = whole.endswith("\ufffd") and len(pending) < 8
-            text, before = ("◌", before) if is_part else (whole[len(before) :], whole)
+            text, before = (PART_OF_CHARACTER, before) if is_part else (whole[len(before) :], whole)
             if not is_part:
                 pending, before = pending[-1:], tokenizer.decode(pending[-1:])
         shown.append(page.ShownToken(text, len(layers), layers))
@@ -172,12 +173,7 @@ def report(runs: Sequence[Run]) -> tuple[str, list[str]]:
         *_routes_note(runs),
         *_by_run(runs, (_layer_use, _transitions), missing),
         page.heading("Held-out text by depth"),
-        page.paragraph(
-            "The stronger the colour behind a token, the more layers it executed. Rest the pointer on a token for its "
-            "way. ◌ is a part of a character that a later token completes.",
-            "faint",
-        ),
-        page.depth_legend(max_depth),
+        *_text_legend(runs, max_depth),
         *_by_run(runs, (_text,), missing),
         page.heading("Config"),
         *_configs(runs),
@@ -198,7 +194,7 @@ def _number(value, form: str) -> str | None:
 
 def _summary(runs: Sequence[Run]) -> list[tuple]:
     """Rows of a table: the figures of each run."""
-    per_answer = "bit per answer" if all(run.config.data.source == "hops" for run in runs) else "bits per byte"
+    per_answer = "bits per answer" if all(run.config.data.source == "hops" for run in runs) else "bits per byte"
     columns = []
     for run in runs:
         config, held_out, train = run.config, run.last("eval"), run.last("train")
@@ -257,7 +253,7 @@ def raised_alarms(run: Run) -> list[tuple]:
 
 
 _CURVES = (
-    ("bpb", "bits per byte", False, "Loss in bits per byte of text (bpb), the first steps cut off."),
+    ("bpb", "bits per byte", False, "Loss in bits per byte of text (bpb); what is far above the rest is cut off."),
     (
         "loss",
         "loss (nats per token)",
@@ -306,7 +302,8 @@ def _by_run(runs: Sequence[Run], pieces: Sequence[Piece], missing: list[str]) ->
         return [page.side_by_side(piece(runs[0], "0", missing) for piece in pieces)]
     return [
         page.side_by_side(
-            page.heading(run.name, level=3) + piece(run, str(number), missing) for number, run in enumerate(runs)
+            (page.heading(run.name, level=3) + piece(run, str(number), missing) for number, run in enumerate(runs)),
+            least=18,
         )
         for piece in pieces
     ]
@@ -389,6 +386,18 @@ def _transitions(run: Run, number: str, missing: list[str]) -> str:
     return page.figure(svg, caption) + page.details("The most frequent ones", most)
 
 
+def _text_legend(runs: Sequence[Run], max_depth: int) -> list[str]:
+    shown = [token for run in runs if run.routes for token in run.routes.shown]
+    if not shown:
+        return []
+    told = (
+        "The stronger the colour behind a token, the more layers it executed. Rest the pointer on a token for its way."
+    )
+    if any(token.text == PART_OF_CHARACTER for token in shown):
+        told += f" {PART_OF_CHARACTER} is a part of a character that a later token completes."
+    return [page.paragraph(told), page.depth_legend(max_depth)]
+
+
 def _text(run: Run, number: str, missing: list[str]) -> str:
     if not run.routes:
         return _missing(missing, f"{run.name}: coloured text: {run.why_no_routes}")
@@ -420,7 +429,7 @@ def _configs(runs: Sequence[Run]) -> list[str]:
         first = [page.paragraph(f"{len(differ)} of {len(rows)} fields {told}:")]
         first.append(page.table(header, [rows[number] for number in differ]))
     else:
-        first = [page.paragraph(f"No field {'differs from its default' if len(runs) == 1 else told}.")]
+        first = [page.paragraph(f"No fields {told}.")]
     whole = page.table(header, rows, differ)
     return [*first, page.details(f"All fields; ≠ marks those that {told}", whole)]
 
