@@ -1,13 +1,12 @@
 """Pieces of a page of HTML that needs nothing but itself: no server, network or script. Plain text in, escaped."""
 
-import dataclasses
 from collections.abc import Iterable, Sequence
 from html import escape
 
+from radialnet.routes import DOCUMENT, ShownToken
+
 # What the colour of the deepest token covers of the background: text can be read on it in light and in dark mode.
 _MOST = 0.65
-# What is shown of the token between documents.
-DOCUMENT = "⟦document⟧"
 
 _LIGHT = """color-scheme: light; --page: #ffffff; --ink: #1b1e23; --faint: #5a616b; --line: #d3d7dd; --mark: #fff0c2;
   --warn: #a01c1c; --rgb: 26 95 180; --series-0: #1f77b4; --series-1: #c44f00; --series-2: #2a8c3f; --series-3: #b3369b;
@@ -34,7 +33,8 @@ svg * { stroke-linejoin: round; stroke-linecap: butt; } svg text { fill: current
 .scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: .9rem; margin: .5rem 0;
   font-variant-numeric: tabular-nums; } caption { text-align: left; color: var(--faint); }
 th, td { text-align: left; vertical-align: top; padding: .2rem .75rem .2rem 0; border-bottom: 1px solid var(--line);
-  min-width: 3rem; max-width: 30rem; } th { font-weight: 600; } tr.marked { background: var(--mark); }
+  min-width: 3rem; max-width: 30rem; overflow-wrap: break-word; }
+th { font-weight: 600; } tr.marked { background: var(--mark); }
 details { margin: .5rem 0; } summary { cursor: pointer; }
 .tokens { font: .95rem/1.9 ui-monospace, monospace; white-space: pre-wrap; border: 1px solid var(--line);
   padding: .5rem .75rem; max-width: none; } .tokens span { border-radius: 2px; padding: .1em 0; margin-right: 1px; }
@@ -113,17 +113,6 @@ def table(header: Sequence[str], rows: Iterable[Sequence], marked: Iterable[int]
         f'<div class="scroll" tabindex="0" role="region" aria-label="table"><table><thead><tr>{head}</tr></thead>'
         f"<tbody>{''.join(lines)}</tbody></table></div>"
     )
-
-
-@dataclasses.dataclass(frozen=True)
-class ShownToken:
-    text: str
-    depth: int  # Executed layers.
-    layers: tuple[int, ...]  # In their order.
-
-    @property
-    def way(self) -> str:
-        return " → ".join(map(str, self.layers)) or "none"
 
 
 def tokens(shown: Sequence[ShownToken], name: str) -> str:

@@ -173,17 +173,20 @@ def draw_curves(runs: dict[str, list[dict]], key: str, label: str, from_zero: bo
     """
     figure, axes = _pyplot().subplots(figsize=_SIZE)
     highest, values = [], []
+    is_alone = len(runs) == 1
     for index, (name, lines) in enumerate(runs.items()):
-        colours = SERIES[:2] if len(runs) == 1 else [SERIES[index % len(SERIES)]] * 2
-        run = f"{name}, " if len(runs) > 1 else ""
+        colours = SERIES[:2] if is_alone else [SERIES[index % len(SERIES)]] * 2
         train_2N, held_out_2N = (
             _series([line for line in lines if line["split"] == split], key) for split in ("train", "eval")
         )
         if train_2N.size:
-            axes.plot(*train_2N, color=colours[0], linewidth=1, alpha=0.8, label=f"{run}training")
+            told = "training" if is_alone else None if held_out_2N.size else name
+            axes.plot(*train_2N, color=colours[0], linewidth=1, alpha=0.8, label=told)
         if held_out_2N.size:
+            told = "held out" if is_alone else f"{name}: {held_out_2N[1, -1]:.3f}"
             look = {"marker": _MARKERS[index % len(_MARKERS)], "markersize": 4, "linewidth": 1.5}
-            axes.plot(*held_out_2N, color=colours[1], **look, label=f"{run}held out")
+            axes.plot(*held_out_2N, color=colours[1], **look, label=told)
+        if held_out_2N.size and is_alone:
             above = {"textcoords": "offset points", "xytext": (-4, 8), "ha": "right"}
             axes.annotate(f"{held_out_2N[1, -1]:.3f}", held_out_2N[:, -1], **above)
         for _, values_N in (train_2N, held_out_2N):
@@ -196,7 +199,11 @@ def draw_curves(runs: dict[str, list[dict]], key: str, label: str, from_zero: bo
     low, high = min(values), max(values if from_zero else highest)
     axes.set_ylim(*((min(0, low), 1.1 * high or 1) if from_zero else (low - 0.05 * abs(low), high + 0.1 * abs(high))))
     axes.set(xlabel="training step", ylabel=label)
-    axes.legend(frameon=False)
+    if is_alone:
+        axes.legend(frameon=False)
+    else:
+        above = {"loc": "lower left", "bbox_to_anchor": (0, 1), "title": "thin: training; with marks: held out"}
+        axes.legend(frameon=False, alignment="left", title_fontsize=9, **above)
     return figure
 
 
@@ -241,11 +248,15 @@ def draw_histogram(percent_D: np.ndarray):
     return figure
 
 
-def draw_layers(percent_TL: np.ndarray):
-    """The figure of the share of tokens, in percent, that execute each layer at each depth step."""
+def draw_layers(percent_TL: np.ndarray, most: float = 0.0):
+    """The figure of the share of tokens, in percent, that execute each layer at each depth step.
+
+    Args:
+        most: where the scale ends, for figures to be compared; 0 = at the largest share.
+    """
     num_steps, num_layers = percent_TL.shape
     height = max(1.6, 0.9 + (0.36 if num_steps < 8 else 0.26) * num_steps)
-    figure = _draw_table(percent_TL, (_SIZE[0], height), "% of tokens", "auto")
+    figure = _draw_table(percent_TL, (_SIZE[0], height), "% of tokens", "auto", most)
     axes = figure.axes[0]
     axes.set_xticks(range(num_layers)[:: 1 + num_layers // 24])
     axes.set_yticks(range(num_steps))
@@ -273,10 +284,10 @@ def draw_transitions(counts_FT: np.ndarray):
 _MAX_NUMBERED = 17
 
 
-def _draw_table(percent_RC: np.ndarray, size: tuple[float, float], label: str, aspect: str):
+def _draw_table(percent_RC: np.ndarray, size: tuple[float, float], label: str, aspect: str, most: float = 0.0):
     plt = _pyplot()
     figure, axes = plt.subplots(figsize=size)
-    most = max(np.nan_to_num(percent_RC).max(), 1)
+    most = most or max(np.nan_to_num(percent_RC).max(), 1)
     image = axes.imshow(percent_RC, cmap=_amounts(plt), vmin=0, vmax=most, aspect=aspect, interpolation="none")
     bar = figure.colorbar(image, ax=axes, label=label, fraction=0.05, pad=0.03)
     # Else each of its steps is a shape of its own in an SVG.

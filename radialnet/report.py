@@ -16,39 +16,23 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-import jax
 import numpy as np
 from absl import flags
-from flax import nnx
 
 from configs import base
 from radialnet import cli, page, plots
 from radialnet.alarms import HISTORY, alarms
 from radialnet.config import Config
-from radialnet.data import PADDING, Batch, Rows, eval_batches
 from radialnet.environment import read_starts
 from radialnet.evaluate import held_out_rows
 from radialnet.files import finite, write_whole
-from radialnet.router import Controllers, schedule
+from radialnet.routes import PART_OF_CHARACTER, Routes, read_routes, transitions
 from radialnet.run_folder import RunFolder
 from radialnet.sections import ConfigError
-from radialnet.tokenizer import Tokenizer
-from radialnet.train_step import forward
-from radialnet.trained import TrainedModel, load_trained
+from radialnet.trained import load_trained
 
-# Tokens of the coloured text; tokens of a forward pass at a time; rows of the table of transitions.
-SHOWN_TOKENS, _TOKENS_AT_A_TIME, _TOP_TRANSITIONS = 400, 4096, 15
-_LONGEST_NAME = 28
-PART_OF_CHARACTER = "◌"
-
-
-@dataclasses.dataclass(frozen=True)
-class Routes:
-    """The ways of held-out tokens, in the order of the text, through the model of a checkpoint."""
-
-    step: int
-    layer_TN: np.ndarray  # The layer that each executed at each depth step; L for none.
-    shown: tuple[page.ShownToken, ...]  # The first of them.
+# Rows of the table of transitions; letters of a run's name in a legend.
+_TOP_TRANSITIONS, _LONGEST_NAME = 15, 28
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,66 +56,6 @@ class Run:
 
 
 # What is read
-
-
-@partial(jax.jit, static_argnames=("config", "graph"))
-def _layers(params, controllers: Controllers, step, batch: Batch, *, config: Config, graph: nnx.GraphDef) -> jax.Array:
-    """The layer of each token at each depth step, [T, B, S]."""
-    at = schedule(config.router, config.model.max_depth, step).for_evaluation()
-    return forward(graph, params, batch, controllers, at, jax.random.key(0)).layer_TBS
-
-
-def read_routes(trained: TrainedModel, rows: Rows, max_tokens: int) -> Routes:
-    """The ways of the tokens of the first rows, as many as have `max_tokens` tokens."""
-    config, seq_len = trained.config, trained.config.train.seq_len
-    rows_at_a_time = min(len(rows), max(1, min(_TOKENS_AT_A_TIME, max_tokens) // seq_len))
-    layer_of = partial(_layers, config=config, graph=trained.graph)
-    tokens, layers = [], []
-    for batch in eval_batches(rows, rows_at_a_time, max(1, max_tokens // (rows_at_a_time * seq_len))):
-        layer_TBS = np.asarray(layer_of(trained.params, trained.controllers, np.int32(trained.step), batch))
-        is_real_BS = batch["document"] != PADDING
-        tokens.append(batch["token"][is_real_BS])
-        layers.append(layer_TBS[:, is_real_BS])
-    layer_TN = np.concatenate(layers, axis=1)
-    shown = shown_tokens(trained.tokenizer, np.concatenate(tokens)[:SHOWN_TOKENS], layer_TN, config.model.pool_size)
-    return Routes(trained.step, layer_TN, shown)
-
-
-def shown_tokens(
-    tokenizer: Tokenizer, token_N: np.ndarray, layer_TN: np.ndarray, num_layers: int
-) -> tuple[page.ShownToken, ...]:
-    """The text of each token. A character of several tokens stands at the last of them."""
-    shown, pending = [], []
-    before = ""
-    for token, layer_T in zip(token_N.tolist(), layer_TN.T, strict=False):
-        layers = tuple(layer_T[layer_T < num_layers].tolist())
-        if token == tokenizer.separator_id:
-            text, pending, before = page.DOCUMENT, [], ""
-        else:
-            # With those before it: alone, a word would lose its space and a part of a character its meaning.
-            pending.append(token)
-            whole = tokenizer.decode(pending)
-            is_part = whole.endswith("\ufffd") and len(pending) < 8
-            text, before = (PART_OF_CHARACTER, before) if is_part else (whole[len(before) :], whole)
-            if not is_part:
-                pending, before = pending[-1:], tokenizer.decode(pending[-1:])
-        shown.append(page.ShownToken(text, len(layers), layers))
-    return tuple(shown)
-
-
-def transitions(layer_TN: np.ndarray, num_layers: int) -> np.ndarray:
-    """How many tokens went from where to where, [L+1, L+1].
-
-    Rows are the start and the layers, columns the layers and the exit. A step at which a token is idle is passed over.
-    """
-    counts_FT = np.zeros((num_layers + 1, num_layers + 1), int)
-    from_N = np.zeros(layer_TN.shape[1], int)
-    for layer_N in layer_TN:
-        runs_N = layer_N < num_layers
-        np.add.at(counts_FT, (from_N[runs_N], layer_N[runs_N]), 1)
-        from_N = np.where(runs_N, layer_N + 1, from_N)
-    np.add.at(counts_FT, (from_N, num_layers), 1)
-    return counts_FT
 
 
 def read_run(workdir: Path, name: str, data: str, max_tokens: int) -> Run:
@@ -161,6 +85,8 @@ def report(runs: Sequence[Run]) -> tuple[str, list[str]]:
     """The page, and what is missing on it, in lines."""
     max_depth = max(run.config.model.max_depth for run in runs)
     title = "Run " + runs[0].name if len(runs) == 1 else f"{len(runs)} runs: " + ", ".join(run.name for run in runs)
+    # One scale of each colour for all runs.
+    most = max((use_TL.max() for use_TL in map(layer_use, runs) if use_TL is not None), default=0.0)
     missing: list[str] = []
     body = [
         page.table(("", *(run.name for run in runs)), _summary(runs)),
@@ -171,7 +97,7 @@ def report(runs: Sequence[Run]) -> tuple[str, list[str]]:
         *_by_run(runs, (_depth_course, _depth_histogram), missing),
         page.heading("Routes"),
         *_routes_note(runs),
-        *_by_run(runs, (_layer_use, _transitions), missing),
+        *_by_run(runs, (partial(_layer_use, most=most), _transitions), missing),
         page.heading("Held-out text by depth"),
         *_text_legend(runs, max_depth),
         *_by_run(runs, (_text,), missing),
@@ -325,9 +251,8 @@ def _shares(share_D: Sequence[float]) -> str:
 def _depth_histogram(run: Run, number: str, missing: list[str]) -> str:
     line = run.last("eval") or run.last("train")
     if run.routes:
-        depth_N = (run.routes.layer_TN < run.config.model.pool_size).sum(0)
-        share_D = np.bincount(depth_N, minlength=run.config.model.max_depth + 1) / len(depth_N)
-        where = f"{len(depth_N):,} held-out tokens, checkpoint of step {run.routes.step:,}"
+        share_D = run.routes.depth_hist_D()
+        where = f"{run.routes.num_tokens:,} held-out tokens, checkpoint of step {run.routes.step:,}"
     elif line:
         share_D = np.asarray(line["depth_hist"])
         where = f"{'held-out' if line['split'] == 'eval' else 'training'} tokens at step {line['step']:,}"
@@ -343,20 +268,23 @@ def _routes_note(runs: Sequence[Run]) -> list[str]:
     return [page.paragraph("Fixed routes, nothing of them is learned: " + ", ".join(fixed) + ".")] if fixed else []
 
 
-def _layer_use(run: Run, number: str, missing: list[str]) -> str:
-    held_out, num_layers = run.last("eval"), run.config.model.pool_size
+def layer_use(run: Run) -> np.ndarray | None:
+    """The share of held-out tokens that execute each layer at each depth step, [T, L]; None where it isn't known."""
     if run.routes:
-        use_TL = np.stack([np.bincount(layer_N, minlength=num_layers + 1) for layer_N in run.routes.layer_TN])
-        use_TL = use_TL[:, :num_layers] / run.routes.layer_TN.shape[1]
-        where = f"checkpoint of step {run.routes.step:,}"
-    elif held_out:
-        use_TL, where = np.asarray(held_out["load_by_step"]), f"step {held_out['step']:,}"
-    else:
+        return run.routes.use_TL()
+    found = run.last("eval").get("load_by_step")
+    return None if found is None else np.asarray(found)
+
+
+def _layer_use(run: Run, number: str, missing: list[str], most: float) -> str:
+    use_TL, num_layers = layer_use(run), run.config.model.pool_size
+    if use_TL is None:
         return _missing(missing, f"{run.name}: layer use: neither a checkpoint nor an evaluation yet")
+    where = f"checkpoint of step {run.routes.step:,}" if run.routes else f"step {run.last('eval')['step']:,}"
     unused = np.flatnonzero(use_TL.sum(0) == 0).tolist()
     told = f"{num_layers - len(unused)} of {num_layers} layers are used"
     told += f"; unused: {', '.join(map(str, unused))}" if unused else ""
-    drawn = plots.draw_layers(100 * use_TL)
+    drawn = plots.draw_layers(100 * use_TL, 100 * most)
     svg = plots.to_svg(drawn, f"layers-{number}", f"Layer use by depth step, {run.name}", told)
     header = ("layer", *(f"step {step}" for step in range(len(use_TL))), "all steps")
     rows = [
@@ -370,7 +298,7 @@ def _layer_use(run: Run, number: str, missing: list[str]) -> str:
 def _transitions(run: Run, number: str, missing: list[str]) -> str:
     if not run.routes:
         return _missing(missing, f"{run.name}: transitions: {run.why_no_routes}")
-    num_layers, num_tokens = run.config.model.pool_size, run.routes.layer_TN.shape[1]
+    num_layers, num_tokens = run.config.model.pool_size, run.routes.num_tokens
     counts_FT = transitions(run.routes.layer_TN, num_layers)
     rows = []
     for place in np.argsort(-counts_FT, axis=None, kind="stable")[:_TOP_TRANSITIONS]:

@@ -17,17 +17,9 @@ from radialnet.data import prepare
 from radialnet.environment import read_starts, record_start
 from radialnet.evaluate import evaluate_trained
 from radialnet.model import init_params
-from radialnet.page import ShownToken
-from radialnet.report import (
-    PART_OF_CHARACTER,
-    names_of,
-    raised_alarms,
-    read_run,
-    report,
-    shown_tokens,
-    transitions,
-)
+from radialnet.report import layer_use, names_of, raised_alarms, read_run, report
 from radialnet.router import Controllers
+from radialnet.routes import PART_OF_CHARACTER, ShownToken, shown_tokens, transitions
 from radialnet.run_folder import RunFolder
 from radialnet.sections import ConfigError
 from radialnet.sharding import Parallel
@@ -60,7 +52,7 @@ def test_a_character_of_several_tokens_stands_at_the_last_of_them():
     shown = shown_tokens(tokenizer, np.array(ids), layer_TN, num_layers=7)
     part = PART_OF_CHARACTER
     assert [token.text for token in shown] == ["⟦document⟧", "a", part, "é", part, part, "€", "b"]
-    assert shown[0] == ShownToken("⟦document⟧", 2, (5, 0)) and shown[1] == ShownToken("a", 1, (5,))
+    assert shown[0] == ShownToken("⟦document⟧", (5, 0)) and shown[1] == ShownToken("a", (5,))
 
 
 def test_words_keep_their_space():
@@ -224,10 +216,8 @@ def test_the_coloured_text_is_what_the_model_does(run_of, config):
     num_rows = 200 // config.train.seq_len
     assert num_rows < len(rows)
     found = evaluate_trained(trained, [rows[row] for row in range(num_rows)], config.model.max_depth, 0.0)
-    layer_TN = run_of.routes.layer_TN
-    num_layers = config.model.pool_size
-    use_TL = np.stack([np.bincount(layer_N, minlength=num_layers + 1)[:num_layers] for layer_N in layer_TN])
-    np.testing.assert_allclose(use_TL / layer_TN.shape[1], found["load_by_step"], atol=1e-6)
+    use_TL = layer_use(run_of)
+    np.testing.assert_allclose(use_TL, found["load_by_step"], atol=1e-6)
     assert np.mean([token.depth for token in run_of.routes.shown]) == pytest.approx(found["depth"])
     assert found["depth"] > 1 and (use_TL > 0).sum() > 3
 
@@ -344,9 +334,10 @@ def test_two_runs_with_all_figures(run_of):
     assert "No fields differ between the runs." in source
 
 
+@pytest.mark.slow
 def test_the_command(trained, tmp_path):
     out = tmp_path / "page.html"
-    stdout, _ = run_command("-m", "radialnet.report", f"--workdir={trained.root}", f"--out={out}", "--json")
+    stdout, _ = run_command("-m", "radialnet.report", f"--workdir={trained.root}", f"--out={out}", "--max_tokens=200", "--json")
     found = json.loads(stdout.splitlines()[-1])
     assert found["report"] == str(out) and found["missing"] == []
     assert [(run["name"], run["bpb"]) for run in found["runs"]] == [(trained.root.name, 2.5)]

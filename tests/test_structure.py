@@ -12,8 +12,8 @@ ORDER = [
     "model", "losses", "optimizer", "train_step", "run_folder", "environment", "checkpoint", "data", "trained", "plots",
     "sampling",
     "decode_cache", "decode_attention", "decode_step", "decode_loop", "decode", "writers", "progress", "preemption",
-    "alarms", "watchdog", "evaluate", "hops", "generate", "page", "report", "baseline", "timing", "decode_benchmark",
-    "benchmark",
+    "alarms", "watchdog", "evaluate", "hops", "generate", "routes", "page", "report", "baseline", "timing",
+    "decode_benchmark", "benchmark",
     "program", "aot", "train_log", "non_finite", "trainer", "sweep", "results",
 ]  # fmt: skip
 ROOT = Path(__file__).parents[1]
