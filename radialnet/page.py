@@ -7,6 +7,8 @@ from radialnet.routes import DOCUMENT, ShownToken
 
 # What the colour of the deepest token covers of the background: text can be read on it in light and in dark mode.
 _MOST = 0.65
+# Letters of a cell that is not to be folded to the width of a word.
+_LONG = 40
 
 _LIGHT = """color-scheme: light; --page: #ffffff; --ink: #1b1e23; --faint: #5a616b; --line: #d3d7dd; --mark: #fff0c2;
   --warn: #a01c1c; --rgb: 26 95 180; --series-0: #1f77b4; --series-1: #c44f00; --series-2: #2a8c3f; --series-3: #b3369b;
@@ -34,7 +36,7 @@ svg * { stroke-linejoin: round; stroke-linecap: butt; } svg text { fill: current
   font-variant-numeric: tabular-nums; } caption { text-align: left; color: var(--faint); }
 th, td { text-align: left; vertical-align: top; padding: .2rem .75rem .2rem 0; border-bottom: 1px solid var(--line);
   min-width: 3rem; max-width: 30rem; overflow-wrap: break-word; }
-th { font-weight: 600; } tr.marked { background: var(--mark); }
+td.long { min-width: 14rem; } th { font-weight: 600; } tr.marked { background: var(--mark); }
 details { margin: .5rem 0; } summary { cursor: pointer; }
 .tokens { font: .95rem/1.9 ui-monospace, monospace; white-space: pre-wrap; border: 1px solid var(--line);
   padding: .5rem .75rem; max-width: none; } .tokens span { border-radius: 2px; padding: .1em 0; margin-right: 1px; }
@@ -104,7 +106,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence], marked: Iterable[int]
         is_marked = number in marked
         lines.append(
             f'<tr{" class=marked" if is_marked else ""}><th scope="row">{"≠ " if is_marked else ""}{name}</th>'
-            + "".join(f"<td>{cell}</td>" for cell in cells)
+            + "".join(f"<td{' class=long' if len(cell) > _LONG else ''}>{cell}</td>" for cell in cells)
             + "</tr>"
         )
     head = "".join(f'<th scope="col">{escape(name)}</th>' for name in header)

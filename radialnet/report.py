@@ -286,9 +286,9 @@ def _layer_use(run: Run, number: str, missing: list[str], most: float) -> str:
     told += f"; unused: {', '.join(map(str, unused))}" if unused else ""
     drawn = plots.draw_layers(100 * use_TL, 100 * most)
     svg = plots.to_svg(drawn, f"layers-{number}", f"Layer use by depth step, {run.name}", told)
-    header = ("layer", *(f"step {step}" for step in range(len(use_TL))), "all steps")
+    header = ("layer", *(f"step {step}" for step in range(len(use_TL))), "of all executions")
     rows = [
-        (layer, *(f"{share:.1%}" for share in use_T), f"{use_T.sum() / max(use_TL.sum(), 1e-9):.1%} of executions")
+        (layer, *(f"{share:.1%}" for share in use_T), f"{use_T.sum() / max(use_TL.sum(), 1e-9):.1%}")
         for layer, use_T in enumerate(use_TL.T)
     ]
     caption = f"Share of held-out tokens that execute each layer at each depth step; {where}. {told}."

@@ -337,7 +337,9 @@ def test_two_runs_with_all_figures(run_of):
 @pytest.mark.slow
 def test_the_command(trained, tmp_path):
     out = tmp_path / "page.html"
-    stdout, _ = run_command("-m", "radialnet.report", f"--workdir={trained.root}", f"--out={out}", "--max_tokens=200", "--json")
+    stdout, _ = run_command(
+        "-m", "radialnet.report", f"--workdir={trained.root}", f"--out={out}", "--max_tokens=200", "--json"
+    )
     found = json.loads(stdout.splitlines()[-1])
     assert found["report"] == str(out) and found["missing"] == []
     assert [(run["name"], run["bpb"]) for run in found["runs"]] == [(trained.root.name, 2.5)]
