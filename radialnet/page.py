@@ -44,7 +44,8 @@ details { margin: .5rem 0; } summary { cursor: pointer; }
 input.numbers:checked ~ .tokens sub { display: inline; }
 .legend span { padding: .1em .6em; margin-right: .35em; border-radius: 2px; border: 1px solid var(--line); }
 @media print { * { print-color-adjust: exact; -webkit-print-color-adjust: exact; } figure, tr { break-inside: avoid; }
-  .tokens sub { display: inline; } }
+  .side-by-side { grid-template-columns: repeat(2, minmax(0, 1fr)); }
+  .side-by-side > :only-child { grid-column: 1 / -1; } h2, h3 { break-after: avoid; } .tokens sub { display: inline; } }
 """
 
 

@@ -272,7 +272,9 @@ def draw_transitions(counts_FT: np.ndarray):
     percent_FT = np.where(total_F1 > 0, 100 * counts_FT / np.maximum(total_F1, 1), np.nan)
     figure = _draw_table(percent_FT, (_SIZE[0], 4.4), "% of those that leave the node", "equal")
     axes = figure.axes[0]
-    layers = range(num_layers)[:: 1 + num_layers // 20]
+    every = 1 + num_layers // 20
+    # Where not all of them have room, 0 would stand on the start.
+    layers = range(0 if every == 1 else every, num_layers, every)
     axes.set_xticks([*layers, num_layers], [*map(str, layers), "exit"])
     axes.set_yticks([0, *(1 + layer for layer in layers)], ["start", *map(str, layers)])
     axes.tick_params(axis="x", rotation=90 if num_layers > 9 else 0)
