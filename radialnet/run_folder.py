@@ -54,6 +54,10 @@ class RunFolder:
         return self.root / "manifest.json"
 
     @property
+    def environment(self) -> Path:
+        return self.root / "environment.json"
+
+    @property
     def checkpoints(self) -> Path:
         return self.root / "checkpoints"
 

@@ -19,6 +19,7 @@ from radialnet.cli import NonFiniteError, PreemptedError, warn
 from radialnet.config import Config
 from radialnet.data import Dataset, batches_from, eval_batches, prepare
 from radialnet.decode import CacheFullError
+from radialnet.environment import record_start
 from radialnet.evaluate import EvalStep, evaluate
 from radialnet.generate import generate
 from radialnet.metrics import figures
@@ -143,6 +144,7 @@ def train(config: Config, workdir: Path) -> None:
                 if not folder.config.exists():
                     dataset.tokenizer.save(folder.tokenizer)
                     folder.write_manifest(dataset.manifest)
+                record_start(folder, step, placement.parallel)
                 config.save(folder.config)
             bytes_V = placement.put_everywhere(dataset.tokenizer.bytes_per_token)
             run = Run(config, folder, dataset, graph, state, step, checkpoints, placement, bytes_V, console)
