@@ -8,8 +8,9 @@ import numpy as np
 from flax import nnx
 
 from radialnet.config import Config
-from radialnet.data import PADDING, Batch, Rows, eval_batches
+from radialnet.data import Rows, eval_batches
 from radialnet.router import Controllers, schedule
+from radialnet.shards import PADDING, Batch
 from radialnet.tokenizer import Tokenizer
 from radialnet.train_step import forward
 from radialnet.trained import TrainedModel
