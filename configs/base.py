@@ -123,6 +123,10 @@ def get_config() -> ConfigDict:
 
     config.log = log = ConfigDict()
     log.every_steps = 10  # Training lines in metrics.jsonl.
+    # Besides metrics.jsonl, by commas: tensorboard, wandb, trackio (docs/TRACKING.md); empty = nothing besides.
+    log.writers = "tensorboard"
+    log.project = "radialnet"  # Where wandb and trackio file the run.
+    log.profile_steps = ""  # "first,last": an XProf trace of those training steps goes to DIR/profile; empty = none.
     log.alarms = "warn"  # What signs of a router gone wrong lead to (alarms.py): off | warn | stop, exit code 4.
     log.sample_prompt = "def "  # A continuation of this is logged at the end of the run; empty = none.
     log.sample_tokens = 64  # Its length in tokens.

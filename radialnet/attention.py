@@ -54,6 +54,7 @@ def _attend_backward(backend, residuals, d_mixed_BQHK):
 attend.defvjp(_attend_forward, _attend_backward)
 
 
+@jax.named_scope("attention")
 def attend_forward(
     q_BQHK, k_BCGK, v_BCGK, visibility: Visibility, backend: str = "tiles"
 ) -> tuple[jax.Array, jax.Array]:
@@ -61,6 +62,7 @@ def attend_forward(
     return _functions(backend)[0](q_BQHK, k_BCGK, v_BCGK, visibility)
 
 
+@jax.named_scope("attention")
 def attend_backward(
     q_BQHK,
     k_BCGK,

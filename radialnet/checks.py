@@ -1,6 +1,7 @@
 """What the fields of a configuration must be, each and together."""
 
 import math
+import re
 from collections.abc import Mapping
 
 from radialnet.sections import (
@@ -13,6 +14,7 @@ from radialnet.sections import (
     SOURCES,
     TRAINED_FORMS,
     VIEWS,
+    WRITERS,
     ConfigError,
     DataConfig,
     Sections,
@@ -212,6 +214,7 @@ def _validate_run(config: Sections) -> None:
     _at_least("checkpoint", config.checkpoint, 1, "keep")
     _at_least("log", config.log, 1, "every_steps")
     _at_least("log", config.log, 0, "sample_tokens")
+    _validate_tracking(config)
     _validate_mesh(config)
     _one_of("config.log.alarms", config.log.alarms, ("off", "warn", "stop"))
 
@@ -246,6 +249,23 @@ def _validate_data(data: DataConfig) -> None:
         f"config.data.streaming=True is for config.data.source='hf' and a tokenizer that is there, not for "
         f"config.data.source={data.source!r} with config.data.tokenizer={data.tokenizer!r}",
     )
+
+
+def _validate_tracking(config: Sections) -> None:
+    log, num_steps = config.log, config.train.num_steps
+    for name in log.writer_names:
+        _require(
+            name in WRITERS,
+            f"config.log.writers={log.writers!r}: {name!r} is none of {', '.join(WRITERS)}",
+        )
+    _require(bool(log.project), f"config.log.project={log.project!r}: a name is needed")
+    if log.profile_steps:
+        named = f"config.log.profile_steps={log.profile_steps!r}"
+        are_two = re.fullmatch(r"\d{1,9},\d{1,9}", log.profile_steps, re.ASCII)
+        _require(bool(are_two), f"{named}: 'first,last', two training steps, is needed")
+        first, last = log.profiled
+        _require(1 <= first <= last, f"{named}: a first step of at least 1 and a last one not before it are needed")
+        _require(last <= num_steps, f"{named}: the run ends at config.train.num_steps={num_steps}")
 
 
 def _validate_mesh(config: Sections) -> None:

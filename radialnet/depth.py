@@ -76,6 +76,7 @@ class Trace:
     exit_logit_BS: jax.Array  # `Route.exit_logit_BS`.
 
 
+@jax.named_scope("router")
 def decide(
     loop: DepthLoop, router: Router, h_BSD, log_survival_BS, active_BS, depth_step, inputs, before=None, decided=None
 ):
@@ -154,16 +155,15 @@ def _forward(loop: DepthLoop, params, h_BSD, is_real_BS, inputs):
     cache = pool.empty_cache(loop.view, loop.max_depth, *is_real_BS.shape)
     products = pool.empty_products(loop.max_depth, is_real_BS.size) if loop.keeps_products else Products({}, {})
 
+    @jax.named_scope("depth_step")
     def step(carry, depth_step):
         h_BSD, before_BS, active_BS, leaves_at_BS, cache, products = carry
-        with jax.named_scope("router"):
-            gate_BS, log_survival_BS, sums, route = decide(
-                loop, router, h_BSD, before_BS, active_BS, depth_step, inputs, leaves_at_BS
-            )
-        with jax.named_scope("layer"):
-            update_BSD, cache, attended, products, num_computed = pool.forward(
-                h_BSD, route.layer_BS, cache, inputs.positions, depth_step, products, depth_step
-            )
+        gate_BS, log_survival_BS, sums, route = decide(
+            loop, router, h_BSD, before_BS, active_BS, depth_step, inputs, leaves_at_BS
+        )
+        update_BSD, cache, attended, products, num_computed = pool.forward(
+            h_BSD, route.layer_BS, cache, inputs.positions, depth_step, products, depth_step
+        )
         trace = Trace(sums, num_computed, route.layer_BS, h_BSD, route.exit_logit_BS)
         state = _StepState(
             log_survival_BS=before_BS,
@@ -193,6 +193,7 @@ def _scanned_backward(loop: DepthLoop, residuals, d_outputs):
     router, pool = loop.modules(params)
     router_graph, router_params = nnx.split(router)
 
+    @jax.named_scope("depth_step")
     def step(carry, of_step):
         d_h_BSD, d_log_survival_BS, d_entries, d_block, d_router = carry
         depth_step, h_BSD, state, d_sums, d_exit_logit_BS, d_read_BSD = of_step
@@ -205,35 +206,32 @@ def _scanned_backward(loop: DepthLoop, residuals, d_outputs):
             )
             return (gate_BS, log_survival_BS, differentiable(sums), route.exit_logit_BS), route.layer_BS
 
-        with jax.named_scope("router"):
-            (gate_BS, *_), transpose, layer_BS = jax.vjp(
-                redecide, router_params, h_BSD, state.log_survival_BS, has_aux=True
+        (gate_BS, *_), transpose, layer_BS = jax.vjp(
+            redecide, router_params, h_BSD, state.log_survival_BS, has_aux=True
+        )
+        attended, products, t = state.attended, products_T, depth_step
+        if attended is None:
+            products, t = pool.empty_products(1, layer_BS.size), 0
+            _, _, attended, products, _ = pool.forward(
+                h_BSD, layer_BS, cache, inputs.positions, depth_step, products, t, is_again=True
             )
-        with jax.named_scope("layer"):
-            attended, products, t = state.attended, products_T, depth_step
-            if attended is None:
-                products, t = pool.empty_products(1, layer_BS.size), 0
-                _, _, attended, products, _ = pool.forward(
-                    h_BSD, layer_BS, cache, inputs.positions, depth_step, products, t, is_again=True
-                )
-            d_layer_BSD, d_entries, d_block = pool.backward(
-                h_BSD,
-                layer_BS,
-                cache,
-                inputs.positions,
-                depth_step,
-                attended,
-                products,
-                t,
-                gate_BS[..., None] * d_h_BSD,
-                d_entries,
-                d_block,
-            )
+        d_layer_BSD, d_entries, d_block = pool.backward(
+            h_BSD,
+            layer_BS,
+            cache,
+            inputs.positions,
+            depth_step,
+            attended,
+            products,
+            t,
+            gate_BS[..., None] * d_h_BSD,
+            d_entries,
+            d_block,
+        )
         d_gate_BS = (d_h_BSD * attended.update_ND.reshape(h_BSD.shape)).sum(-1)
-        with jax.named_scope("router"):
-            d_of_router, d_routed_BSD, d_log_survival_BS = transpose(
-                (d_gate_BS, d_log_survival_BS, d_sums, d_exit_logit_BS)
-            )
+        d_of_router, d_routed_BSD, d_log_survival_BS = transpose(
+            (d_gate_BS, d_log_survival_BS, d_sums, d_exit_logit_BS)
+        )
         d_router = jax.tree.map(jnp.add, d_router, d_of_router)
         d_h_BSD += d_layer_BSD + d_routed_BSD
         if loop.reads_states:

@@ -150,7 +150,12 @@ def _side_by_side(texts: list[Batch], num_rows: int, seq_len: int) -> Batch:
     return batch
 
 
-def _held_out_rows(trained: TrainedModel, workdir: Path, data: str | None) -> Rows:
+def eval_rows(trained: TrainedModel, workdir: Path, data: str | None) -> Rows:
+    """The rows of the run's own held-out split, or of the text in `data`.
+
+    Raises:
+        ConfigError: the documents of the run are not there any more, or others; or `data` can't be read as text.
+    """
     folder = RunFolder(workdir)
     if not data:
         return prepare(trained.config, folder).eval
@@ -169,7 +174,7 @@ def main() -> None:
     trained = load_trained(workdir)
     if not _MAX_DEPTH.value:
         max_depths = [trained.config.model.max_depth]
-    rows = _held_out_rows(trained, workdir, _DATA.value)
+    rows = eval_rows(trained, workdir, _DATA.value)
     rows = _first(rows, -(-_MAX_TOKENS.value // trained.config.train.seq_len))
     by_path = evaluate_decoding if _PATH.value == "decode" else evaluate_trained
     results = []

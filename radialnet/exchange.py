@@ -103,6 +103,7 @@ class Exchange:
             layer_R = jnp.where(row_R < end_X[-1], cell_R % num_layers, num_layers)
         return plan(layer_R.astype(jnp.int32), num_layers, self.backend)
 
+    @jax.named_scope("exchange")
     def bring(self, x_NX: jax.Array, index: jax.Array, groups: Groups) -> jax.Array:
         """The rows of a round at their owners, sorted: [R, X]."""
         row_PP, slot_PP, size_PP = self._window(index)
@@ -111,6 +112,7 @@ class Exchange:
         came_RX = self._send(x_NX, came_RX, row_PP[here], size_PP[here], slot_PP[here], size_PP[:, here])
         return scatter(came_RX, groups)
 
+    @jax.named_scope("exchange")
     def bring_back(self, y_RX: jax.Array, into_NX: jax.Array, index: jax.Array, groups: Groups) -> jax.Array:
         """What came out of a round's rows, written into their places."""
         row_PP, slot_PP, size_PP = self._window(index)

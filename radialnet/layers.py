@@ -101,6 +101,7 @@ class Block(nnx.Module):
         return partial(_after_attention, dtype=self.dtype, eps=self.eps, total=self.parallel.sum_tensor)
 
 
+@jax.named_scope("attention")
 def _before_attention(w, rows, product, shared, dtype, eps):
     h_PD, rotation_PK = rows
     qkv_PX = product("qkv", rms_norm(h_PD, w["attention_norm"], eps).astype(dtype))
@@ -119,8 +120,10 @@ def _before_attention(w, rows, product, shared, dtype, eps):
 def _after_attention(w, rows, product, dtype, eps, total):
     h_PD, mixed_PX = rows
     # Of the heads and hidden units that are here, so that the sums over all devices of a layer are still to be taken.
-    attended_PD = total(product("attention_out", mixed_PX)).astype(h_PD.dtype)
-    normed_PD = rms_norm(h_PD + attended_PD, w["mlp_norm"], eps).astype(dtype)
-    gate_PF, up_PF = jnp.split(product("mlp_in", normed_PD), 2, axis=-1)
-    mlp_PD = total(product("mlp_out", jax.nn.silu(gate_PF) * up_PF, keep=False))
+    with jax.named_scope("attention"):
+        attended_PD = total(product("attention_out", mixed_PX)).astype(h_PD.dtype)
+    with jax.named_scope("mlp"):
+        normed_PD = rms_norm(h_PD + attended_PD, w["mlp_norm"], eps).astype(dtype)
+        gate_PF, up_PF = jnp.split(product("mlp_in", normed_PD), 2, axis=-1)
+        mlp_PD = total(product("mlp_out", jax.nn.silu(gate_PF) * up_PF, keep=False))
     return attended_PD + mlp_PD.astype(h_PD.dtype)

@@ -38,7 +38,8 @@ def _cross_entropy(final_ND, head_DV, target_N, is_target_N, with_grads: bool):
     def step(sums, rows):
         nats, d_head = sums
         final_CD, target_C, is_target_C = rows
-        logits_CV = jnp.matmul(final_CD, head, preferred_element_type=jnp.float32)
+        with jax.named_scope("head"):
+            logits_CV = jnp.matmul(final_CD, head, preferred_element_type=jnp.float32)
         lse_C = jax.nn.logsumexp(logits_CV, axis=-1)
         at_target_C = jnp.take_along_axis(logits_CV, target_C[:, None], axis=-1)[:, 0]
         nats_C = jnp.where(is_target_C, lse_C - at_target_C, 0)
@@ -48,8 +49,9 @@ def _cross_entropy(final_ND, head_DV, target_N, is_target_N, with_grads: bool):
         is_it_CV = jnp.arange(vocab_size) == target_C[:, None]
         d_logits_CV = jnp.where(is_target_C[:, None], jnp.exp(logits_CV - lse_C[:, None]) - is_it_CV, 0)
         d_logits_CV = d_logits_CV.astype(final_CD.dtype)
-        d_head += jnp.matmul(final_CD.T, d_logits_CV, preferred_element_type=jnp.float32)
-        return (nats, d_head), (nats_C, d_logits_CV @ head.T)
+        with jax.named_scope("head"):
+            d_head += jnp.matmul(final_CD.T, d_logits_CV, preferred_element_type=jnp.float32)
+            return (nats, d_head), (nats_C, d_logits_CV @ head.T)
 
     zeros = jnp.float32(0), jnp.zeros((d_model, vocab_size) if with_grads else ())
     rows = chunked(final_ND), chunked(target_N), chunked(is_target_N)

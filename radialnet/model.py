@@ -121,7 +121,8 @@ class RadialTransformer(nnx.Module):
         max_depth = max_depth or self.cfg.max_depth
         is_real_BS = document_BS >= 0
         positions = Positions.of(document_BS, position_BS, self.cfg)
-        h_BSD = self.embedding[...][token_BS] * self.cfg.d_model**0.5
+        with jax.named_scope("embed"):
+            h_BSD = self.embedding[...][token_BS] * self.cfg.d_model**0.5
         h_BSD = self._run_unshared(self.prelude, h_BSD, is_real_BS, positions)
 
         graph, params = nnx.split((self.router, self.pool))
@@ -161,6 +162,7 @@ class RadialTransformer(nnx.Module):
             read=read,
         )
 
+    @jax.named_scope("head")
     def _final(self, h_BSD: jax.Array) -> jax.Array:
         return rms_norm(h_BSD, self.final_norm[...], self.cfg.norm_eps).astype(jnp.dtype(self.cfg.dtype))
 

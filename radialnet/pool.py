@@ -152,6 +152,7 @@ class LayerPool(nnx.Module):
             grouped.empty_kept(block.after_attention, after, (h_ND, mixed_NX), (), num_depth_steps),
         )
 
+    @jax.named_scope("layer")
     def __call__(
         self, h_BSD: jax.Array, layer_BS: jax.Array, cache: UnifiedCache, positions: Positions, depth_step: jax.Array
     ) -> tuple[jax.Array, UnifiedCache]:
@@ -177,6 +178,7 @@ class LayerPool(nnx.Module):
         update_ND = grouped.map_rows(block.after_attention, block.weights(block.AFTER), (h_ND, mixed_NX), groups)
         return gather(update_ND, groups).reshape(h_BSD.shape), cache
 
+    @jax.named_scope("layer")
     def forward(
         self,
         h_BSD: jax.Array,
@@ -214,6 +216,7 @@ class LayerPool(nnx.Module):
         attended = Attended(q_BSHK, mixed_BSHK, lse_BSH, update_ND)
         return update_ND.reshape(h_BSD.shape), cache, attended, Products(before, after), num_computed
 
+    @jax.named_scope("layer")
     def backward(
         self,
         h_BSD: jax.Array,

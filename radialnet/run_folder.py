@@ -54,6 +54,10 @@ class RunFolder:
         return self.root / "manifest.json"
 
     @property
+    def environment(self) -> Path:
+        return self.root / "environment.json"
+
+    @property
     def checkpoints(self) -> Path:
         return self.root / "checkpoints"
 
@@ -72,6 +76,14 @@ class RunFolder:
     @property
     def tensorboard(self) -> Path:
         return self.root / "tensorboard"
+
+    @property
+    def tracking(self) -> Path:
+        return self.root / "tracking.json"
+
+    @property
+    def profile(self) -> Path:
+        return self.root / "profile"
 
     def has_checkpoint(self) -> bool:
         return has_checkpoint(self.checkpoints)

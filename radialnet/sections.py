@@ -10,6 +10,8 @@ FIXED_FORMS = ("sequential", "cyclic", "random", "hash")
 GROUPED_BACKENDS = ("block_loop", "ragged_dot", "pallas", "masked_dense")
 ATTENTION_BACKENDS = ("tiles", "pallas")
 ESTIMATORS = ("straight_through", "score", "weighted", "dense")
+# Where metrics go besides metrics.jsonl.
+WRITERS = ("tensorboard", "wandb", "trackio")
 # Entries of a page of the decode cache.
 PAGE_SIZE = 16
 SOURCES = ("stdlib", "text", "jsonl", "hf", "tfds", "tokens")
@@ -177,9 +179,21 @@ class CheckpointConfig:
 @dataclasses.dataclass(frozen=True)
 class LogConfig:
     every_steps: int
+    writers: str
+    project: str
+    profile_steps: str
     alarms: str
     sample_prompt: str
     sample_tokens: int
+
+    @property
+    def writer_names(self) -> list[str]:
+        return [name.strip() for name in self.writers.split(",") if name.strip()]
+
+    @property
+    def profiled(self) -> tuple[int, int] | None:
+        """The first and the last training step of the trace, if there is to be one."""
+        return tuple(map(int, self.profile_steps.split(","))) if self.profile_steps else None
 
 
 @dataclasses.dataclass(frozen=True)

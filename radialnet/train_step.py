@@ -73,6 +73,7 @@ def forward(
     return model(batch["token"], batch["document"], batch["position"], controllers, at, rng, max_depth)
 
 
+@jax.named_scope("loss")
 def _sums(
     config: Config,
     batch: Batch,
@@ -187,6 +188,7 @@ def train_step(
         # One spike must not hide the next; and what was one is the usual thing when it stays.
         size_2 = jnp.minimum(size_2, limit_2)
 
+    @jax.named_scope("optimizer")
     def update(params, opt_state, controllers):
         updates, opt_state = optimizer.update(clip(config, grads, grad_norm), opt_state, params)
         return optax.apply_updates(params, updates), opt_state, _update_controllers(config, controllers, at, sums)

@@ -19,6 +19,7 @@ from radialnet.cli import NonFiniteError, PreemptedError, warn
 from radialnet.config import Config
 from radialnet.data import Dataset, batches_from, eval_batches, prepare
 from radialnet.decode import CacheFullError
+from radialnet.environment import record_start
 from radialnet.evaluate import EvalStep, evaluate
 from radialnet.generate import generate
 from radialnet.metrics import figures
@@ -28,11 +29,13 @@ from radialnet.optimizer import make_optimizer
 from radialnet.plots import RUN_PLOTS, plot_run
 from radialnet.preemption import Preemption
 from radialnet.processes import all_or_none, check_same, wait_for_processes
+from radialnet.profiling import StepProfile
 from radialnet.progress import Progress, counted
 from radialnet.run_folder import RunFolder
 from radialnet.sections import ConfigError
 from radialnet.sharding import Placement
 from radialnet.tokenizer import Tokenizer
+from radialnet.trackers import check_trackers
 from radialnet.train_log import TrainLog, line_of, stop_if_not_finite
 from radialnet.train_step import (
     TrainState,
@@ -106,6 +109,8 @@ def train(config: Config, workdir: Path) -> None:
                 stack.enter_context(_locked(folder))
             # 1. The folder, and whether the config may go on with what is in it.
             _check_folder(config, folder, console)
+            if is_first:
+                check_trackers(folder, config)
             # 2. The data. A resumed run reads the documents of its manifest, by its own tokenizer, or not at all.
             if config.data.streaming and jax.process_count() > 1:
                 raise ConfigError("config.data.streaming=True: one process alone can read what comes once")
@@ -139,12 +144,13 @@ def train(config: Config, workdir: Path) -> None:
                 if not folder.config.exists():
                     dataset.tokenizer.save(folder.tokenizer)
                     folder.write_manifest(dataset.manifest)
+                record_start(folder, step, placement.parallel)
                 config.save(folder.config)
             bytes_V = placement.put_everywhere(dataset.tokenizer.bytes_per_token)
             run = Run(config, folder, dataset, graph, state, step, checkpoints, placement, bytes_V, console)
             _print_start(run)
             # 6. The metrics of steps that will be done again go; 7. the data goes on from the step.
-            with MetricsWriter(folder, resumed_step=step) as writer, Preemption() as preemption:
+            with MetricsWriter(folder, config, step) as writer, Preemption() as preemption:
                 wait_for_processes("the metrics go on")
                 _loop(run, writer, preemption)
         else:
@@ -345,15 +351,29 @@ def _loop(run: Run, writer: MetricsWriter, preemption: Preemption) -> None:
     eval_fn = jax.jit(partial(eval_step, config=config, graph=run.graph, placement=placement))
     vocab_size, lines = run.dataset.tokenizer.vocab_size, run.folder.read_metrics()
 
-    with Progress(run.console, run.step, num_steps) as progress, Watchdog(config.train.stall_factor) as watchdog:
+    with (
+        Progress(run.console, run.step, num_steps) as progress,
+        Watchdog(config.train.stall_factor) as watchdog,
+        StepProfile(run.folder.profile, config.log.profiled) as profile,
+    ):
         num_devices = placement.parallel.num_devices
         log = TrainLog(config, vocab_size, writer, progress, no_sums, window, lines, num_devices)
         scalars = None
         try:
             while run.step < num_steps:
                 watchdog.begins(run.step + 1)
-                before, (run.state, sums, scalars) = scalars, compiled(run.state, batch, run.bytes_V)
+                if profile.begins_at(run.step + 1):
+                    jax.block_until_ready(run.state)
+                    with log.clock.paused(), watchdog.paused():
+                        profile.start()
+                before = scalars
+                with jax.profiler.StepTraceAnnotation("train", step_num=run.step + 1):
+                    run.state, sums, scalars = compiled(run.state, batch, run.bytes_V)
                 run.step += 1
+                if profile.ends_at(run.step):
+                    jax.block_until_ready(run.state)
+                    with log.clock.paused(), watchdog.paused():
+                        profile.stop()
                 is_last = run.step == num_steps
                 # While the device works on the step, the next batch is fetched and the figures of the step before are
                 # read.

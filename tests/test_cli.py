@@ -94,6 +94,8 @@ def test_train_leaves_a_whole_run_folder(trained):
     assert (workdir / "checkpoints" / "10").is_dir()
     assert json.loads((workdir / "config.json").read_text())["train"]["num_steps"] == 10
     assert len(json.loads((workdir / "manifest.json").read_text())["documents"]) == 40
+    (start,) = json.loads((workdir / "environment.json").read_text())
+    assert start["step"] == 0 and "train.py --config=configs/smoke.py" in start["command"]
     assert "held out" in stdout
     assert "def " in stdout.split("a sample, greedily:")[1]
 

@@ -26,7 +26,7 @@ def lines_after(tmp_path, before, **log):
         ("exit_bias", "depth_target", "grad_norm", "router_grad_norm", "lr", "skipped_steps", "skipped_in_a_row"), zero
     )
     console = rich.console.Console(quiet=True)
-    with MetricsWriter(folder, 0) as writer, Progress(console, 0, 600) as progress:
+    with MetricsWriter(folder, config, 0) as writer, Progress(console, 0, 600) as progress:
         window = {"sums": sums, "num_steps": 0, "seconds": 0.0}
         log = TrainLog(config, VOCAB, writer, progress, sums, window, before)
         log.add(501, sums, scalars)
