@@ -88,7 +88,9 @@ class TensorBoard:
 
     def __init__(self, folder: RunFolder, config: Config, resumed_step: int):
         folder.tensorboard.mkdir(exist_ok=True)
-        self._events, self._resumed_step = EventsWriter(str(folder.tensorboard / "events")), resumed_step
+        # Files of one second have one name, and the later one would take the place of the earlier.
+        self._events = EventsWriter(str(folder.tensorboard / "events"), f".{resumed_step}")
+        self._resumed_step = resumed_step
         self._add(resumed_step + 1, session_log=SessionLog(status=SessionLog.START))
 
     def write(self, line: dict, of_process: dict[str, float]) -> None:
