@@ -81,7 +81,7 @@ def get_config() -> ConfigDict:
     data.eval_fraction = 0.05  # Share of the documents held out, chosen by the hash of their content.
     data.hops_symbols = 16  # n: symbols of a held-out row of `hops`, of an alphabet of 16; in training 2…n.
     data.hops_max = 8  # K: a query of `hops` needs 1…K look-ups; K < n. Beyond n/2 they are fewer backwards.
-    data.cache_dir = "~/.cache/radialnet"  # Tokenizers, packed rows and compiled programs; shared by runs.
+    data.cache_dir = "~/.cache/radialnet"  # Tokenizers, tokenised documents and compiled programs; shared by runs.
 
     config.optimizer = optimizer = ConfigDict()
     optimizer.learning_rate = 3e-3  # Peak; linear warm-up, then cosine decay over train.num_steps.

@@ -226,6 +226,11 @@ def _validate_data(data: DataConfig) -> None:
         f"config.data.source={data.source!r} with config.data.mixture={data.mixture!r}: "
         "the parts of a mixture go with 'mixture' and with nothing else",
     )
+    _require(
+        data.source not in ("stdlib", "hops", "mixture") or not data.path,
+        f"config.data.path={data.path!r}: config.data.source={data.source!r} reads no path; 'text', 'jsonl' or another "
+        "source is needed",
+    )
     parts = [part for _, part in data.parts()]
     is_file = data.tokenizer.endswith((".json", ".model"))
     _require(

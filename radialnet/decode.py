@@ -310,10 +310,13 @@ class Decoder:
         self.rows = _begin(self.decoding, self.weights, self.rows, row, *given)
         return _Row(index, request, layer_ST)
 
+    def _text(self, work: _Row, tokens: list[int]) -> str:
+        return self.trained.tokenizer.decode(tokens, after=work.request.prompt)
+
     def _until_stop(self, work: _Row) -> list[int]:
         """The new tokens up to the one that completes a stop string; what came after it is not wanted."""
         num = 1
-        while not any(stop in self.trained.tokenizer.decode(work.tokens[:num]) for stop in work.request.stop):
+        while not any(stop in self._text(work, work.tokens[:num]) for stop in work.request.stop):
             num += 1
         return work.tokens[:num]
 
@@ -325,7 +328,7 @@ class Decoder:
             work.layer_ST[log.place_IR[ran_I, row], log.stage_IR[ran_I, row]] = log.layer_IR[ran_I, row]
             work.tokens += log.new_IR[log.new_IR[:, row] >= 0, row].tolist()
             tokens = work.tokens
-            text, is_done = self.trained.tokenizer.decode(tokens), not is_live_R[row]
+            text, is_done = self._text(work, tokens), not is_live_R[row]
             reason = "length" if len(tokens) == work.request.max_new_tokens else "end"
             cuts = [at for at in (text.find(stop) for stop in work.request.stop) if at >= 0]
             if cuts:

@@ -67,6 +67,11 @@ def read_gguf(path: Path) -> tuple[dict, dict[str, np.ndarray], Tokenizer]:
     for name, key in (("rope_theta", "rope.freq_base"), ("rms_norm_eps", "attention.layer_norm_rms_epsilon")):
         if (value := get(f"llama.{key}")) is not None:
             fields[name] = float(str(np.float32(value)))
+    for name in ("num_attention_heads", "hidden_size"):
+        if not isinstance(fields[name], int) or fields[name] < 1:
+            raise ConfigError(f"{path}: llama.{_FIELDS[name]}={fields[name]!r}, a whole number of at least 1 is needed")
+    if "model.embed_tokens.weight" not in tensors:
+        raise ConfigError(f"{path}: token_embd.weight is missing")
     heads, kv_heads = fields["num_attention_heads"], fields["num_key_value_heads"] or fields["num_attention_heads"]
     if rotary := get("llama.rope.dimension_count"):
         fields["partial_rotary_factor"] = rotary * heads / fields["hidden_size"]

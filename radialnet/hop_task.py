@@ -100,7 +100,7 @@ class HopRows:
 
 
 def manifest(splits: dict[str, HopRows]) -> dict:
-    """What the data of a run is known by, as of documents (`data`); there are no documents.
+    """What the data of a run is known by, with the keys of a manifest of documents, of which there are none.
 
     The hash is of the first row of each split, for another NumPy may have other random streams.
     """

@@ -265,7 +265,7 @@ def draw_layers(percent_TL: np.ndarray, most: float = 0.0):
 
 
 def draw_transitions(counts_FT: np.ndarray):
-    """The figure of where tokens go from each node, in percent of those that leave it (`report.transitions`)."""
+    """The figure of where tokens go from each node, in percent of those that leave it (`routes.transitions`)."""
     num_layers = len(counts_FT) - 1
     total_F1 = counts_FT.sum(1, keepdims=True)
     # Of a layer that nobody comes to nothing is shown.

@@ -200,7 +200,7 @@ class _Work:
     def write(self, number: int, part: range) -> dict:
         documents = [document for document in map(self.source.__getitem__, part) if len(document.content)]
         held_out = [document.is_held_out(self.eval_fraction) for document in documents]
-        digest, found = hashlib.sha256(), {"files": {}, "num_documents": {}, "num_tokens": {}, "documents": []}
+        digest, found = 0, {"files": {}, "num_documents": {}, "num_tokens": {}, "documents": []}
         for split, wanted in zip(SPLITS, (False, True), strict=True):
             members = [document for document, is_out in zip(documents, held_out, strict=True) if is_out == wanted]
             tokens, starts = _stream(members, self.tokenizer)
@@ -211,9 +211,9 @@ class _Work:
             found["num_documents"][split], found["num_tokens"][split] = len(members), len(tokens)
             for document in members:
                 entry = {"name": document.name, "sha256": document.sha256, "split": split}
-                digest.update(json.dumps(entry).encode())
+                digest += int(hashlib.sha256(json.dumps(entry).encode()).hexdigest(), 16)
                 found["documents"] += [entry] if self.names_documents else []
-        found["sha256"] = digest.hexdigest()
+        found["sha256"] = _hex(digest)
         write_whole(self.folder / f"{number:05}.json", json.dumps(found) + "\n")
         return found
 
@@ -229,6 +229,10 @@ def _begin(work: _Work) -> None:
 
 def _shard_of_process(number: int, part: range) -> dict:
     return _work.write(number, part)
+
+
+def _hex(digest: int) -> str:
+    return f"{digest % 2**256:064x}"
 
 
 def _npy(array: np.ndarray) -> bytes:
@@ -250,7 +254,8 @@ def _index_of(shards: list[dict]) -> dict:
         return {split: sum(shard[name][split] for shard in shards) for split in SPLITS}
 
     return {
-        "sha256": hashlib.sha256("".join(shard["sha256"] for shard in shards).encode()).hexdigest(),
+        # A sum, so that it does not depend on what lies in which shard.
+        "sha256": _hex(sum(int(shard["sha256"], 16) for shard in shards)),
         "num_documents": total("num_documents"),
         "num_tokens": total("num_tokens"),
         "documents": [entry for shard in shards for entry in shard["documents"]],

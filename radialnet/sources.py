@@ -66,7 +66,7 @@ def open_source(cfg: DataConfig) -> Source:
 def open_held_out(path: Path, text_key: str) -> Source:
     """A folder of text, a file of text, or a .jsonl file. Raises ConfigError as `open_source`."""
     if path.suffix == ".jsonl" and not path.is_dir():
-        source = JsonLines(_regular_files(path), text_key)
+        source = JsonLines(path.parent, _regular_files(path), text_key)
     else:
         source = TextFiles(path, _regular_files(path))
     if not len(source):
@@ -109,8 +109,8 @@ class TextFiles:
 class JsonLines:
     """Lines of JSON objects, each with a document under `text_key`; an empty line is an empty document."""
 
-    def __init__(self, files: list[Path], text_key: str):
-        self._files, self._text_key = files, text_key
+    def __init__(self, root: Path, files: list[Path], text_key: str):
+        self._root, self._files, self._text_key = root, files, text_key
         lines = [_lines(file) for file in files]
         self._first = np.cumsum([0, *map(len, lines)])  # Of each file, its first line's number.
         self._line_D2 = np.concatenate([np.zeros((0, 2), int), *lines])
@@ -122,7 +122,7 @@ class JsonLines:
         which = int(np.searchsorted(self._first, index, side="right")) - 1
         file, number, (begin, end) = self._files[which], 1 + index - self._first[which], self._line_D2[index].tolist()
         _check_size(file, end - begin)
-        name = f"{file.name}:{number}"
+        name = f"{file.relative_to(self._root).as_posix()}:{number}"
         with file.open("rb") as lines:
             lines.seek(begin)
             line = lines.read(end - begin)
@@ -190,7 +190,7 @@ class TokenRows:
             array = np.load(file, mmap_mode="r", allow_pickle=False)
         except (ValueError, EOFError, OSError) as error:
             raise ConfigError(f"{file}: not an array of NumPy ({error})") from None
-        if array.ndim not in (1, 2) or not np.issubdtype(array.dtype, np.integer):
+        if array.ndim not in (1, 2) or not array.shape[-1] or not np.issubdtype(array.dtype, np.integer):
             raise ConfigError(f"{file}: {array.dtype}{list(array.shape)}; rows of whole numbers, [R, X], are needed")
         return array.reshape(-1, array.shape[-1])
 
@@ -216,12 +216,17 @@ def _open_text(cfg: DataConfig) -> Source:
 
 
 def _open_jsonl(cfg: DataConfig) -> Source:
-    return JsonLines(_regular_files(_existing(cfg), ".jsonl"), cfg.text_key)
+    path = _existing(cfg)
+    return JsonLines(path if path.is_dir() else path.parent, _regular_files(path, ".jsonl"), cfg.text_key)
 
 
 def _open_tokens(cfg: DataConfig) -> Source:
     path = _existing(cfg)
     return TokenRows(path if path.is_dir() else path.parent, _regular_files(path, ".npy"))
+
+
+# Of files, by the endings of their names, what the library calls them where that is something else.
+_KINDS = {".jsonl": "json", ".txt": "text"}
 
 
 def load_hf(cfg: DataConfig):
@@ -237,9 +242,9 @@ def load_hf(cfg: DataConfig):
             found = found[cfg.split] if isinstance(found, datasets.DatasetDict) else found
             return found.to_iterable_dataset() if cfg.streaming else found
         if path.is_file():
-            # By the ending of its name, as of the files of a folder.
-            kind = {".parquet": "parquet", ".arrow": "arrow"}.get(path.suffix, path.suffix[1:])
-            return datasets.load_dataset(kind, data_files=cfg.path, split="train", streaming=cfg.streaming)
+            files = {cfg.split: cfg.path}
+            kind = _KINDS.get(path.suffix, path.suffix[1:])
+            return datasets.load_dataset(kind, data_files=files, split=cfg.split, streaming=cfg.streaming)
         return datasets.load_dataset(cfg.path, cfg.subset or None, split=cfg.split, streaming=cfg.streaming)
     except (OSError, ValueError, KeyError, ImportError, datasets.exceptions.DatasetsError) as error:
         reason = " ".join(str(error).split())[:300]

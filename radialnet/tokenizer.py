@@ -33,8 +33,8 @@ _PIECES_AT_A_TIME = 256
 def pieces(text: str) -> Iterator[str]:
     """A text in pieces of at most PIECE characters, which together are the text.
 
-    Cut before white space, where the tokenizer cuts as well, so that the tokens are those of the whole text; within a
-    word only where that alone is longer.
+    Cut before white space, where our own tokenizers cut as well, so that the tokens are those of the whole text; within
+    a word only where that alone is longer. Those of others may have a token more, or another one, at a cut.
     """
     begin = 0
     while len(text) - begin > PIECE:
@@ -60,6 +60,7 @@ class Tokenizer:
         if not known:
             tokenizer.add_special_tokens([SEPARATOR])
         self._tokenizer = tokenizer
+        self._is_byte_level = isinstance(tokenizer.decoder, tokenizers.decoders.ByteLevel)
         # Ids may have gaps.
         self.vocab_size: int = max(tokenizer.get_vocab().values()) + 1
         self.separator_id: int = tokenizer.token_to_id((*known, SEPARATOR)[0])
@@ -96,7 +97,7 @@ class Tokenizer:
         if not path.is_file():
             raise ConfigError(f"{path}: no such file; a run folder holds the tokenizer.json it was trained with")
         if path.suffix == ".model":
-            # Here, for it needs a library that no other tokenizer does.
+            # Here, for few need it.
             from radialnet.sentencepiece_model import converted
 
             return cls(converted(path))
@@ -138,8 +139,14 @@ class Tokenizer:
                 found[index].append(np.asarray(encoding.ids, np.int32))
         return [np.concatenate(ids) for ids in found]
 
-    def decode(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=True)
+    def decode(self, ids: list[int], after: Sequence[int] = ()) -> str:
+        """The text of some ids. `after`: those that stand before them, where it is to go on from theirs."""
+        decoded = self._tokenizer.decode(ids, skip_special_tokens=True)
+        if not len(after) or self._is_byte_level:
+            return decoded
+        # SentencePiece writes no space before the first word of a text, and this is not its first.
+        before = self._tokenizer.decode(list(after[-1:]), skip_special_tokens=True)
+        return self._tokenizer.decode([*after[-1:], *ids], skip_special_tokens=True)[len(before) :]
 
 
 def _bytes_per_token(tokenizer: tokenizers.Tokenizer, vocab_size: int) -> np.ndarray:
@@ -158,6 +165,9 @@ def _bytes_per_token(tokenizer: tokenizers.Tokenizer, vocab_size: int) -> np.nda
         length = {
             token: 1 if _BYTE.fullmatch(name) else len(name.replace("▁", " ").encode()) for token, name in names.items()
         }
+        # What stands for no text, or for one that isn't known.
+        special = [token for token, added in tokenizer.get_added_tokens_decoder().items() if added.special]
+        length |= dict.fromkeys(special, 0)
     return np.asarray([length.get(token, 0) for token in range(vocab_size)], np.int32)
 
 

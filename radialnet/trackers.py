@@ -1,7 +1,7 @@
 """What shows the curves of a run: TensorBoard, Weights & Biases, trackio. All optional but the first.
 
 Each of them is told every line of metrics.jsonl and skips what it has already. So a run that goes on goes on in the
-same curve, steps that are done again are not drawn twice, and one that was away for a while catches up.
+same curve, steps that are done again are not drawn twice, and a service that was away for a while catches up.
 """
 
 import html
@@ -20,8 +20,8 @@ from radialnet.files import write_whole
 from radialnet.run_folder import RunFolder
 from radialnet.sections import ConfigError
 
-# What W&B may take to send the rest; it lies on the disk as well (`wandb sync`).
-FINISH_SECONDS = 20.0
+# What W&B may take to begin, and to send the rest at the end, which lies on the disk as well (`wandb sync`).
+WANDB_SECONDS = 20.0
 
 
 class Tracker(Protocol):
@@ -127,8 +127,8 @@ class Wandb:
         import wandb
 
         run = _read_identity(folder)
-        # What is printed is not captured, for whoever prints waits for that; nor is an upload waited for for ever.
-        settings = wandb.Settings(console="off", finish_timeout=FINISH_SECONDS)
+        # What is printed is not captured, for whoever prints waits for that; nor does the process wait for ever to end.
+        settings = wandb.Settings(console="off", init_timeout=WANDB_SECONDS, finish_timeout=WANDB_SECONDS)
         self._html, self._last = wandb.Html, {}
         self._run = wandb.init(
             project=config.log.project,
@@ -158,14 +158,16 @@ class Wandb:
 class Trackio:
     """trackio, which keeps its curves on this machine (`TRACKIO_DIR`).
 
-    It finds a run again by its name, but has no way to ask for what it has; so the last steps that it was told stand in
-    the run's folder.
+    It finds a run again by its name. What a Space or a server has (`TRACKIO_SPACE_ID`) it doesn't tell, so the last
+    steps that it was told stand in the run's folder. On this machine what it has is looked up: it writes twice a
+    second, and a kill may have cost it the last lines that it was told.
     """
 
     NAME = "trackio"
 
     def __init__(self, folder: RunFolder, config: Config, resumed_step: int):
         import trackio
+        from trackio.sqlite_storage import SQLiteStorage
 
         run = _read_identity(folder)
         self._markdown, self._path, self._identity = trackio.Markdown, folder.tracking, run
@@ -177,11 +179,14 @@ class Trackio:
             resume="allow",
             embed=False,
         )
+        rows = SQLiteStorage.get_logs(config.log.project, self._run.name, run_id=self._run.id)
+        for split in self._last if rows else ():
+            self._last[split] = max((row["step"] for row in rows if f"{split}/step" in row), default=0)
 
     def write(self, line: dict, of_process: dict[str, float]) -> None:
         split, step = line["split"], line["step"]
         if step > self._last.get(split, 0):
-            self._run.log(scalars(line, of_process), step=step)
+            self._run.log({f"{split}/step": step, **scalars(line, of_process)}, step=step)
             self._last[split] = step
             write_whole(self._path, json.dumps(self._identity) + "\n")
 

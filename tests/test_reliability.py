@@ -156,7 +156,7 @@ def test_a_run_that_is_asked_to_end_saves_and_says_so(tmp_path, flags, whole):
     for steps_done, number in enumerate((signal.SIGTERM, signal.SIGINT), start=1):
         started = Started(flags, workdir)
         # The step is being compiled.
-        started.wait_for(lambda: "training tokens" in started.output())  # noqa: B023
+        started.wait_for(lambda: "tokens to train on" in started.output())  # noqa: B023
         time.sleep(0.2)
         code, stderr = started.send(number)[::2]
         assert code == 75 and "Traceback" not in stderr
@@ -256,7 +256,7 @@ def test_a_disk_that_is_full_while_saving_loses_nothing(tmp_path, flags, whole):
 
 
 @needs_own_disks
-def test_a_disk_that_is_full_while_packing_leaves_nothing_to_be_trusted(tmp_path, flags):
+def test_a_disk_that_is_full_while_tokenising_leaves_nothing_to_be_trusted(tmp_path, flags):
     disk = tmp_path / "disk"
     disk.mkdir()
     script = """
@@ -264,14 +264,14 @@ def test_a_disk_that_is_full_while_packing_leaves_nothing_to_be_trusted(tmp_path
         mount -t tmpfs -o size=100k none $disk
         code=0; "$@" --config.data.cache_dir=$disk/cache --workdir=$disk/run || code=$?
         test $code = 2
-        find $disk -name 'rows-*' -o -name run
+        find $disk -name index.json -o -name run
         mount -o remount,ro $disk
         code=0; "$@" --workdir=$disk/run || code=$?
         test $code = 2
     """
     stdout, stderr = shell(script, disk, sys.executable, *flags)
     full, read_only = stderr.splitlines()
-    assert full.startswith(f"error: {disk}/cache: the packed rows can't be written")
+    assert full.startswith(f"error: {disk}/cache: the tokenised documents can't be written")
     assert read_only == f"error: {disk}/run: Read-only file system"
     assert stdout == ""
 
@@ -279,7 +279,7 @@ def test_a_disk_that_is_full_while_packing_leaves_nothing_to_be_trusted(tmp_path
 def test_two_processes_do_not_train_in_one_folder(tmp_path, flags):
     workdir = tmp_path / "run"
     first = Started(flags, workdir)
-    first.wait_for(lambda: "training tokens" in first.output())
+    first.wait_for(lambda: "tokens to train on" in first.output())
     _, stderr = run(*flags, f"--workdir={workdir}", code=2)
     assert stderr == f"error: --workdir={workdir}: another process is training in it\n"
     # The lock goes with its process, however that ends.

@@ -50,6 +50,16 @@ def test_ids_are_those_of_the_library(case, tmp_path):
     assert Tokenizer.load(tmp_path / "tokenizer.json").encode(MORE[-2]) == theirs.encode(MORE[-2])
 
 
+def test_what_goes_on_keeps_its_first_space(tmp_path):
+    """A new text begins without the space that its first piece has."""
+    train(tmp_path / "tokenizer.model", **CASES["as llama"])
+    ours = Tokenizer.load(tmp_path / "tokenizer.model")
+    ids, size = ours.encode("def train config"), len(ours.encode("def"))
+    assert ours.decode(ids[size:]) == "train config"
+    assert ours.decode(ids[size:], after=ids[:size]) == " train config"
+    assert ours.decode(ids, after=[ours.separator_id]) == "def train config"
+
+
 def test_bytes_are_counted(tmp_path):
     """Those of the text, and of the space before it."""
     train(tmp_path / "tokenizer.model", **CASES["as llama"])

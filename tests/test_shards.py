@@ -31,7 +31,7 @@ def source(tmp_path_factory):
     # Every seventh is empty.
     texts = [f"text {index} " * (index % 7) for index in range(NUM)]
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    return JsonLines([path], "text")
+    return JsonLines(path.parent, [path], "text")
 
 
 @pytest.fixture
@@ -66,9 +66,27 @@ def test_shards_hold_each_document_once_in_its_split(source, byte_tokenizer, tmp
     assert [entry["name"] for entry in index["documents"]] != [] and len(index["files"]) == 4 * 9
 
 
+class Tells:
+    """A source that tells which processes read it."""
+
+    def __init__(self, source, path):
+        self._source, self._path = source, path
+
+    def __len__(self):
+        return len(self._source)
+
+    def __getitem__(self, index):
+        with self._path.open("a") as file:
+            file.write(f"{os.getpid()} ")
+        return self._source[index]
+
+
 def test_processes_side_by_side_write_the_same(source, byte_tokenizer, tmp_path, small):
     one = write_shards(tmp_path / "one", source, byte_tokenizer, 0.3)
-    three = write_shards(tmp_path / "three", source, byte_tokenizer, 0.3, num_processes=3)
+    told = Tells(source, tmp_path / "told")
+    three = write_shards(tmp_path / "three", told, byte_tokenizer, 0.3, num_processes=3)
+    processes = set((tmp_path / "told").read_text().split())
+    assert processes and str(os.getpid()) not in processes
     assert one == three
     assert content(tmp_path / "one") == content(tmp_path / "three")
     assert len(list((tmp_path / "one").glob("*.npy"))) == 4 * 9
@@ -115,7 +133,7 @@ def test_a_tokenizer_goes_to_another_process_as_it_is(source, byte_tokenizer):
     assert byte_tokenizer.separator_id not in copy.encode(quoted)
 
 
-def test_documents_of_a_stream_may_be_empty_of_tokens(byte_tokenizer):
+def test_a_stream_in_memory(byte_tokenizer):
     stream = Stream.of([Document("a", "xy"), Document("b", "z")], byte_tokenizer)
     assert stream.num_documents == 2 and len(stream) == 5
     none = Stream.of([], byte_tokenizer)

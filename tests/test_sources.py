@@ -78,6 +78,11 @@ def write_tokens(folder):
     np.save(folder / "b.npy", np.array(ids[29], np.int64))
 
 
+def write_lines_of_text(folder):
+    (folder / "lines.txt").write_text("\n".join(text.replace("\n", " ") for text in TEXTS))
+    return folder / "lines.txt"
+
+
 FORMATS = {
     "text": write_text,
     "jsonl": write_jsonl,
@@ -208,6 +213,26 @@ def test_a_data_set_that_is_not_there(kind, tmp_path, monkeypatch):
     for path in (tmp_path / "empty", "no_such_data_set"):
         with pytest.raises(ConfigError, match=f"config.data.path={str(path)!r}.*: no data set of"):
             open_source(config_of(kind, path, tmp_path).data)
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_a_single_file_is_a_data_set_whatever_its_split_is_called(tmp_path, split):
+    write_parquet(tmp_path)
+    write_jsonl(tmp_path)
+    lines = write_lines_of_text(tmp_path)
+    for path, wanted in (
+        (tmp_path / "part.parquet", TEXTS),
+        (tmp_path / "a.jsonl", TEXTS[:20]),
+        (lines, [text.replace("\n", " ") for text in TEXTS]),
+    ):
+        source = open_source(config_of("hf", path, tmp_path, data__split=split).data)
+        assert [source[index].content for index in range(len(source))] == wanted
+
+
+def test_a_path_that_nobody_reads(tmp_path):
+    """`--config.data.path=my_texts` alone trained on the standard library."""
+    with pytest.raises(ConfigError, match="config.data.path='my_texts': config.data.source='stdlib' reads no path"):
+        make_config(data__path="my_texts")
 
 
 def test_a_column_or_split_that_is_not_there(tmp_path):

@@ -26,7 +26,8 @@ from tests.tiny import VOCAB, make_batch, make_config
 class FakeRun:
     """What both libraries give for `init`. Rows are those of the service, and outlive the run."""
 
-    def __init__(self, rows, summary, fails_at=None):
+    def __init__(self, name, rows, summary, fails_at):
+        self.name, self.id = name, f"id of {name}"
         self.rows, self.summary, self.fails_at, self.ended_by = rows, summary, fails_at, None
 
     def define_metric(self, name, step_metric):
@@ -50,6 +51,16 @@ class Service(types.ModuleType):
         self.calls, self.rows, self.summaries, self.runs = [], {}, {}, []
         self.fails_at, self.is_offline = None, False
 
+    def install(self, monkeypatch):
+        monkeypatch.setitem(sys.modules, self.__name__, self)
+        storage = types.ModuleType("sqlite_storage")
+        storage.SQLiteStorage = self
+        monkeypatch.setitem(sys.modules, f"{self.__name__}.sqlite_storage", storage)
+
+    def get_logs(self, project, run, run_id):
+        assert run_id == f"id of {run}"
+        return self.rows[run]
+
     def Settings(self, **fields):
         return fields
 
@@ -66,14 +77,14 @@ class Service(types.ModuleType):
         if self.is_offline:
             self.rows.pop(who, None), self.summaries.pop(who, None)
         rows, summary = self.rows.setdefault(who, []), self.summaries.setdefault(who, {})
-        self.runs.append(FakeRun(rows, summary, self.fails_at))
+        self.runs.append(FakeRun(who, rows, summary, self.fails_at))
         return self.runs[-1]
 
 
 @pytest.fixture(params=["wandb", "trackio"])
 def service(request, monkeypatch):
     fake = Service(request.param)
-    monkeypatch.setitem(sys.modules, request.param, fake)
+    fake.install(monkeypatch)
     return fake
 
 
@@ -86,6 +97,19 @@ def write(folder, service, lines, resumed_step=0, names=None):
     with MetricsWriter(folder, config, resumed_step) as writer:
         for each in lines:
             writer.write(each, {"memory_gb": 1.0} if each["split"] == "train" else None)
+
+
+def test_lines_that_a_kill_cost_trackio_are_told_again(tmp_path, monkeypatch):
+    """It writes twice a second: a run that was killed and went on had a hole in its curve."""
+    service = Service("trackio")
+    service.install(monkeypatch)
+    folder = RunFolder(tmp_path)
+    write(folder, service, [line(2), line(4), line(4, "eval"), line(6), line(8)])
+    (rows,) = service.rows.values()
+    del rows[2:]
+    write(folder, service, [line(6), line(6, "eval")], resumed_step=4)
+    assert curve(service, "train/ce") == [(2, 1.0), (4, 2.0), (6, 3.0)]
+    assert curve(service, "eval/ce") == [(4, 2.0), (6, 3.0)]
 
 
 def curve(service, key):
@@ -134,7 +158,7 @@ def test_offline_each_start_of_wandb_has_the_whole_curve(tmp_path, monkeypatch):
     """What is uploaded replaces what was uploaded under the same id before: the first half of a run was lost."""
     service = Service("wandb")
     service.is_offline = True
-    monkeypatch.setitem(sys.modules, "wandb", service)
+    service.install(monkeypatch)
     folder = RunFolder(tmp_path)
     write(folder, service, [line(2), line(4), line(6)])
     write(folder, service, [line(6), line(8)], resumed_step=4)
