@@ -120,7 +120,7 @@ def prepare(
             raise ConfigError(
                 f"config.data.eval_fraction={cfg.eval_fraction} leaves {index['num_documents']['train']} documents of "
                 f"{part.path or part.source} for training and {index['num_documents']['eval']} for evaluation; "
-                "both need one"
+                "both need one: more documents, or another fraction"
             )
     rows = {split: [PackedRows(of[split], config.train.seq_len) for of in streams] for split in SPLITS}
     for part, packed in zip(parts, rows["train"], strict=True):

@@ -28,7 +28,14 @@ def converted(path: Path) -> tokenizers.Tokenizer:
     kinds = {proto.TrainerSpec.UNIGRAM: _unigram, proto.TrainerSpec.BPE: _bpe}
     if not model.pieces or model.trainer_spec.model_type not in kinds:
         raise ConfigError(f"{path}: a unigram or BPE model of SentencePiece is needed")
-    tokenizer = tokenizers.Tokenizer(kinds[model.trainer_spec.model_type](model))
+    try:
+        return _built(kinds[model.trainer_spec.model_type](model), model, proto)
+    except Exception as error:  # The library raises no class of its own.
+        raise ConfigError(f"{path}: a model of SentencePiece that goes against itself ({error})") from None
+
+
+def _built(core: models.Model, model, proto) -> tokenizers.Tokenizer:
+    tokenizer = tokenizers.Tokenizer(core)
     spec = model.normalizer_spec
     steps = [normalizers.Precompiled(spec.precompiled_charsmap)] if spec.precompiled_charsmap else []
     if spec.remove_extra_whitespaces:
@@ -61,6 +68,8 @@ def _bpe(model) -> models.BPE:
         pairs = [(left, right) for left, right in pairs if left in vocabulary and right in vocabulary]
         merges += [(token, vocabulary[left], vocabulary[right], left, right) for left, right in pairs]
     merges = [(left, right) for *_, left, right in sorted(merges)]
+    if not 0 <= model.trainer_spec.unk_id < len(vocabulary):
+        raise ValueError(f"unk_id={model.trainer_spec.unk_id} of {len(vocabulary)} pieces")
     unknown = model.pieces[model.trainer_spec.unk_id].piece
     byte_fallback = model.trainer_spec.byte_fallback
     return models.BPE(vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=byte_fallback)

@@ -18,6 +18,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -145,10 +146,13 @@ def write_shards(
     Raises:
         ConfigError: a document can't be read, or the shards can't be written.
     """
+    path = folder / "index.json"
     try:
+        # Before the lock, for what is there may be of somebody who lets others read alone.
+        if path.exists():
+            return read_index(folder)
         folder.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(folder / ".lock"):
-            path = folder / "index.json"
             if path.exists():
                 return read_index(folder)
             shards = _all_shards(folder, source, tokenizer, eval_fraction, num_processes, report)
@@ -157,6 +161,9 @@ def write_shards(
             return index
     except OSError as error:
         raise ConfigError(f"{folder.parent}: the tokenised documents can't be written ({error})") from None
+    except concurrent.futures.process.BrokenProcessPool:
+        told = "a process that tokenised was ended, perhaps for want of memory; fewer at a time need less"
+        raise ConfigError(f"{folder}: {told}") from None
 
 
 def _all_shards(folder, source, tokenizer, eval_fraction, num_processes, report) -> list[dict]:
@@ -223,8 +230,15 @@ _work = None  # Of this process.
 
 def _begin(work: _Work) -> None:
     global _work
+    # Else it would go on without the lock, or wait for good, when its parent is killed.
+    threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _work = work
+
+
+def _end_with(parent) -> None:
+    parent.join()
+    os._exit(1)
 
 
 def _shard_of_process(number: int, part: range) -> dict:
@@ -245,7 +259,8 @@ def _read_shard(folder: Path, number: int) -> dict | None:
     """What is known of a shard that was finished."""
     try:
         return json.loads((folder / f"{number:05}.json").read_bytes())
-    except FileNotFoundError:
+    except (FileNotFoundError, ValueError):
+        # Without a word what a power failure emptied is made again.
         return None
 
 

@@ -79,7 +79,8 @@ def fingerprint(source: Source) -> str:
     digest = hashlib.sha256(str(len(source)).encode())
     for index in evenly(len(source), _FINGERPRINTED):
         document = source[index]
-        digest.update(f"{document.name}\0{document.sha256}\0".encode())
+        # Names of files need not be text.
+        digest.update(f"{document.name}\0{document.sha256}\0".encode(errors="surrogateescape"))
     return digest.hexdigest()
 
 
@@ -190,6 +191,8 @@ class TokenRows:
             array = np.load(file, mmap_mode="r", allow_pickle=False)
         except (ValueError, EOFError, OSError) as error:
             raise ConfigError(f"{file}: not an array of NumPy ({error})") from None
+        if not isinstance(array, np.ndarray):
+            raise ConfigError(f"{file}: several arrays of NumPy; a file for each is needed")
         if array.ndim not in (1, 2) or not array.shape[-1] or not np.issubdtype(array.dtype, np.integer):
             raise ConfigError(f"{file}: {array.dtype}{list(array.shape)}; rows of whole numbers, [R, X], are needed")
         return array.reshape(-1, array.shape[-1])
@@ -280,9 +283,13 @@ _OPEN = {
 
 
 def _existing(cfg: DataConfig) -> Path:
-    if not Path(cfg.path).exists():
+    try:
+        path = Path(cfg.path).expanduser()
+    except RuntimeError:  # No home folder.
+        path = Path(cfg.path)
+    if not path.exists():
         raise ConfigError(f"config.data.path={cfg.path!r}: no such file or folder")
-    return Path(cfg.path)
+    return path
 
 
 def _regular_files(path: Path, suffix: str = "") -> list[Path]:

@@ -134,7 +134,12 @@ class Tokenizer:
         found = [[np.zeros(0, np.int32)] for _ in texts]
         # A few at a time: what the library returns of a piece takes a hundred times the memory of its ids.
         for begin in range(0, len(cut), _PIECES_AT_A_TIME):
-            encodings = self._tokenizer.encode_batch(cut[begin : begin + _PIECES_AT_A_TIME], add_special_tokens=False)
+            try:
+                encodings = self._tokenizer.encode_batch(
+                    cut[begin : begin + _PIECES_AT_A_TIME], add_special_tokens=False
+                )
+            except Exception as error:  # The library raises no class of its own.
+                raise ConfigError(f"config.data.tokenizer: can't encode every text ({error})") from None
             for index, encoding in zip(owner[begin : begin + _PIECES_AT_A_TIME], encodings, strict=True):
                 found[index].append(np.asarray(encoding.ids, np.int32))
         return [np.concatenate(ids) for ids in found]

@@ -70,7 +70,16 @@ def test_bytes_are_counted(tmp_path):
 
 
 def test_a_file_that_is_none(tmp_path):
+    from sentencepiece import sentencepiece_model_pb2
+
     path = tmp_path / "tokenizer.model"
+    for case in ("unigram", "bpe, bytes"):
+        train(path, **CASES[case])
+        model = sentencepiece_model_pb2.ModelProto.FromString(path.read_bytes())
+        model.trainer_spec.unk_id = 9999
+        path.write_bytes(model.SerializeToString())
+        with pytest.raises(ConfigError, match="tokenizer.model: a model of SentencePiece that goes against itself"):
+            Tokenizer.load(path)
     for content in (b"", b"\xff\xff\xff", b"{}"):
         path.write_bytes(content)
         with pytest.raises(ConfigError, match="tokenizer.model: "):

@@ -1,11 +1,11 @@
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
 
 import numpy as np
+import psutil
 import pytest
 
 from radialnet import shards
@@ -159,13 +159,16 @@ def test_prepare_goes_on_after_a_kill(tmp_path):
             "--num_processes=2",
         ]
 
-    killed = subprocess.Popen(command(tmp_path / "a"), cwd=ROOT, env=environment(), start_new_session=True)
+    killed = subprocess.Popen(command(tmp_path / "a"), cwd=ROOT, env=environment())
     end = time.monotonic() + 120
     while not list((tmp_path / "a").glob("tokens-*/0*.json")):
         assert time.monotonic() < end and killed.poll() is None
         time.sleep(0.01)
-    os.killpg(killed.pid, signal.SIGKILL)
+    workers = psutil.Process(killed.pid).children(recursive=True)
+    killed.kill()
     killed.wait()
+    gone, alive = psutil.wait_procs(workers, timeout=60)
+    assert len(gone) >= 2 and not alive, "nobody goes on without the lock"
     (folder,) = (tmp_path / "a").glob("tokens-*")
     before = {path: path.stat().st_mtime_ns for path in folder.glob("0*.json")}
     assert 0 < len(before) < 5 and not (folder / "index.json").exists()

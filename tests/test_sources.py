@@ -153,6 +153,8 @@ assert "tensorflow_datasets" in sys.modules and "tensorflow" not in sys.modules
 
 def test_a_changed_document_is_another_source(tmp_path):
     write_text(tmp_path)
+    # Names of files need not be text.
+    (tmp_path / os.fsdecode(b"\xff.txt")).write_text("named in bytes")
     cfg = config_of("text", tmp_path, tmp_path).data
     before = fingerprint(open_source(cfg))
     assert before == fingerprint(open_source(cfg))
@@ -254,6 +256,13 @@ def test_tokens_that_are_none(tmp_path):
         open_source(cfg)
     (tmp_path / "a.npy").write_bytes(b"else")
     with pytest.raises(ConfigError, match="a.npy: not an array of NumPy"):
+        open_source(cfg)
+    np.savez(tmp_path / "a", a=np.zeros((3, 4), int))
+    (tmp_path / "a.npz").rename(tmp_path / "a.npy")
+    with pytest.raises(ConfigError, match="a.npy: several arrays of NumPy"):
+        open_source(cfg)
+    np.save(tmp_path / "a.npy", np.zeros((3, 0), int))
+    with pytest.raises(ConfigError, match=r"a.npy: int64\[3, 0\]; rows of whole numbers"):
         open_source(cfg)
     np.save(tmp_path / "a.npy", np.full((30, 9), 257))
     with pytest.raises(ConfigError, match="a.npy:0: ids of 257 to 257, but the tokenizer has 0 to 256"):
