@@ -17,6 +17,7 @@ from radialnet.data import prepare
 from radialnet.sections import ConfigError
 from radialnet.sources import Document, evenly, fingerprint, open_held_out, open_source
 from radialnet.tokenizer import BYTE_VOCAB_SIZE, Tokenizer
+from tests.test_cli import lines_of, run
 from tests.test_data import SEQ, config_of
 from tests.tiny import make_config
 
@@ -372,3 +373,45 @@ def test_the_ready_entries_read_what_is_there_in_their_format(name, write, num_d
     dataset = prepare(config)
     assert sum(dataset.manifest["num_documents"].values()) == num_documents
     assert 257 < dataset.tokenizer.vocab_size <= 300 and len(dataset.train) > 2
+
+
+@pytest.fixture(scope="module")
+def tiny_run(tmp_path_factory):
+    """Trains two steps on a source by the command; one cache for all, so that the program is compiled once."""
+    cache = tmp_path_factory.mktemp("cache")
+
+    def train(workdir, kind, path, num_steps=2, **more):
+        fields = {"source": kind, "path": path, "tokenizer": "byte", "cache_dir": cache, "eval_fraction": 0.3, **more}
+        flags = [f"--config.data.{name}={value}" for name, value in fields.items()]
+        flags += ["--config.train.seq_len=16", f"--config.train.num_steps={num_steps}", "--config.log.sample_tokens=0"]
+        return run(
+            "train.py", "--config=configs/smoke.py", f"--workdir={workdir}", *flags, "--config.log.every_steps=1"
+        )
+
+    return train
+
+
+@pytest.mark.slow
+def test_every_source_trains(written, tiny_run, tmp_path):
+    kind, path = written
+    stdout, stderr = tiny_run(tmp_path / "run", kind, path)
+    assert f"data: {kind}, " in stdout and "error" not in stderr
+    assert [line["step"] for line in lines_of(tmp_path / "run") if line["split"] == "train"] == [1, 2]
+
+
+@pytest.mark.slow
+def test_a_mixture_and_a_stream_train_and_go_on(tiny_run, tmp_path):
+    import datasets
+
+    (tmp_path / "text").mkdir()
+    write_text(tmp_path / "text")
+    texts = [f"text {index} " * 9 for index in range(700)]
+    datasets.Dataset.from_dict({"text": texts}).to_parquet(tmp_path / "many.parquet")
+    spec = f"0.7 hf {tmp_path / 'many.parquet'}; 0.3 text {tmp_path / 'text'}"
+    stdout, _ = tiny_run(tmp_path / "mixed", "mixture", "", mixture=spec)
+    assert "data: mixture, " in stdout
+    stream = {"kind": "hf", "path": tmp_path / "many.parquet", "streaming": True}
+    tiny_run(tmp_path / "stream", **stream)
+    _, stderr = tiny_run(tmp_path / "stream", **stream, num_steps=4)
+    assert "config.data.streaming=True: the data begins anew" in stderr
+    assert [line["step"] for line in lines_of(tmp_path / "stream") if line["split"] == "train"] == [1, 2, 3, 4]
