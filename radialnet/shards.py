@@ -20,6 +20,7 @@ import multiprocessing
 import os
 import threading
 from collections.abc import Callable, Iterable
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import filelock
@@ -161,7 +162,7 @@ def write_shards(
             return index
     except OSError as error:
         raise ConfigError(f"{folder.parent}: the tokenised documents can't be written ({error})") from None
-    except concurrent.futures.process.BrokenProcessPool:
+    except BrokenProcessPool:
         told = "a process that tokenised was ended, perhaps for want of memory; fewer at a time need less"
         raise ConfigError(f"{folder}: {told}") from None
 

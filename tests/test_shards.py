@@ -123,6 +123,26 @@ def test_what_was_done_before_an_error_is_not_done_again(source, byte_tokenizer,
     assert again == write_shards(tmp_path / "b", source, byte_tokenizer, 0.3)
 
 
+class Dies:
+    """A source that no other process can read."""
+
+    def __init__(self, source):
+        self._source, self._owner = source, os.getpid()
+
+    def __len__(self):
+        return len(self._source)
+
+    def __getitem__(self, index):
+        if os.getpid() != self._owner:
+            os._exit(9)
+        return self._source[index]
+
+
+def test_a_process_that_is_ended_is_told_of(source, byte_tokenizer, tmp_path, small):
+    with pytest.raises(ConfigError, match="a: a process that tokenised was ended, perhaps for want of memory"):
+        write_shards(tmp_path / "a", Dies(source), byte_tokenizer, 0.3, num_processes=2)
+
+
 def test_a_tokenizer_goes_to_another_process_as_it_is(source, byte_tokenizer):
     """A copy by the library splits documents that quote the separator."""
     import pickle
