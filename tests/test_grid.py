@@ -73,7 +73,7 @@ def test_the_name_of_a_cell_does_not_change_when_seeds_are_added():
 
 
 def test_names_are_fit_for_folders_and_tell_fields_of_the_same_name_apart():
-    fields = fields_of(base)
+    fields = fields_of(base, data__source="text")
     (cell,) = cells_of(fields, "data.path=/some where/é", "log.every_steps=5", "eval.every_steps=6")
     assert cell.name == "path=_some_where_é+log.every_steps=5+eval.every_steps=6+seed=0"
     with pytest.raises(ConfigError, match="two cells of the grid are path=_a_b"):
