@@ -79,7 +79,7 @@ def test_names_are_fit_for_folders_and_tell_fields_of_the_same_name_apart():
     with pytest.raises(ConfigError, match="two cells of the grid are path=_a_b"):
         cells_of(fields, "data.path=/a/b,/a b")
     with pytest.raises(ConfigError, match="two cells of the grid are pool_size=8"):
-        cells_of(fields, "model.pool_size=8,8")
+        cells_of(fields_of(base), "model.pool_size=8,8")
 
 
 def test_depth_and_seed_are_no_part_of_the_series():
