@@ -35,9 +35,8 @@ from radialnet.router import Controllers
 from radialnet.run_folder import RunFolder
 from radialnet.sections import ConfigError
 from radialnet.tokenizer import Tokenizer
-from radialnet.train_step import init_state
+from radialnet.train_step import init_state, trees_of
 from radialnet.trained import load_trained
-from radialnet.trainer import trees_of
 
 FORMATS = ("radialnet", "llama")
 # Of a folder; where the tensors are split over several files, the index says which is where.

@@ -45,6 +45,17 @@ def init_state(config: Config, params: dict, optimizer: optax.GradientTransforma
     )
 
 
+def trees_of(state: TrainState) -> dict:
+    """The state as the named trees of a checkpoint: evaluation restores the first two alone."""
+    return {
+        "params": state.params,
+        "controllers": state.controllers,
+        "optimizer": state.optimizer,
+        "counts": {"step": state.step, "skipped": state.num_skipped, "skipped_in_a_row": state.num_skipped_in_a_row},
+        "recent": state.recent_2W,
+    }
+
+
 def state_shardings(placement: Placement, optimizer: optax.GradientTransformation, state: TrainState) -> TrainState:
     """Where each array of a state lies: what the optimizer knows of a parameter with it, the rest on all devices."""
     params = placement.shardings()

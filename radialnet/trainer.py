@@ -43,6 +43,7 @@ from radialnet.train_step import (
     init_state,
     jitted_train_step,
     state_shardings,
+    trees_of,
 )
 from radialnet.trained import TrainedModel, keep_programs, load_trained
 from radialnet.watchdog import Watchdog
@@ -261,17 +262,6 @@ def _upcycled(config: Config, params: dict, tokenizer: Tokenizer, placement: Pla
     if placement.parallel.num_devices == 1:
         return grow(params, dense.params)
     return jax.jit(grow, out_shardings=placement.shardings())(params, placement.put_everywhere(dense.params))
-
-
-def trees_of(state: TrainState) -> dict:
-    """The state as the named trees of a checkpoint: evaluation restores the first two alone."""
-    return {
-        "params": state.params,
-        "controllers": state.controllers,
-        "optimizer": state.optimizer,
-        "counts": {"step": state.step, "skipped": state.num_skipped, "skipped_in_a_row": state.num_skipped_in_a_row},
-        "recent": state.recent_2W,
-    }
 
 
 def _restore(checkpoints: Checkpoints, step: int, state: TrainState) -> TrainState:
