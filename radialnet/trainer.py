@@ -404,7 +404,9 @@ def _loop(run: Run, writer: MetricsWriter, preemption: Preemption) -> None:
                 shutil.rmtree(run.folder.non_finite, ignore_errors=True)
                 warn(f"{run.folder.non_finite}: can't be written ({failed})")
                 raise error from None
-            told = f"{error}; {report} tells of what, and its folder is a run that comes to them"
+            # What was streamed does not come again.
+            comes_again = "" if config.data.streaming else ", and its folder is a run that comes to them"
+            told = f"{error}; {report} tells of what{comes_again}"
             raise NonFiniteError(told, error.first_step) from None
     run.checkpoints.check(wait=True)
     if config.log.sample_prompt and config.log.sample_tokens:
