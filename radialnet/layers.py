@@ -11,7 +11,7 @@ from radialnet.sections import ModelConfig
 from radialnet.sharding import ALONE, Axes, Parallel
 
 
-def rms_norm(x: jax.Array, scale: jax.Array | float = 1.0, eps: float = 1e-6) -> jax.Array:
+def rms_norm(x: jax.Array, scale: jax.Array | float, eps: float) -> jax.Array:
     """RMSNorm over the last axis (arXiv 1910.07467), computed in fp32, returned in the dtype of x."""
     x_fp32 = x.astype(jnp.float32)
     normed = x_fp32 * jax.lax.rsqrt(jnp.mean(x_fp32 * x_fp32, axis=-1, keepdims=True) + eps)

@@ -29,7 +29,7 @@ def test_rope_scores_depend_on_the_distance_only():
 def test_rms_norm_is_fp32_inside_and_keeps_the_dtype():
     x = 1000 * normal(3, 300)
     wanted = x / np.sqrt((x**2).mean(-1, keepdims=True)) * 2
-    np.testing.assert_allclose(rms_norm(x, 2.0), wanted, rtol=1e-5)
-    half = rms_norm(jnp.asarray(x, jnp.bfloat16), 2.0)
+    np.testing.assert_allclose(rms_norm(x, 2.0, 1e-6), wanted, rtol=1e-5)
+    half = rms_norm(jnp.asarray(x, jnp.bfloat16), 2.0, 1e-6)
     assert half.dtype == jnp.bfloat16
     np.testing.assert_allclose(half.astype(np.float32), wanted, rtol=0.02)

@@ -61,7 +61,7 @@ def test_exits_are_trained_by_what_each_further_layer_took_off_the_loss():
     assert set(depth[batch["is_target"]]) == {1, 2, 3, 4}
 
     def nats_of(h_BSD):
-        final_BSD = rms_norm(h_BSD, model.params["final_norm"])
+        final_BSD = rms_norm(h_BSD, model.params["final_norm"], model.config.model.norm_eps)
         return optax.softmax_cross_entropy_with_integer_labels(final_BSD @ head, batch["target"])
 
     steps, errors, nats = depth - np.asarray(read.num_left_BS), [], []
