@@ -1,6 +1,7 @@
 """Settings that must stand before jax is imported."""
 
 import os
+import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Tests compile much and run little: a fifth of the compile time, by programs that are not optimised. What takes several
@@ -25,6 +26,17 @@ def pytest_addoption(parser):
     parser.addoption("--killed_config", default="configs/smoke.py", help="What it trains.")
     parser.addoption("--killed_steps", type=int, default=12, help="Its training steps.")
     parser.addoption("--every_file", action="store_true", help="A run for each file of a checkpoint that may break.")
+
+
+def pytest_configure(config):
+    """All processes of one run of the tests, and the commands that they start, compile each program once."""
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        programs = tempfile.TemporaryDirectory(prefix="radialnet-programs-", ignore_cleanup_errors=True)
+        config.add_cleanup(programs.cleanup)
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = programs.name
+        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+        jax.config.update("jax_compilation_cache_dir", programs.name)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
 @pytest.fixture(autouse=True, scope="module")

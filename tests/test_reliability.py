@@ -261,7 +261,7 @@ def test_a_disk_that_is_full_while_tokenising_leaves_nothing_to_be_trusted(tmp_p
     disk.mkdir()
     script = """
         disk=$1; shift
-        mount -t tmpfs -o size=100k none $disk
+        mount -t tmpfs -o size=40k none $disk
         code=0; "$@" --config.data.cache_dir=$disk/cache --workdir=$disk/run || code=$?
         test $code = 2
         find $disk -name index.json -o -name run
@@ -273,7 +273,7 @@ def test_a_disk_that_is_full_while_tokenising_leaves_nothing_to_be_trusted(tmp_p
     full, read_only = stderr.splitlines()
     assert full.startswith(f"error: {disk}/cache: the tokenised documents can't be written")
     assert read_only == f"error: {disk}/run: Read-only file system"
-    assert stdout == ""
+    assert str(disk) not in stdout
 
 
 def test_two_processes_do_not_train_in_one_folder(tmp_path, flags):
@@ -337,15 +337,15 @@ def test_a_standstill_is_told_with_all_stacks(tmp_path, flags):
 import sys, time
 from radialnet import cli, trainer, watchdog
 watchdog.LEAST_SECONDS = 2.0
-prefetch = trainer.prefetch
+batches_from = trainer.batches_from
 
-def slow_disk(batches, start):
-    for number, batch in enumerate(prefetch(batches, start)):
+def slow_disk(*arguments):
+    for number, batch in enumerate(batches_from(*arguments)):
         if number == 11:
             time.sleep(6)
         yield batch
 
-trainer.prefetch = slow_disk
+trainer.batches_from = slow_disk
 import train
 sys.argv[0] = "train.py"
 train.flags.mark_flag_as_required("config")
