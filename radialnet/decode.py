@@ -131,7 +131,7 @@ class Decoder:
         model = config.model
         stages = Stages(model.prelude_layers, max_depth or model.max_depth, model.coda_layers)
         self.decoding = Decoding(config, trained.graph, stages, trained.tokenizer.separator_id, lockstep)
-        self.controllers = trained.controllers.replace(exit_bias=trained.controllers.exit_bias + exit_bias)
+        self.controllers = trained.controllers.lean(exit_bias)
         at = schedule(config.router, model.max_depth, trained.step).for_evaluation()
         self.weights = _weights(trained.graph, trained.params, self.controllers, at)
         # What was run, and the pages that were needed at most.

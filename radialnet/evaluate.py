@@ -70,7 +70,7 @@ def evaluate_trained(trained: TrainedModel, rows: Rows, max_depth: int, exit_bia
     """
     config = trained.config
     step_fn = partial(_eval_step, config=config, graph=trained.graph, max_depth=max_depth)
-    controllers = trained.controllers.replace(exit_bias=trained.controllers.exit_bias + exit_bias)
+    controllers = trained.controllers.lean(exit_bias)
     batches = eval_batches(rows, config.train.batch_size, config.eval.num_batches)
     bytes_V = jnp.asarray(trained.tokenizer.bytes_per_token)
     sums, seconds = evaluate(step_fn, trained.params, controllers, trained.step, batches, bytes_V)

@@ -21,11 +21,11 @@ from tqdm import tqdm
 from radialnet.cli import warn
 from radialnet.config import Config
 from radialnet.decode import Decoder, Request
-from radialnet.router import Controllers, schedule
+from radialnet.router import Controllers
 from radialnet.sampling import Sampling
 from radialnet.sections import ConfigError
 from radialnet.shards import PADDING, Batch
-from radialnet.train_step import forward
+from radialnet.train_step import forward_as_evaluated
 from radialnet.trained import TrainedModel
 
 MIN_WIDTH = 16  # Of the rows; wider ones are powers of two, and the widest as long as those of training.
@@ -50,8 +50,7 @@ def _score(
     max_depth: int,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The log-probability of each target, whether it is the most likely token, and the executed depth, [B, S]."""
-    at = schedule(config.router, config.model.max_depth, step).for_evaluation()
-    output = forward(graph, params, batch, controllers, at, jax.random.key(0), max_depth)
+    output = forward_as_evaluated(config, graph, params, batch, controllers, step, max_depth)
     nats_BS = optax.softmax_cross_entropy_with_integer_labels(output.logits_BSV, batch["target"])
     return -nats_BS, output.logits_BSV.argmax(-1) == batch["target"], output.depth_BS
 
@@ -77,7 +76,7 @@ class RadialLM(TemplateLM):
         self.trained, self.batch_size, self.exit_bias = trained, batch_size, exit_bias
         self.max_depth = max_depth or trained.config.model.max_depth
         self.max_length = trained.config.train.seq_len
-        self.controllers = trained.controllers.replace(exit_bias=trained.controllers.exit_bias + exit_bias)
+        self.controllers = trained.controllers.lean(exit_bias)
         self.num_tokens, self.num_executed, self.num_cut = Counter(), Counter(), Counter()
 
     @property

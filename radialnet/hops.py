@@ -21,10 +21,10 @@ from radialnet.config import Config
 from radialnet.data import eval_batches
 from radialnet.files import finite
 from radialnet.hop_task import HopRows, hops_of
-from radialnet.router import Controllers, schedule
+from radialnet.router import Controllers
 from radialnet.sections import ConfigError
 from radialnet.shards import PADDING, Batch
-from radialnet.train_step import forward
+from radialnet.train_step import forward_as_evaluated
 from radialnet.trained import TrainedModel, load_trained
 
 
@@ -33,8 +33,7 @@ def _answers(
     params, controllers: Controllers, step, batch: Batch, *, config: Config, graph: nnx.GraphDef, max_depth: int
 ) -> tuple[jax.Array, jax.Array]:
     """The most likely next token and the executed depth of each token, [B, S]."""
-    at = schedule(config.router, config.model.max_depth, step).for_evaluation()
-    output = forward(graph, params, batch, controllers, at, jax.random.key(0), max_depth)
+    output = forward_as_evaluated(config, graph, params, batch, controllers, step, max_depth)
     return output.logits_BSV.argmax(-1), output.depth_BS
 
 
@@ -46,7 +45,7 @@ def hop_figures(trained: TrainedModel, rows: HopRows, max_depth: int, exit_bias:
         exit_bias: added to the trained exit bias.
     """
     config = trained.config
-    controllers = trained.controllers.replace(exit_bias=trained.controllers.exit_bias + exit_bias)
+    controllers = trained.controllers.lean(exit_bias)
     answer = partial(_answers, config=config, graph=trained.graph, max_depth=max_depth)
     hops, is_right, answer_depth, depth = [], [], [], []
     for batch in eval_batches(rows, config.train.batch_size, num_batches=0):

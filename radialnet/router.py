@@ -41,6 +41,10 @@ class Controllers:
             load_bias=jnp.zeros(num_layers, jnp.float32),
         )
 
+    def lean(self, exit_bias: float) -> "Controllers":
+        """With that added to the exit bias: more makes tokens leave early."""
+        return self.replace(exit_bias=self.exit_bias + exit_bias)
+
 
 @flax.struct.dataclass
 class Schedule:

@@ -9,10 +9,10 @@ from flax import nnx
 
 from radialnet.config import Config
 from radialnet.data import Rows, eval_batches
-from radialnet.router import Controllers, schedule
+from radialnet.router import Controllers
 from radialnet.shards import PADDING, Batch
 from radialnet.tokenizer import Tokenizer
-from radialnet.train_step import forward
+from radialnet.train_step import forward_as_evaluated
 from radialnet.trained import TrainedModel
 
 # Tokens whose text is kept; tokens of a forward pass at a time.
@@ -62,8 +62,7 @@ class Routes:
 @partial(jax.jit, static_argnames=("config", "graph"))
 def _layers(params, controllers: Controllers, step, batch: Batch, *, config: Config, graph: nnx.GraphDef) -> jax.Array:
     """The layer of each token at each depth step, [T, B, S]."""
-    at = schedule(config.router, config.model.max_depth, step).for_evaluation()
-    return forward(graph, params, batch, controllers, at, jax.random.key(0)).layer_TBS
+    return forward_as_evaluated(config, graph, params, batch, controllers, step).layer_TBS
 
 
 def read_routes(trained: TrainedModel, rows: Rows, max_tokens: int) -> Routes:

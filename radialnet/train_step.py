@@ -84,6 +84,20 @@ def forward(
     return model(batch["token"], batch["document"], batch["position"], controllers, at, rng, max_depth)
 
 
+def forward_as_evaluated(
+    config: Config,
+    graph: nnx.GraphDef,
+    params: dict,
+    batch: Batch,
+    controllers: Controllers,
+    step: jax.Array,
+    max_depth: int | None = None,
+) -> Output:
+    """`forward` as `eval_step` routes."""
+    at = schedule(config.router, config.model.max_depth, step).for_evaluation()
+    return forward(graph, params, batch, controllers, at, jax.random.key(0), max_depth)
+
+
 @jax.named_scope("loss")
 def _sums(
     config: Config,

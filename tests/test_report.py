@@ -377,7 +377,20 @@ def test_a_browser_opens_the_page_without_an_error(run_of, tmp_path):
     assert np.median(dark) < 60 and np.median(light) > 200
     # Where the figures are, the picture isn't blank.
     assert (abs(dark - np.median(dark)) > 40).mean() > 0.01 and (abs(light - np.median(light)) > 40).mean() > 0.01
+    # What the browser makes of each figure: how large it is, and how many marks in it have a size, in and out of view.
+    measure = """<script>
+      for (const figure of document.querySelectorAll("svg")) {
+        const box = figure.getBoundingClientRect();
+        const marks = [...figure.querySelectorAll("path, line, rect, circle, polyline, text")].map((x) => x.getBBox());
+        const inside = marks.filter((x) => x.width + x.height > 0 && x.x < box.width && x.y < box.height);
+        const title = figure.querySelector("title").id.replace("-title", "");
+        document.title += ` ${title}:${Math.round(box.width)}:${Math.round(box.height)}:${inside.length}`;
+      }
+    </script>"""
+    path.write_text(path.read_text() + measure)
     done = subprocess.run([*command, "--dump-dom", f"file://{path}"], env=environment, capture_output=True, text=True)
-    assert done.stdout.count("<svg") == len(FIGURES) and "CONSOLE" not in done.stderr
-    for name in FIGURES:
-        assert f'id="{name}-title"' in done.stdout
+    assert "CONSOLE" not in done.stderr
+    figures = re.findall(r" ([\w-]+):(\d+):(\d+):(\d+)", re.search("<title>(.*?)</title>", done.stdout)[1])
+    assert {name for name, *_ in figures} == set(FIGURES) and len(figures) == len(FIGURES)
+    for name, width, height, num_marks in figures:
+        assert int(width) > 200 and int(height) > 100 and int(num_marks) >= 8, (name, width, height, num_marks)
