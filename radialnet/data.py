@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import grain
@@ -28,6 +29,9 @@ from radialnet.tokenizer import BYTE_VOCAB_SIZE, Tokenizer
 LAYOUT = 3
 # Documents that a BPE is trained on, all over the sources.
 _TRAINS_TOKENIZER = 2**17
+
+# Is told what takes its time, how much of it is done, and of how much.
+Report = Callable[[str, int, int], None]
 
 
 class MixedRows:
@@ -81,7 +85,7 @@ def prepare(
     config: Config,
     folder: RunFolder | None = None,
     num_processes: int = 1,
-    report: Callable[[int, int], None] = lambda done, total: None,
+    report: Report = lambda what, done, total: None,
 ) -> Dataset:
     """Read the documents, train the tokenizer, tokenise; what is already in `data.cache_dir` is used again.
 
@@ -90,7 +94,7 @@ def prepare(
 
     Args:
         num_processes: that tokenise, side by side.
-        report: called with the numbers of documents tokenised, and of all.
+        report: called with what takes its time, how many documents are done, and of how many.
 
     Raises:
         ConfigError: the documents can't be read or are not those of the manifest; the cache can't be used.
@@ -104,11 +108,12 @@ def prepare(
     weights, parts = zip(*cfg.parts(), strict=True)
     sources = [open_source(part) for part in parts]
     known = [fingerprint(source) for source in sources]
-    tokenizer = tokenizer_of_run(folder) if has_begun else _tokenizer(cache, cfg, sources, known)
+    tokenizer = tokenizer_of_run(folder) if has_begun else _tokenizer(cache, cfg, sources, known, report)
     indices, streams = [], []
-    for source, of_source in zip(sources, known, strict=True):
+    for part, source, of_source in zip(parts, sources, known, strict=True):
+        name = f"documents of {part.path or part.source} tokenised"
         shards = cache / f"tokens-{_key(LAYOUT, of_source, tokenizer.fingerprint(), cfg.eval_fraction)}"
-        indices.append(write_shards(shards, source, tokenizer, cfg.eval_fraction, num_processes, report))
+        indices.append(write_shards(shards, source, tokenizer, cfg.eval_fraction, num_processes, partial(report, name)))
         streams.append(open_streams(shards, indices[-1], tokenizer.separator_id))
     manifest = {**_manifest(cfg, weights, parts, indices), "tokenizer": tokenizer.fingerprint()}
     if has_begun:
@@ -192,7 +197,7 @@ def _hops(config: Config, begun: RunFolder | None) -> Dataset:
 
 
 def _streamed(config: Config, begun: RunFolder | None) -> Dataset:
-    tokenizer = tokenizer_of_run(begun) if begun else _tokenizer(Path(), config.data, [], [])
+    tokenizer = tokenizer_of_run(begun) if begun else _tokenizer(Path(), config.data)
     rows = StreamedRows(config.data, tokenizer, config.train.seq_len)
     if begun:
         _check_manifest(begun.manifest, rows.manifest["sha256"], config.data)
@@ -225,17 +230,35 @@ def _check_manifest(path: Path, sha256: str, cfg: DataConfig) -> None:
         )
 
 
-def _tokenizer(cache: Path, cfg: DataConfig, sources: list[Source], known: list[str]) -> Tokenizer:
+def _tokenizer(
+    cache: Path,
+    cfg: DataConfig,
+    sources: Sequence[Source] = (),
+    known: Sequence[str] = (),
+    report: Report = lambda what, done, total: None,
+) -> Tokenizer:
+    """That `data.tokenizer` names; a BPE of our own is trained on the sources unless it is in the cache."""
     if cfg.tokenizer == "byte":
         return Tokenizer.train([], BYTE_VOCAB_SIZE)
     if cfg.tokenizer != "bpe":
-        return Tokenizer.load(Path(cfg.tokenizer))
+        path = Path(cfg.tokenizer).expanduser()
+        if not path.is_file():
+            told = "no such file; bpe, byte, or the path of a tokenizer.json or of a .model of SentencePiece"
+            raise ConfigError(f"config.data.tokenizer={cfg.tokenizer!r}: {told}")
+        return Tokenizer.load(path)
     path = cache / f"tokenizer-{_key(cfg.vocab_size, known, cfg.eval_fraction)}.json"
     if not path.exists():
         most = _TRAINS_TOKENIZER // len(sources)
-        documents = (source[index] for source in sources for index in evenly(len(source), most))
-        texts = (document.content for document in documents if not document.is_held_out(cfg.eval_fraction))
-        Tokenizer.train(texts, cfg.vocab_size).save(path)
+        chosen = [(source, index) for source in sources for index in evenly(len(source), most)]
+
+        def texts() -> Iterator[str]:
+            for done, (source, index) in enumerate(chosen):
+                report("documents read for the tokenizer", done, len(chosen))
+                document = source[index]
+                if not document.is_held_out(cfg.eval_fraction):
+                    yield document.content
+
+        Tokenizer.train(texts(), cfg.vocab_size).save(path)
     return Tokenizer.load(path)
 
 

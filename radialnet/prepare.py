@@ -26,7 +26,7 @@ def main() -> None:
     if config.data.streaming:
         raise ConfigError("config.data.streaming=True: what is read as it comes is not prepared")
     start, console = time.perf_counter(), rich.console.Console(stderr=True, highlight=False)
-    with counted(console, "documents tokenised") as report:
+    with counted(console) as report:
         dataset = prepare(config, None, num_processes, report)
     found = {
         **{name: dataset.manifest[name] for name in ("source", "sha256", "num_documents", "num_tokens")},

@@ -29,12 +29,12 @@ class Clock:
 
 
 @contextlib.contextmanager
-def counted(console: rich.console.Console, what: str) -> Iterator[Callable[[int, int], None]]:
-    """A live bar of work that takes its time, by a function of (done, total); where there is no terminal, a line when
-    it begins with more than nothing to do."""
+def counted(console: rich.console.Console) -> Iterator[Callable[[str, int, int], None]]:
+    """Live bars of work that takes its time, by a function of (what, done, total); where there is no terminal, a line
+    when there is something to do."""
     columns = rich.progress
     bar = columns.Progress(
-        columns.TextColumn(what),
+        columns.TextColumn("{task.description}"),
         columns.BarColumn(),
         columns.MofNCompleteColumn(),
         columns.TimeElapsedColumn(),
@@ -44,15 +44,15 @@ def counted(console: rich.console.Console, what: str) -> Iterator[Callable[[int,
         transient=True,
         disable=not console.is_terminal,
     )
-    task = bar.add_task("", total=None)
-    is_told = console.is_terminal
+    tasks = {}
 
-    def report(done: int, total: int) -> None:
-        nonlocal is_told
-        if not is_told and done < total:
-            console.print(f"{what}: {done:,} of {total:,} are there")
-            is_told = True
-        bar.update(task, completed=done, total=total)
+    def report(what: str, done: int, total: int) -> None:
+        if what not in tasks and done < total:
+            tasks[what] = bar.add_task(what, total=total)
+            if not console.is_terminal:
+                console.print(f"{what}: {done:,} of {total:,} are there")
+        if what in tasks:
+            bar.update(tasks[what], completed=done)
 
     with bar:
         yield report

@@ -26,6 +26,7 @@ from pathlib import Path
 import filelock
 import numpy as np
 
+from radialnet.cli import warn
 from radialnet.files import sha256_of, write_whole
 from radialnet.sections import ConfigError
 from radialnet.sources import Document, Source
@@ -153,7 +154,13 @@ def write_shards(
         if path.exists():
             return read_index(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(folder / ".lock"):
+        lock = filelock.FileLock(folder / ".lock")
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(lock.acquire(timeout=0))
+            except filelock.Timeout:
+                warn(f"{folder}: another process tokenises these documents; this one waits for it")
+                stack.enter_context(lock.acquire())
             if path.exists():
                 return read_index(folder)
             shards = _all_shards(folder, source, tokenizer, eval_fraction, num_processes, report)
@@ -168,6 +175,9 @@ def write_shards(
 
 
 def _all_shards(folder, source, tokenizer, eval_fraction, num_processes, report) -> list[dict]:
+    # What a kill left half written.
+    for partial in folder.glob(".0*"):
+        partial.unlink()
     size = max(_SHARD, -(-len(source) // _MOST_SHARDS))
     parts = [range(begin, min(begin + size, len(source))) for begin in range(0, len(source), size)]
     done = [_read_shard(folder, number) for number in range(len(parts))]
@@ -206,7 +216,10 @@ class _Work:
     names_documents: bool
 
     def write(self, number: int, part: range) -> dict:
-        documents = [document for document in map(self.source.__getitem__, part) if len(document.content)]
+        try:
+            documents = [document for document in map(self.source.__getitem__, part) if len(document.content)]
+        except OSError as error:
+            raise ConfigError(f"config.data: a document can't be read ({error})") from None
         held_out = [document.is_held_out(self.eval_fraction) for document in documents]
         digest, found = 0, {"files": {}, "num_documents": {}, "num_tokens": {}, "documents": []}
         for split, wanted in zip(SPLITS, (False, True), strict=True):

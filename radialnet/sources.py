@@ -256,7 +256,10 @@ def load_hf(cfg: DataConfig):
 
 
 def _open_hf(cfg: DataConfig) -> Source:
-    return Columns(load_hf(cfg), Path(cfg.path).name, cfg.text_key)
+    rows = load_hf(cfg)
+    # Nothing else is read: pictures and sounds beside a text would be decoded.
+    rows = rows.select_columns(cfg.text_key) if cfg.text_key in rows.column_names else rows
+    return Columns(rows, Path(cfg.path).name, cfg.text_key)
 
 
 def _open_tfds(cfg: DataConfig) -> Source:

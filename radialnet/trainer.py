@@ -115,7 +115,7 @@ def train(config: Config, workdir: Path) -> None:
             # 2. The data. A resumed run reads the documents of its manifest, by its own tokenizer, or not at all.
             if config.data.streaming and jax.process_count() > 1:
                 raise ConfigError("config.data.streaming=True: one process alone can read what comes once")
-            with counted(console, "documents tokenised") as report:
+            with counted(console) as report:
                 dataset = prepare(config, folder, report=report)
             placement = place(config, dataset.tokenizer.vocab_size, jax.devices())
         fields = config.to_dict()

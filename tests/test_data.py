@@ -330,6 +330,21 @@ def test_a_cache_that_is_no_folder(folder, tmp_path):
         prepare(config_of("text", folder, tmp_path / "cache"), RunFolder(tmp_path / "run"))
 
 
+def test_a_tokenizer_that_is_not_there(folder, tmp_path):
+    with pytest.raises(ConfigError, match="config.data.tokenizer='~/none.json': no such file; bpe, byte, or"):
+        prepare(config_of("text", folder, tmp_path, data__tokenizer="~/none.json"))
+
+
+def test_what_takes_its_time_is_told(folder, tmp_path):
+    told = []
+    prepare(config_of("text", folder, tmp_path, data__tokenizer="bpe"), report=lambda *args: told.append(args))
+    assert [what for what, done, _ in told if not done] == [
+        "documents read for the tokenizer",
+        f"documents of {folder} tokenised",
+    ]
+    assert all(done <= total for _, done, total in told)
+
+
 def test_a_split_without_documents(tmp_path):
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "only.txt").write_text("one document")

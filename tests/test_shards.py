@@ -3,7 +3,9 @@ import os
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
+import filelock
 import numpy as np
 import psutil
 import pytest
@@ -117,10 +119,36 @@ def test_what_was_done_before_an_error_is_not_done_again(source, byte_tokenizer,
     assert {path.name[:5] for path in before} >= {"00000"} and "00003.json" not in {path.name for path in before}
     assert not [path for path in (tmp_path / "a").iterdir() if path.name.startswith(".0")], "nothing half-written"
     reports = []
+    (tmp_path / "a" / ".00004.json.killed").write_text("half")
     again = write_shards(tmp_path / "a", source, byte_tokenizer, 0.3, report=lambda *told: reports.append(told))
+    assert not [path for path in (tmp_path / "a").iterdir() if path.name.startswith(".0")]
     assert reports[0][0] == 10 * sum(path.suffix == ".json" for path in before) > 0
     assert before.items() <= {path: path.stat().st_mtime_ns for path in (tmp_path / "a").glob("0*")}.items()
     assert again == write_shards(tmp_path / "b", source, byte_tokenizer, 0.3)
+
+
+class Unreadable(Breaks):
+    def __getitem__(self, index):
+        raise OSError(5, "Input/output error", "some.txt")
+
+
+def test_what_can_not_be_read_is_not_what_can_not_be_written(source, byte_tokenizer, tmp_path):
+    with pytest.raises(ConfigError, match="config.data: a document can't be read .*error: 'some.txt'"):
+        write_shards(tmp_path / "a", Unreadable(source, 0), byte_tokenizer, 0.3)
+
+
+def test_one_that_waits_for_another_says_so(source, byte_tokenizer, tmp_path, capsys):
+    (tmp_path / "a").mkdir()
+    with ThreadPoolExecutor(1) as thread:
+        with filelock.FileLock(tmp_path / "a" / ".lock"):
+            waiting = thread.submit(write_shards, tmp_path / "a", source, byte_tokenizer, 0.3)
+            said = ""
+            while not said:
+                time.sleep(0.01)
+                said = capsys.readouterr().err
+            assert not waiting.done() and not (tmp_path / "a" / "index.json").exists()
+        assert waiting.result(60) == write_shards(tmp_path / "b", source, byte_tokenizer, 0.3)
+    assert said.startswith(f"warning: {tmp_path}/a: another process tokenises these documents")
 
 
 class Dies:

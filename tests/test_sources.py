@@ -250,6 +250,16 @@ def test_a_column_or_split_that_is_not_there(tmp_path):
         open_source(config_of("hf", tmp_path, tmp_path, data__split="test").data)
 
 
+def test_pictures_beside_a_text_are_not_decoded(tmp_path):
+    import datasets
+
+    rows = {"text": TEXTS[:3], "picture": [{"bytes": b"no picture", "path": None}] * 3}
+    features = datasets.Features({"text": datasets.Value("string"), "picture": datasets.Image()})
+    datasets.Dataset.from_dict(rows, features).save_to_disk(tmp_path / "saved")
+    source = open_source(config_of("hf", tmp_path / "saved", tmp_path).data)
+    assert [source[index].content for index in range(3)] == TEXTS[:3]
+
+
 def test_tokens_that_are_none(tmp_path):
     cfg = config_of("tokens", tmp_path, tmp_path / "cache").data
     np.save(tmp_path / "a.npy", np.zeros((3, 4)))
