@@ -41,6 +41,16 @@ def test_imports_go_one_way():
     assert num_imports > 40
 
 
+def test_the_readme_tells_of_each_module_in_their_order():
+    """Rows of its table, the modules of a row in any order."""
+    table = (ROOT / "README.md").read_text().split("## Modules")[1]
+    rows = [re.findall(r"`(\w+)`", row) for row in re.findall(r"^\| (`.*?) \|", table, re.MULTILINE)]
+    row_of = {name: number for number, row in enumerate(rows) for name in row}
+    assert sorted(row_of) == sorted(ORDER) and len(rows) > 30
+    for name in ORDER:
+        assert all(row_of[imported] <= row_of[name] for imported in imports_of(PACKAGE / f"{name}.py")), name
+
+
 def test_the_faults_of_the_table_are_those_of_tests():
     named = set(re.findall(r"`(test_\w+)`", (ROOT / "docs" / "RELIABILITY.md").read_text()))
     there = {
