@@ -145,12 +145,12 @@ def test_up_cycled_from_a_llama(tmp_path, dataset):
 
 def test_layers_of_prelude_and_coda_become_layers_of_the_pool(tmp_path):
     """In another view, too: the imported model has 6 layers, and the logits of the 3 stacks."""
-    config = make_config(**PLAIN, model__prelude_layers=1, model__coda_layers=2, cache__view="same_layer")
+    config = make_config(**PLAIN, model__prelude_layers=1, model__coda_layers=2, cache__view="same_step")
     ours = load_trained(make_run(tmp_path / "run", config))
     export_run(tmp_path / "run", tmp_path / "llama", "llama")
     found = import_run(tmp_path / "llama", tmp_path / "back")
     theirs = load_trained(tmp_path / "back")
-    assert (found["step"], theirs.config.model.pool_size, theirs.config.cache.view) == (0, 6, "same_step")
+    assert (found["step"], theirs.config.model.pool_size, theirs.config.cache.view) == (0, 6, "same_layer")
     batch = make_batch(config, packed=True)
     logits = [Model.of(trained)(batch).logits_BSV for trained in (ours, theirs)]
     np.testing.assert_allclose(*(x[batch["document"] >= 0] for x in logits), atol=1e-5)
