@@ -34,6 +34,13 @@ FORMS = {
     "mod": {"router__form": "mod", "model__min_depth": 3},
     "recursion": {"router__form": "recursion", "model__pool_size": 3, "model__max_depth": 6},
     "hash": {"router__form": "hash", "model__qk_norm": False},
+    "other layers": {
+        "model__norm": "layer",
+        "model__mlp": "relu",
+        "model__biases": True,
+        "model__positions": "learned",
+        "model__max_positions": 19,
+    },
 }
 PLAIN = {"router__form": "sequential", "model__pool_size": 3, "model__qk_norm": False, "model__norm_eps": 1e-3}
 DOCS = Path(__file__).parents[1] / "docs" / "INTERCHANGE.md"
@@ -68,6 +75,7 @@ def told_shapes(name: str, config: Config) -> list[tuple[int, ...]]:
         "K": model.head_size,
         "R": config.router.hidden_size(model),
     }
+    sizes["X"] = model.max_positions
     sizes["rounds"] = model.max_depth // model.pool_size
     row = re.search(rf"^\| `{re.sub('^(prelude|coda)', 'pool', name)}` \|.*", DOCS.read_text(), re.MULTILINE)[0]
     shapes = re.findall(r"\[(.*?)\]", row.replace("·", "*").replace("/", "//"))
