@@ -39,7 +39,7 @@ def get_config() -> ConfigDict:
 
     config.router = router = ConfigDict()
     router.form = (
-        "factored"  # factored | flat | early_exit | mod | recursion; fixed: sequential | cyclic | random | hash.
+        "factored"  # factored | flat | early_exit | skip | mod | recursion; fixed: sequential | cyclic | random | hash.
     )
     router.estimator = "straight_through"  # straight_through | score | weighted | dense (costs L layers).
     router.hidden = 0  # Width of the router's hidden layer; 0 = d_model.
@@ -95,11 +95,14 @@ def get_config() -> ConfigDict:
     optimizer.b2 = 0.98  # Decay of AdamW's second moment; b1 is 0.9.
     optimizer.weight_decay = 0.01  # On matrices only.
     optimizer.clip_norm = 1.0  # Global gradient norm.
+    optimizer.frozen = ""  # By commas, parts that stay as they began: embedding, head, final_norm, pool, router, …
 
     config.train = train = ConfigDict()
     train.num_steps = 1000  # Optimizer steps.
     train.batch_size = 16  # B: rows a step.
     train.seq_len = 128  # S: tokens a row.
+    train.teacher = ""  # Run folder of a model whose predictions are learned; empty = none.
+    train.distill_weight = 1.0  # Of KL(teacher, model) in the loss; the cross-entropy of the text has the rest, of 1.
     train.accumulate_steps = 1  # Parts of a batch, one after the other to save memory; router losses: means over parts.
     train.seed = 0  # Of initialisation, data order and selection noise.
     train.max_skipped_steps = 10  # Non-finite updates in a row that end the run with exit code 3 at the next log line.

@@ -85,7 +85,7 @@ def _depth(config: Config, lines: Sequence[dict]) -> str | None:
 
 def _soft_depth(config: Config, lines: Sequence[dict]) -> str | None:
     line = lines[-1]
-    if not _has_exits(config, line) or config.router.form == "recursion" or config.router.predicts_benefit:
+    if not _has_exits(config, line) or config.router.form in ("recursion", "skip") or config.router.predicts_benefit:
         return None
     smaller, larger = sorted((line["expected_depth"], line["depth"]))
     if larger <= _MOST_DRIFT * smaller:

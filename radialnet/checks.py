@@ -13,6 +13,7 @@ from radialnet.sections import (
     MLPS,
     NORMS,
     PAGE_SIZE,
+    PARTS,
     POSITIONS,
     SOURCES,
     TRAINED_FORMS,
@@ -169,7 +170,19 @@ def _validate_router(config: Sections) -> None:
             f"config.router.form='mod' has no exits: config.model.min_depth={model.min_depth} must equal "
             f"config.model.max_depth={model.max_depth}",
         )
-    if router.form in ("early_exit", "mod", "recursion"):
+    if router.form == "skip":
+        of_skip = "config.router.form='skip'"
+        _require(
+            model.max_depth <= model.pool_size,
+            f"{of_skip} has a layer for each step: config.model.max_depth={model.max_depth} is more than "
+            f"config.model.pool_size={model.pool_size}",
+        )
+        _require(
+            router.depth_coef == 0 and router.explore == 0,
+            f"{of_skip} holds its depth by config.router.exit_bias_rate alone: config.router.depth_coef="
+            f"{router.depth_coef} and explore={router.explore}, 0 is needed",
+        )
+    if router.form in ("early_exit", "skip", "mod", "recursion"):
         _require(
             router.estimator != "dense",
             f"config.router.estimator='dense' is for forms that choose a layer, config.router.form={router.form!r}",
@@ -214,6 +227,12 @@ def _validate_run(config: Sections) -> None:
     _require(optimizer.clip_norm > 0, f"config.optimizer.clip_norm={optimizer.clip_norm}: more than 0 is needed")
     _at_least("train", train, 1, "num_steps", "batch_size", "seq_len", "max_skipped_steps", "accumulate_steps")
     _at_least("train", train, 0, "spike_sigmas", "stall_factor")
+    _require(
+        0 < train.distill_weight <= 1,
+        f"config.train.distill_weight={train.distill_weight}: more than 0 and at most 1 is needed",
+    )
+    for name in optimizer.frozen_parts:
+        _one_of("config.optimizer.frozen", name, PARTS)
     _require(
         train.batch_size % train.accumulate_steps == 0,
         f"config.train.accumulate_steps={train.accumulate_steps} does not divide "

@@ -4,13 +4,15 @@ import jax
 import jax.numpy as jnp
 
 from radialnet.metrics import RoutingSums
-from radialnet.model import Read
+from radialnet.model import Output, Read
 from radialnet.router import Schedule
 from radialnet.sections import RouterConfig
 from radialnet.sharding import ALONE, Parallel
 
 # Logits that are in memory at a time.
 LOGITS_IN_MEMORY = 2**22
+# Of -e: a cost of e^20 nats is more than any.
+_LARGEST = 20.0
 
 
 @jax.custom_vjp
@@ -23,10 +25,47 @@ def cross_entropy(
     In chunks of rows, so that the logits are never whole in memory. Their gradient is known as soon as they are, so the
     forward pass takes it along and the backward pass computes nothing again.
     """
-    return _cross_entropy(final_ND, head_DV, target_N, is_target_N, with_grads=False)[0]
+    return _over_chunks(_of_targets, final_ND, head_DV, (target_N, is_target_N), with_grads=False)[0]
 
 
-def _cross_entropy(final_ND, head_DV, target_N, is_target_N, with_grads: bool):
+@jax.custom_vjp
+def divergence(
+    final_ND: jax.Array, head_DV: jax.Array, taught_ND: jax.Array, taught_DV: jax.Array, is_target_N: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """KL(teacher, model) in nats, Σ_v q_v · (log q_v - log p_v): as `cross_entropy`, the sum and that of each row.
+
+    Args:
+        taught_ND, taught_DV: what the teacher's head gets, and its head; no gradient reaches them.
+    """
+    return _over_chunks(_of_teacher(taught_DV), final_ND, head_DV, (taught_ND, is_target_N), with_grads=False)[0]
+
+
+def _of_targets(logits_CV, target_C, is_target_C):
+    """The nats of rows, and the gradient of each by its logits."""
+    lse_C = jax.nn.logsumexp(logits_CV, axis=-1)
+    at_target_C = jnp.take_along_axis(logits_CV, target_C[:, None], axis=-1)[:, 0]
+    is_it_CV = jnp.arange(logits_CV.shape[-1]) == target_C[:, None]
+    d_logits_CV = jnp.where(is_target_C[:, None], jnp.exp(logits_CV - lse_C[:, None]) - is_it_CV, 0)
+    return jnp.where(is_target_C, lse_C - at_target_C, 0), d_logits_CV
+
+
+def _of_teacher(taught_DV):
+    def of_rows(logits_CV, taught_CD, is_target_C):
+        taught_CV = jnp.matmul(taught_CD, taught_DV.astype(taught_CD.dtype), preferred_element_type=jnp.float32)
+        log_p_CV, log_q_CV = jax.nn.log_softmax(logits_CV), jax.nn.log_softmax(taught_CV)
+        q_CV = jnp.exp(log_q_CV)
+        nats_C = jnp.where(is_target_C, (q_CV * (log_q_CV - log_p_CV)).sum(-1), 0)
+        return nats_C, jnp.where(is_target_C[:, None], jnp.exp(log_p_CV) - q_CV, 0)
+
+    return of_rows
+
+
+def _over_chunks(of_rows, final_ND, head_DV, rows, with_grads: bool):
+    """The nats of all rows together and of each, and the gradients of the former by the first two arrays.
+
+    Args:
+        of_rows: (logits [C, V], parts of `rows`) -> the nats of each row [C], their gradients [C, V].
+    """
     (num_rows, d_model), vocab_size = final_ND.shape, head_DV.shape[1]
     chunk = min(num_rows, max(1, LOGITS_IN_MEMORY // vocab_size))
     head = head_DV.astype(final_ND.dtype)
@@ -35,42 +74,49 @@ def _cross_entropy(final_ND, head_DV, target_N, is_target_N, with_grads: bool):
         padded = jnp.pad(x_NX, ((0, -num_rows % chunk), *((0, 0) for _ in x_NX.shape[1:])))
         return padded.reshape(-1, chunk, *x_NX.shape[1:])
 
-    def step(sums, rows):
+    def step(sums, chunks):
         nats, d_head = sums
-        final_CD, target_C, is_target_C = rows
+        final_CD, *rest = chunks
         with jax.named_scope("head"):
             logits_CV = jnp.matmul(final_CD, head, preferred_element_type=jnp.float32)
-        lse_C = jax.nn.logsumexp(logits_CV, axis=-1)
-        at_target_C = jnp.take_along_axis(logits_CV, target_C[:, None], axis=-1)[:, 0]
-        nats_C = jnp.where(is_target_C, lse_C - at_target_C, 0)
+        nats_C, d_logits_CV = of_rows(logits_CV, *rest)
         nats += nats_C.sum()
         if not with_grads:
             return (nats, d_head), (nats_C, None)
-        is_it_CV = jnp.arange(vocab_size) == target_C[:, None]
-        d_logits_CV = jnp.where(is_target_C[:, None], jnp.exp(logits_CV - lse_C[:, None]) - is_it_CV, 0)
         d_logits_CV = d_logits_CV.astype(final_CD.dtype)
         with jax.named_scope("head"):
             d_head += jnp.matmul(final_CD.T, d_logits_CV, preferred_element_type=jnp.float32)
             return (nats, d_head), (nats_C, d_logits_CV @ head.T)
 
     zeros = jnp.float32(0), jnp.zeros((d_model, vocab_size) if with_grads else ())
-    rows = chunked(final_ND), chunked(target_N), chunked(is_target_N)
-    (nats, d_head), (nats_N, d_final) = jax.lax.scan(step, zeros, rows)
+    (nats, d_head), (nats_N, d_final) = jax.lax.scan(step, zeros, jax.tree.map(chunked, (final_ND, *rows)))
     nats = nats, nats_N.ravel()[:num_rows]
     return nats, (d_final.reshape(-1, d_model)[:num_rows], d_head) if with_grads else None
 
 
 def _cross_entropy_forward(final_ND, head_DV, target_N, is_target_N):
-    return _cross_entropy(final_ND, head_DV, target_N, is_target_N, with_grads=True)
+    return _over_chunks(_of_targets, final_ND, head_DV, (target_N, is_target_N), with_grads=True)
 
 
 def _cross_entropy_backward(grads, d_outputs):
-    d_nats, _ = d_outputs
+    return *_times(grads, d_outputs[0]), None, None
+
+
+def _divergence_forward(final_ND, head_DV, taught_ND, taught_DV, is_target_N):
+    return _over_chunks(_of_teacher(taught_DV), final_ND, head_DV, (taught_ND, is_target_N), with_grads=True)
+
+
+def _divergence_backward(grads, d_outputs):
+    return *_times(grads, d_outputs[0]), None, None, None
+
+
+def _times(grads, d_nats):
     d_final_ND, d_head_DV = grads
-    return (d_final_ND * d_nats).astype(d_final_ND.dtype), d_head_DV * d_nats, None, None
+    return (d_final_ND * d_nats).astype(d_final_ND.dtype), d_head_DV * d_nats
 
 
 cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
+divergence.defvjp(_divergence_forward, _divergence_backward)
 
 
 def load_loss(sums: RoutingSums) -> jax.Array:
@@ -126,10 +172,47 @@ def read_losses(
     return {"loss_read": read_nats / num_reads, "loss_benefit": squares / num_reads}
 
 
-def total_loss(
-    cfg: RouterConfig, mean_nats: jax.Array, sums: RoutingSums, at: Schedule, read: dict[str, jax.Array]
+def skip_losses(
+    output: Output, at: Schedule, is_target_N: jax.Array, taught_N: jax.Array | None, parallel: Parallel = ALONE
 ) -> dict[str, jax.Array]:
-    """`loss`, which is minimised, and its raw terms by the names they are logged under; `read`: `read_losses`."""
+    """The terms that train the scores e of the form `skip`, so that exp(-e) is what skipping a layer costs.
+
+    Args:
+        is_target_N: of this device's tokens (`Parallel.my_tokens`).
+        taught_N: divergence of each token from a teacher, where there is one.
+
+    Returns:
+        `loss_residual`: mean squared error of -e as a prediction of log(‖f(x)‖ / ‖x + f(x)‖), of each layer that a
+        token executed. What adds little to a state can be spared first (arXiv 2404.04900, section 3). With a teacher it
+        is only where that begins, as long as nobody may skip.
+        `loss_skip`: c - d·log c, the mean over the tokens that skipped something, of their divergence d from the
+        teacher and the sum c of exp(-e) over the layers that they skipped; the best prediction of d is its mean.
+    """
+    learns = True if taught_N is None else ~at.may_exit
+    is_known_TBS = (output.residual_ratio_TBS > 0) & learns
+    error_TBS = output.exit_logit_TBS + jnp.log(jnp.where(is_known_TBS, output.residual_ratio_TBS, 1))
+    squares, count = parallel.sum_rows((jnp.where(is_known_TBS, error_TBS**2, 0).sum(), is_known_TBS.sum()))
+    found = {"loss_residual": squares / jnp.maximum(count, 1)}
+    if taught_N is None:
+        return found
+    cost_BS = jnp.where(output.skips_TBS, jnp.exp(-jnp.maximum(output.exit_logit_TBS, -_LARGEST)), 0).sum(0)
+    cost_N = parallel.my_tokens(cost_BS.ravel())
+    skipped_N = is_target_N & (cost_N > 0)
+    cost_N = jnp.where(skipped_N, cost_N, 1)
+    deviance_N = jnp.where(skipped_N, cost_N - jax.lax.stop_gradient(taught_N) * jnp.log(cost_N), 0)
+    deviance, count = parallel.sum_all((deviance_N.sum(), skipped_N.sum()))
+    return {**found, "loss_skip": deviance / jnp.maximum(count, 1)}
+
+
+def total_loss(
+    cfg: RouterConfig, mean_nats: jax.Array, sums: RoutingSums, at: Schedule, more: dict[str, jax.Array]
+) -> dict[str, jax.Array]:
+    """`loss`, which is minimised, and its raw terms by the names they are logged under.
+
+    Args:
+        mean_nats: the cross-entropy.
+        more: the terms of `read_losses` and `skip_losses`, where there are any.
+    """
     load, z = load_loss(sums), router_z_loss(sums)
     depth = depth_loss(sums, cfg.depth_loss, at.depth_target)
     loss, terms = mean_nats, {"loss_load": load, "loss_depth": depth, "loss_router_z": z}
@@ -139,8 +222,9 @@ def total_loss(
         share = max(depth_steps // cfg.capacity_every, 1) / depth_steps
         terms["loss_predictor"] = sums.predictor_nats / jnp.maximum(sums.num_decisions * share, 1)
         loss += terms["loss_predictor"]
-    if read:
-        loss += cfg.read_coef * read["loss_read"] + read["loss_benefit"]
+    if "loss_read" in more:
+        loss += cfg.read_coef * more["loss_read"] + more["loss_benefit"]
+    loss += more.get("loss_residual", 0) + more.get("loss_skip", 0)
     if cfg.is_trained:
         loss += cfg.load_coef * load + cfg.depth_coef * depth + cfg.z_coef * z
-    return {"loss": loss, "ce": mean_nats, **terms, **read}
+    return {"loss": loss, "ce": mean_nats, **terms, **more}

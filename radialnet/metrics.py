@@ -210,7 +210,7 @@ def flops_by_part(config: Config, vocab_size: int, executes_T: Sequence[float]) 
     # Of one query, over a step whose entries are all there.
     attention = 4 * q_width * (config.train.seq_len + 1) / 2
     executes_T = np.asarray(executes_T)
-    in_order = config.router.form in ("sequential", "early_exit", "mod") and max_depth <= model.pool_size
+    in_order = config.router.form in ("sequential", "early_exit", "skip", "mod") and max_depth <= model.pool_size
     if config.cache.view == "same_step" or (config.cache.view == "same_layer" and in_order):
         seen_T = executes_T
     elif config.cache.view in ("first", "latest"):
@@ -234,6 +234,9 @@ def _router_flops(config: Config, executes_T: np.ndarray) -> float:
     if not config.router.is_trained:
         return 0.0
     hidden = config.router.hidden_size(model)
+    if form == "skip":
+        # Whoever skips a layer was asked first.
+        return len(executes_T) * 2 * hidden * (model.d_model + 1)
     if form == "mod":
         # At the steps at which tokens compete: a score and its prediction for every token.
         return len(executes_T) // config.router.capacity_every * 2 * 2 * hidden * (model.d_model + 1)

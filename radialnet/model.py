@@ -30,6 +30,8 @@ class Output:
     layer_TBS: jax.Array  # The layer that each token executed at each depth step; L for none.
     h_TBSD: jax.Array  # The residual stream before each depth step.
     exit_logit_TBS: jax.Array  # e.
+    skips_TBS: jax.Array  # Steps that a token sat out.
+    residual_ratio_TBS: jax.Array  # ‖f(x)‖ / ‖x + f(x)‖ of each executed step, 0 elsewhere; without a gradient.
     read: "Read | None"  # Where exits are trained by what going on is worth.
 
 
@@ -144,6 +146,7 @@ class RadialTransformer(nnx.Module):
         inputs = Inputs(token_BS, positions, controllers, at, row_keys(route_rng, first_row, batch))
         h_BSD, trace = run(loop, params, h_BSD, is_real_BS, inputs)
         depth_BS = (trace.layer_BS < self.cfg.pool_size).sum(0)
+        ratio_TBS = residual_ratio(jnp.concatenate([trace.h_BSD, h_BSD[None]]))
 
         h_BSD = self._run_unshared(self.coda, h_BSD, is_real_BS, positions)
         final_BSD, read = self.final(h_BSD), None
@@ -160,6 +163,8 @@ class RadialTransformer(nnx.Module):
             layer_TBS=trace.layer_BS,
             h_TBSD=trace.h_BSD,
             exit_logit_TBS=trace.exit_logit_BS,
+            skips_TBS=(trace.layer_BS == self.cfg.pool_size) & is_real_BS,
+            residual_ratio_TBS=ratio_TBS,
             read=read,
         )
 
@@ -185,6 +190,13 @@ class RadialTransformer(nnx.Module):
             update_BSD, _ = pool(h_BSD, layer_BS, cache, positions, jnp.int32(0))
             h_BSD += update_BSD
         return h_BSD
+
+
+def residual_ratio(h_UBSD: jax.Array) -> jax.Array:
+    """How much of a state each step made, ‖h_{t+1} - h_t‖ / ‖h_{t+1}‖ of the T+1 states: [T, B, S], fp32."""
+    h_UBSD = jax.lax.stop_gradient(h_UBSD).astype(jnp.float32)
+    size_TBS = jnp.linalg.norm(h_UBSD[1:], axis=-1)
+    return jnp.linalg.norm(h_UBSD[1:] - h_UBSD[:-1], axis=-1) / jnp.maximum(size_TBS, 1e-20)
 
 
 def init_params(config: Config, vocab_size: int, parallel: Parallel = ALONE) -> tuple[nnx.GraphDef, dict]:

@@ -1,5 +1,7 @@
 """AdamW with linear warm-up and cosine decay."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -18,12 +20,29 @@ def learning_rate(config: Config) -> optax.Schedule:
 
 
 def make_optimizer(config: Config) -> optax.GradientTransformation:
+    """Frozen parts get updates of 0, and have no moments."""
     cfg = config.optimizer
-    return optax.chain(
+    adamw = optax.chain(
         _scale_by_adam(b1=0.9, b2=cfg.b2, eps=1e-8),
         optax.add_decayed_weights(cfg.weight_decay, _decayed),
         optax.scale_by_learning_rate(learning_rate(config)),
     )
+    if not cfg.frozen_parts:
+        return adamw
+
+    def is_frozen(params: dict, wanted: bool) -> dict:
+        return {name: (name in cfg.frozen_parts) == wanted for name in params}
+
+    return optax.chain(
+        optax.masked(adamw, partial(is_frozen, wanted=False)),
+        optax.masked(optax.set_to_zero(), partial(is_frozen, wanted=True)),
+    )
+
+
+def without_frozen(config: Config, grads: dict) -> dict:
+    """Gradients with zeros for the parts that are frozen: they are not in the norm."""
+    frozen = config.optimizer.frozen_parts
+    return {name: jax.tree.map(jnp.zeros_like, grad) if name in frozen else grad for name, grad in grads.items()}
 
 
 def clip(config: Config, grads: dict, grad_norm: jax.Array) -> dict:

@@ -1,5 +1,7 @@
-"""Routers of other models with a dynamic depth, over the same pool and cache: the baselines of a radial network.
+"""Routers of other models with a dynamic depth, over the same pool and cache: the baselines of a radial network, and
+the form in which a pretrained model becomes one.
 
+`skip`       the layers in their order, of which each token skips those that it can do without.
 `mod`        Mixture-of-Depths (arXiv 2404.02258): at every `capacity_every`-th step the tokens of a row compete, and
              only the `capacity` share with the highest scores executes the layer; the others sit it out.
 `recursion`  Mixture-of-Recursions, token choice (arXiv 2507.10524): before the first step each token is told how often
@@ -10,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from radialnet.router import Controllers, Decision, Route, Router, Schedule
+from radialnet.router import Controllers, Decision, Route, Router, Schedule, draw
 from radialnet.sections import ModelConfig, RouterConfig
 from radialnet.sharding import ALONE, Parallel
 
@@ -20,7 +22,55 @@ _NEVER = -1e9
 
 def make_router(model_cfg: ModelConfig, cfg: RouterConfig, rngs: nnx.Rngs, parallel: Parallel = ALONE) -> Router:
     """The router of a form."""
-    return {"mod": CapacityRouter, "recursion": RecursionRouter}.get(cfg.form, Router)(model_cfg, cfg, rngs, parallel)
+    forms = {"skip": SkipRouter, "mod": CapacityRouter, "recursion": RecursionRouter}
+    return forms.get(cfg.form, Router)(model_cfg, cfg, rngs, parallel)
+
+
+class SkipRouter(Router):
+    """One score per token and step: above 0, with the exit bias, it sits the step out.
+
+    So a token jumps forward over any layers, and leaves early when it sits out all that is left. As step t has layer t,
+    a token that jumped sees the keys of layer t of all before it that executed it: they wrote them at this very step.
+    A score e says that skipping costs exp(-e) (`losses.skip_losses`), so that the exit bias, by which its controller
+    holds the mean depth, is the log of what a layer may cost. The first `model.min_depth` layers are never skipped.
+    """
+
+    def __init__(self, model_cfg: ModelConfig, cfg: RouterConfig, rngs: nnx.Rngs, parallel: Parallel):
+        super().__init__(model_cfg, cfg, rngs, parallel, num_outputs=1)
+
+    def __call__(
+        self,
+        h_BSD: jax.Array,
+        token_BS: jax.Array,
+        active_BS: jax.Array,
+        depth_step: jax.Array,
+        controllers: Controllers,
+        at: Schedule,
+        rng_B: jax.Array,
+        leaves_at_BS: jax.Array | None = None,
+        decided: Decision | None = None,
+    ) -> Route:
+        """`Router.__call__`; nobody exits."""
+        score_BS = self._logits(self._inputs(h_BSD, jnp.minimum(depth_step, self.max_depth - 1)))[..., 0]
+        skip_BS = score_BS + controllers.exit_bias
+        may_skip = at.may_exit & (self.min_depth < self.max_depth) & (depth_step >= self.min_depth)
+        if decided is None:
+            noise_BS = 0.0
+            if self.cfg.noise > 0:
+                rng_B = jax.vmap(lambda rng: jax.random.fold_in(rng, depth_step))(rng_B)
+                noise_BS = at.noise * draw(jax.random.logistic, rng_B, skip_BS.shape)
+            layer_BS = jnp.full(token_BS.shape, depth_step % self.num_layers, jnp.int32)
+            idles_BS = may_skip & (skip_BS + noise_BS > 0)
+            decided = Decision(layer_BS, jnp.zeros(token_BS.shape, bool), idles_BS=idles_BS)
+        return Route.of(
+            decided,
+            active_BS,
+            self.num_layers,
+            exit_logit_BS=score_BS,
+            z_exit_BS=score_BS,
+            leave_logit_BS=skip_BS,
+            can_exit=may_skip,
+        )
 
 
 class CapacityRouter(Router):

@@ -5,12 +5,16 @@ import math
 import shlex
 
 VIEWS = ("all", "latest", "same_step", "first", "same_layer")
-TRAINED_FORMS = ("factored", "flat", "early_exit", "mod", "recursion")
+TRAINED_FORMS = ("factored", "flat", "early_exit", "skip", "mod", "recursion")
 FIXED_FORMS = ("sequential", "cyclic", "random", "hash")
 GROUPED_BACKENDS = ("block_loop", "ragged_dot", "pallas", "masked_dense")
 ATTENTION_BACKENDS = ("tiles", "pallas")
 NORMS, MLPS, POSITIONS = ("rms", "layer"), ("swiglu", "relu", "gelu"), ("rotary", "learned")
 ESTIMATORS = ("straight_through", "score", "weighted", "dense")
+# Of a model's parameters, by name.
+PARTS = (
+    "embedding", "positions", "prelude", "router", "pool", "coda", "final_norm", "final_norm_bias", "head",
+)  # fmt: skip
 # Where metrics go besides metrics.jsonl.
 WRITERS = ("tensorboard", "wandb", "trackio")
 # Entries of a page of the decode cache.
@@ -146,6 +150,11 @@ class OptimizerConfig:
     b2: float
     weight_decay: float
     clip_norm: float
+    frozen: str
+
+    @property
+    def frozen_parts(self) -> tuple[str, ...]:
+        return tuple(name.strip() for name in self.frozen.split(",") if name.strip())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,6 +166,8 @@ class TrainConfig:
     max_skipped_steps: int
     spike_sigmas: float
     stall_factor: float
+    teacher: str
+    distill_weight: float
     accumulate_steps: int
 
 

@@ -9,10 +9,10 @@ import optax
 from flax import nnx
 
 from radialnet.config import Config
-from radialnet.losses import cross_entropy, read_losses, total_loss
+from radialnet.losses import cross_entropy, divergence, read_losses, skip_losses, total_loss
 from radialnet.metrics import BatchSums
 from radialnet.model import Output
-from radialnet.optimizer import clip, learning_rate
+from radialnet.optimizer import clip, learning_rate, without_frozen
 from radialnet.router import Controllers, Schedule, schedule, update_exit_bias, update_load_bias
 from radialnet.sharding import ONE_DEVICE, Parallel, Placement
 
@@ -61,10 +61,12 @@ def state_shardings(placement: Placement, optimizer: optax.GradientTransformatio
     params = placement.shardings()
     moments = optax.tree.map_params(
         optimizer,
-        lambda _, sharding: sharding,
+        # Nothing is known of what is frozen.
+        lambda known, sharding: known if isinstance(known, optax.MaskedNode) else sharding,
         state.optimizer,
         params,
         transform_non_params=lambda _: placement.everywhere,
+        is_leaf=lambda known: isinstance(known, optax.MaskedNode),
     )
     rest = jax.tree.map(lambda _: placement.everywhere, state)
     return rest.replace(params=params, optimizer=moments)
@@ -98,6 +100,22 @@ def forward_as_evaluated(
     return forward(graph, params, batch, controllers, at, jax.random.key(0), max_depth)
 
 
+@flax.struct.dataclass
+class Teacher:
+    """A model whose predictions are learned, routed as in its evaluation. Each device has all of it."""
+
+    params: dict
+    controllers: Controllers
+    step: jax.Array
+    config: Config = flax.struct.field(pytree_node=False)
+    graph: nnx.GraphDef = flax.struct.field(pytree_node=False)
+
+    def final(self, batch: Batch) -> jax.Array:
+        """What its head gets of each token, [B, S, D]."""
+        given = self.params, batch, self.controllers, self.step
+        return forward_as_evaluated(self.config, self.graph, *given).final_BSD
+
+
 @jax.named_scope("loss")
 def _sums(
     config: Config,
@@ -108,22 +126,37 @@ def _sums(
     bytes_V: jax.Array,
     num_targets: jax.Array,
     parallel: Parallel,
+    teacher: Teacher | None = None,
 ) -> tuple[jax.Array, BatchSums]:
     """The loss of a batch, with the cross-entropy as a mean over `num_targets`, and its sums.
+
+    With a teacher, a part of the loss, or all of it, is the divergence from what that predicts.
 
     On several devices all are those of the whole batch, `batch` and `output` those of this device's rows. Where devices
     have copies of tokens, each of them takes its part of those to the head.
     """
     final_ND = parallel.my_tokens(output.final_BSD.reshape(-1, output.final_BSD.shape[-1]))
     target_N, is_target_N = (parallel.my_tokens(batch[name].ravel()) for name in ("target", "is_target"))
-    nats, nats_N = cross_entropy(final_ND, head_DV, target_N, is_target_N)
+    weight = config.train.distill_weight if teacher else 0.0
+    # What is only looked at takes no gradient of the head.
+    learned = jax.lax.stop_gradient if weight == 1 else lambda x: x
+    nats, nats_N = cross_entropy(learned(final_ND), learned(head_DV), target_N, is_target_N)
     num_bytes = jnp.where(batch["is_target"], bytes_V[batch["target"]], 0).sum().astype(jnp.float32)
     num_bytes, routing = parallel.sum_rows((num_bytes, output.routing))
-    read = {}
+    more = {}
     if output.read is not None:
-        read = read_losses(output.read, head_DV, target_N, is_target_N, nats_N, parallel)
+        more |= read_losses(output.read, head_DV, target_N, is_target_N, nats_N, parallel)
+    taught_N = None
+    if teacher:
+        taught_ND = parallel.my_tokens(teacher.final(batch).reshape(-1, teacher.config.model.d_model))
+        taught, taught_N = divergence(final_ND, head_DV, taught_ND, teacher.params["head"], is_target_N)
+        more["loss_distill"] = parallel.sum_all(taught) / jnp.maximum(num_targets, 1)
+    if config.router.form == "skip":
+        more |= skip_losses(output, at, is_target_N, taught_N, parallel)
     mean_nats = parallel.sum_all(nats) / jnp.maximum(num_targets, 1)
-    losses = total_loss(config.router, mean_nats, routing, at, read)
+    losses = total_loss(config.router, mean_nats, routing, at, more)
+    if teacher:
+        losses["loss"] += weight * (losses["loss_distill"] - mean_nats)
     weighted = {name: loss * num_targets for name, loss in losses.items()}
     return losses["loss"], BatchSums(weighted, num_targets, num_bytes, routing)
 
@@ -135,6 +168,7 @@ def _grads(
     at: Schedule,
     bytes_V: jax.Array,
     rng: jax.Array,
+    teacher: Teacher | None,
     *,
     config: Config,
     graph: nnx.GraphDef,
@@ -153,7 +187,7 @@ def _grads(
         def loss_of(params):
             params = placement.whole_params(params)
             output = forward(graph, params, part, controllers, at, rng)
-            loss, sums = _sums(config, part, output, params["head"], at, bytes_V, num_targets, parallel)
+            loss, sums = _sums(config, part, output, params["head"], at, bytes_V, num_targets, parallel, teacher)
             # What is differentiated is the sum over all devices (`sharding`).
             return loss / parallel.num_devices, sums
 
@@ -177,6 +211,7 @@ def train_step(
     state: TrainState,
     batch: Batch,
     bytes_V: jax.Array,
+    teacher: Teacher | None = None,
     *,
     config: Config,
     graph: nnx.GraphDef,
@@ -192,6 +227,7 @@ def train_step(
     Args:
         batch: `token`, `target`, `document`, `position`, `is_target`, each [B, S].
         bytes_V: bytes of raw text that each token stands for.
+        teacher: of `config.train.teacher`.
         graph: of the model for that placement.
 
     Returns:
@@ -200,7 +236,8 @@ def train_step(
     rng = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
     at = schedule(config.router, config.model.max_depth, state.step)
     grads_of = placement.on_each_device(partial(_grads, config=config, graph=graph, placement=placement), (True, False))
-    grads, sums = grads_of(state.params, batch, state.controllers, at, bytes_V, rng)
+    grads, sums = grads_of(state.params, batch, state.controllers, at, bytes_V, rng, teacher)
+    grads = without_frozen(config, grads)
     grad_norm = optax.tree.norm(grads)
     mean_loss = sums.losses["loss"] / jnp.maximum(sums.num_targets, 1)
     is_finite = jnp.isfinite(mean_loss) & jnp.isfinite(grad_norm)

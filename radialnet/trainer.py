@@ -38,6 +38,7 @@ from radialnet.tokenizer import Tokenizer
 from radialnet.trackers import check_trackers
 from radialnet.train_log import TrainLog, line_of, stop_if_not_finite
 from radialnet.train_step import (
+    Teacher,
     TrainState,
     eval_step,
     init_state,
@@ -75,6 +76,7 @@ class Run:
     placement: Placement
     bytes_V: jax.Array
     console: rich.console.Console
+    teacher: Teacher | None
 
     @property
     def own_rows(self) -> list[int]:
@@ -128,6 +130,7 @@ def train(config: Config, workdir: Path) -> None:
             # 3. Fresh parameters, optimizer and controllers, each where it belongs on the mesh; the model's structure.
             #    An up-cycled run reads its dense run.
             graph, state = _fresh_state(config, placement, dataset.tokenizer, is_new=not folder.has_checkpoint())
+            teacher = _teacher(config, placement, dataset.tokenizer)
             # 4. All of them from the newest checkpoint.
             if not is_there and is_first:
                 workdir.mkdir(parents=True, exist_ok=True)
@@ -148,7 +151,7 @@ def train(config: Config, workdir: Path) -> None:
                 record_start(folder, step, placement.parallel)
                 config.save(folder.config)
             bytes_V = placement.put_everywhere(dataset.tokenizer.bytes_per_token)
-            run = Run(config, folder, dataset, graph, state, step, checkpoints, placement, bytes_V, console)
+            run = Run(config, folder, dataset, graph, state, step, checkpoints, placement, bytes_V, console, teacher)
             _print_start(run)
             # 6. The metrics of steps that will be done again go; 7. the data goes on from the step.
             with MetricsWriter(folder, config, step) as writer, Preemption() as preemption:
@@ -231,6 +234,22 @@ def _fresh_state(
     if upcycles:
         state = state.replace(params=_upcycled(config, state.params, tokenizer, placement))
     return graph, state
+
+
+def _teacher(config: Config, placement: Placement, tokenizer: Tokenizer) -> Teacher | None:
+    """The model of `train.teacher`, on all devices. Raises ConfigError: it can't be restored, or is of other tokens."""
+    if not (path := config.train.teacher):
+        return None
+    if jax.process_count() > 1:
+        raise ConfigError(f"config.train.teacher={path!r}: one process alone can read it")
+    try:
+        trained = load_trained(Path(path))
+    except ConfigError as error:
+        raise ConfigError(f"config.train.teacher={path!r}: {error}") from None
+    if trained.tokenizer.fingerprint() != tokenizer.fingerprint():
+        raise ConfigError(f"config.train.teacher={path!r} was trained with another tokenizer")
+    known = {"params": trained.params, "controllers": trained.controllers, "step": np.int32(trained.step)}
+    return Teacher(**placement.put_everywhere(known), config=trained.config, graph=trained.graph)
 
 
 def _upcycled(config: Config, params: dict, tokenizer: Tokenizer, placement: Placement) -> dict:
@@ -327,7 +346,7 @@ def _loop(run: Run, writer: MetricsWriter, preemption: Preemption) -> None:
     keep_programs(config)
     step_fn = jitted_train_step(config, run.graph, optimizer, placement, run.state)
     start = time.perf_counter()
-    lowered = step_fn.lower(run.state, batch, run.bytes_V)
+    lowered = step_fn.lower(run.state, batch, run.bytes_V, run.teacher)
     compiled = lowered.compile()
     no_sums = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), lowered.out_info[1])
     # What belongs to a line of metrics that wasn't due yet when the checkpoint was saved.
@@ -358,7 +377,7 @@ def _loop(run: Run, writer: MetricsWriter, preemption: Preemption) -> None:
                         profile.start()
                 before = scalars
                 with jax.profiler.StepTraceAnnotation("train", step_num=run.step + 1):
-                    run.state, sums, scalars = compiled(run.state, batch, run.bytes_V)
+                    run.state, sums, scalars = compiled(run.state, batch, run.bytes_V, run.teacher)
                 run.step += 1
                 if profile.ends_at(run.step):
                     jax.block_until_ready(run.state)

@@ -78,6 +78,8 @@ CASES = {
     "early exit by benefit": {"router__form": "early_exit", "router__exit_training": "benefit"},
     "mod": {"router__form": "mod", "router__estimator": "weighted", "model__min_depth": 4},
     "mod, all": {"router__form": "mod", "router__estimator": "weighted", "model__min_depth": 4, "cache__view": "all"},
+    "skip": {"router__form": "skip", "cache__view": "same_layer"},
+    "skip, the newest of each token": {"router__form": "skip", "cache__view": "latest"},
     "recursion": {"exit_bias": 0.0, "router__form": "recursion", "train__seed": 1, "model__pool_size": 2},
     "prelude and coda": {"exit_bias": -1.0, "model__prelude_layers": 1, "model__coda_layers": 2},
     "prelude and coda, same layer": {

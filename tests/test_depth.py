@@ -63,6 +63,7 @@ CASES = {
     "exits by benefit remat": {"router__exit_training": "benefit", "model__remat": "step", "cache__view": "all"},
     "mod": {"router__form": "mod", "router__estimator": "weighted", "model__min_depth": 4, "cache__view": "same_step"},
     "recursion": {"router__form": "recursion", "train__seed": 1, "model__pool_size": 2, "cache__view": "all"},
+    "skip": {"router__form": "skip", "router__estimator": "score", "cache__view": "same_layer"},
     "recursion remat": {"router__form": "recursion", "train__seed": 1, "model__pool_size": 2, "model__remat": "step"},
     "prelude and coda": {"model__prelude_layers": 1, "model__coda_layers": 2},
     "other layers": {"model__norm": "layer", "model__mlp": "relu", "model__biases": True},

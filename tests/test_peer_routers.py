@@ -25,6 +25,50 @@ def scores(params, h, depth_step):
     return mlp(router_input(params, np.asarray(h), depth_step), params["router"]["hidden"], params["router"]["out"])
 
 
+def test_skip_leaves_out_the_layers_whose_score_says_so():
+    """A numpy score above 0, the bias included, sits the step out; the first layer is never left out."""
+    config = make_config(
+        router__form="skip",
+        model__pool_size=4,
+        model__max_depth=4,
+        cache__view="same_layer",
+        router__exit_bias_init=0.1,
+    )
+    model = Model(config)
+    model.params["router"]["out"] *= 30
+    batch = make_batch(config, packed=True)
+    output, is_real = model(batch), batch["document"] >= 0
+    num_skipped = 0
+    for step in range(4):
+        executes = np.asarray(output.layer_TBS[step]) < 4
+        assert (np.asarray(output.layer_TBS[step])[executes] == step).all()
+        score = scores(model.params, output.h_TBSD[step], step)[..., 0] + 0.1
+        np.testing.assert_array_equal(executes, is_real & ((score <= 0) | (step == 0)))
+        num_skipped += (is_real & ~executes).sum()
+        if step < 3:
+            idle = ~executes
+            np.testing.assert_array_equal(output.h_TBSD[step + 1][idle], output.h_TBSD[step][idle])
+    assert 5 < num_skipped < 3 * is_real.sum() - 5
+    ran_again = (np.diff((np.asarray(output.layer_TBS) < 4)[:, is_real].astype(int), axis=0) > 0).any()
+    assert ran_again, "tokens jump forward, and do not only leave"
+    before = Model(make_config(**{**SKIP, "router__exit_warmup_steps": 3}), step=2)
+    before.params["router"]["out"] *= 30
+    assert (np.asarray(before(batch).depth_BS)[is_real] == 4).all(), "not in the warm-up"
+
+
+SKIP = {"router__form": "skip", "model__pool_size": 4, "model__max_depth": 4, "router__exit_bias_init": 0.1}
+
+
+@pytest.mark.parametrize("overrides, told", [
+    ({"model__max_depth": 5}, "config.model.max_depth=5 is more than config.model.pool_size=4"),
+    ({"router__depth_coef": 0.1}, "config.router.depth_coef=0.1 and explore=0.0, 0 is"),
+    ({"router__estimator": "dense"}, "'dense' is for forms that choose a layer"),
+])  # fmt: skip
+def test_skips_that_can_not_work(overrides, told):
+    with pytest.raises(ConfigError, match=told):
+        make_config(**{**SKIP, **overrides})
+
+
 def mod_model(**overrides):
     config = make_config(
         **{
