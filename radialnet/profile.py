@@ -47,7 +47,7 @@ def profile(path: Path, kind: str | None, data: Path | None, max_tokens: int, sk
         trained = load_trained(path)
         told = f"text of {data}" if data else f"held-out part of its data ({trained.config.data.source})"
         rows = eval_rows(trained, path, data and str(data))
-        found = profile_run(trained, rows, max_tokens, skip_first, path.resolve().name, told)
+        found = profile_run(trained, rows, max_tokens, skip_first, path.absolute().name, told)
     if not found.num_tokens:
         raise ConfigError(f"--skip_first={skip_first}: leaves no token of {found.data}")
     return found
@@ -97,27 +97,29 @@ def _draw(found: Profile, places: list[Place], axis: str, path: Path) -> None:
     plot_residuals(boxes, medians, [place.name for place in places], axis, title, path)
 
 
-def main() -> None:
-    paths = [Path(path) for path in _MODEL.value]
-    data, out = _DATA.value and Path(_DATA.value), _OUT.value and Path(_OUT.value)
-    if data and not data.exists():
-        raise ConfigError(f"--data={data}: no such file or folder")
+def checked_kinds(paths: list[Path], data: Path | None, out: Path | None) -> list[str | None]:
+    """`kind_of` all models, before the first takes its time. Raises ConfigError: what the flags name can't be so."""
+    for flag, path in (*(("model", path) for path in paths), ("data", data)):
+        if path is not None and not path.exists():
+            raise ConfigError(f"--{flag}={path}: no such file or folder")
     if out and out.exists() and not out.is_dir():
         raise ConfigError(f"--out={out}: not a folder")
     kinds = [kind_of(path) for path in paths]
-    # All of them, before the first takes its time.
     for path, kind in zip(paths, kinds, strict=True):
-        if not path.exists():
-            raise ConfigError(f"--model={path}: no such file or folder")
         if kind is not None:
             check_kind(kind, path)
         elif not RunFolder(path).config.exists():
             raise ConfigError(
-                f"--model={path}: no config.json in it; a run, a folder of transformers or a .gguf is needed"
+                f"--model={path}: a run folder, a folder of transformers (with a config.json) or a .gguf file is needed"
             )
-    profiles = [
-        profile(path, kind, data, _MAX_TOKENS.value, _SKIP_FIRST.value) for path, kind in zip(paths, kinds, strict=True)
-    ]
+    return kinds
+
+
+def main() -> None:
+    paths = [Path(path) for path in _MODEL.value]
+    data, out = _DATA.value and Path(_DATA.value), _OUT.value and Path(_OUT.value)
+    kinds, limits = checked_kinds(paths, data, out), (_MAX_TOKENS.value, _SKIP_FIRST.value)
+    profiles = [profile(path, kind, data, *limits) for path, kind in zip(paths, kinds, strict=True)]
     if out:
         write(profiles, out)
     if not _JSON.value:

@@ -273,7 +273,7 @@ def profile_torch(
         inputs = image_rows(files, processor)
     places = measure(model, inputs, max_tokens, skip_first)
     return Profile(
-        model=path.stem if file else path.resolve().name,
+        model=path.stem if file else path.absolute().name,
         kind=model.config.model_type,
         norm=layout.norm,
         num_parameters=model.num_parameters(),
