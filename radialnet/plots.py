@@ -431,8 +431,9 @@ def plot_medians(models: list[tuple[str, int, dict[str, float]]], path: Path) ->
     plt = _pyplot()
     figure, axes = plt.subplots(figsize=_SIZE)
     for index, branch in enumerate(dict.fromkeys(branch for _, _, medians in models for branch in medians)):
-        points = sorted((size, medians[branch]) for _, size, medians in models if branch in medians)
-        look = {"marker": _MARKERS[index], "color": SERIES[index % len(SERIES)], "linewidth": 1}
+        points = [(size, medians[branch]) for _, size, medians in models if branch in medians]
+        # Without lines: models may be of kinds whose ratios mean different things.
+        look = {"marker": _MARKERS[index], "color": SERIES[index % len(SERIES)], "linestyle": ""}
         axes.plot(*zip(*points, strict=True), label=branch, **look)
     for name, size, medians in models:
         place = {"textcoords": "offset points", "xytext": (0, 7), "ha": "center", "fontsize": 8, "color": "0.3"}
