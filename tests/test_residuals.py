@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from radialnet.profile import checked_kinds, documents, profile, write
+from radialnet.profile import checked_kinds, documents, profile, show, write
 from radialnet.residuals import BRANCHES, Place, Profile, profile_run, quantiles
 from radialnet.sections import ConfigError
 from radialnet.shards import PackedRows, Stream
@@ -164,6 +164,16 @@ def test_files(tmp_path):
     assert names == ["0-a.png", "1-a.png", "other.png", "parameters.png", "profile.json"]
     first, *rest = json.loads((tmp_path / "new" / "out" / "profile.json").read_text())
     assert first["layers"][1]["mlp"]["median"] is None and first["median"]["mlp"] > 0 and len(rest) == 2
+
+
+def test_what_is_shown(capsys):
+    found = make_profile(empty=True)
+    show(found)
+    head, told, names, *layers, medians = capsys.readouterr().out.splitlines()
+    assert head == "name: llama, pre-norm, 4,000 parameters"
+    assert told == "40 tokens without the first 1 of each row; some text"
+    assert names.split() == ["layer", "tokens", *BRANCHES] and [line.split()[0] for line in layers] == ["0", "1"]
+    assert medians.split() == ["median", *(f"{median:.3f}" for median in found.summary()["median"].values())]
 
 
 def write_config(folder, **fields):
