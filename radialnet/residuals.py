@@ -1,4 +1,4 @@
-"""Residual ratios: what of a token's state a branch of a layer has just put there (arXiv 2404.04900, section 3).
+"""Residual ratios: what of a token's state a branch of a layer has just put there (arXiv 2404.04900).
 
     ratio = ‖f(x)‖ / ‖x + f(x)‖        l2 over the channels of a token, fp32
 
