@@ -17,14 +17,19 @@ def get_config() -> ConfigDict:
     model.d_model = 128  # D: width of the residual stream.
     model.num_heads = 4  # H: query heads; head size K = D / H, which must be even (RoPE).
     model.num_kv_heads = 4  # G: key and value heads; divides H.
-    model.d_ff = 384  # F: hidden size of the gated MLP.
+    model.d_ff = 384  # F: hidden size of the MLP.
     model.prelude_layers = 0  # Unshared layers before the first depth step; every token runs them.
     model.coda_layers = 0  # Unshared layers after the last one; every token runs them.
     model.init = "clones"  # distinct | clones (layers of a group start equal) | upcycle (from a dense run).
     model.upcycle_from = ""  # Run folder of the dense run that `init="upcycle"` starts from.
     model.rope_base = 10_000.0  # Base of the rotary position angles.
     model.qk_norm = True  # RMS-normalise queries and keys, for keys of different layers meet in one softmax.
-    model.norm_eps = 1e-6  # Added to the mean square in every RMSNorm.
+    model.norm = "rms"  # rms | layer: RMSNorm; LayerNorm, which has a bias. The router's own is always RMSNorm.
+    model.norm_eps = 1e-6  # Added to the mean square, or the variance, in every norm.
+    model.mlp = "swiglu"  # swiglu (gated) | relu | gelu: what stands between the two products of the MLP.
+    model.biases = False  # Whether the matrix products of layers have a bias.
+    model.positions = "rotary"  # rotary | learned (a vector for each position, added to the embedding).
+    model.max_positions = 0  # Positions that are learned; with positions="rotary" 0: no end.
     model.dtype = "float32"  # float32 | bfloat16: of the matrix products. Parameters and the router stay float32.
     model.grouped_backend = (
         "auto"  # block_loop | ragged_dot | pallas | masked_dense (the reference) | auto: by platform.

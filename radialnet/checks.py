@@ -10,7 +10,10 @@ from radialnet.sections import (
     FIXED_FORMS,
     GROUPED_BACKENDS,
     HOPS_ALPHABET,
+    MLPS,
+    NORMS,
     PAGE_SIZE,
+    POSITIONS,
     SOURCES,
     TRAINED_FORMS,
     VIEWS,
@@ -48,6 +51,16 @@ def _validate_model(config: Sections) -> None:
     _at_least("model", model, 1, "pool_size", "max_depth", "d_model", "num_heads", "num_kv_heads", "d_ff")
     _at_least("model", model, 0, "min_depth", "prelude_layers", "coda_layers")
     _one_of("config.model.init", model.init, ("distinct", "clones", "upcycle"))
+    _one_of("config.model.norm", model.norm, NORMS)
+    _one_of("config.model.mlp", model.mlp, MLPS)
+    _one_of("config.model.positions", model.positions, POSITIONS)
+    longest = config.train.seq_len if model.positions == "learned" else 0
+    _require(
+        model.max_positions >= longest and (longest or not model.max_positions),
+        f"config.model.max_positions={model.max_positions}: at least config.train.seq_len={longest} is needed"
+        if longest
+        else f"config.model.max_positions={model.max_positions}: 0 is needed with config.model.positions='rotary'",
+    )
     _one_of("config.model.dtype", model.dtype, ("float32", "bfloat16"))
     _one_of("config.model.grouped_backend", model.grouped_backend, ("auto", *GROUPED_BACKENDS))
     _one_of("config.model.attention_backend", model.attention_backend, ("auto", *ATTENTION_BACKENDS))

@@ -162,17 +162,20 @@ class Decoder:
         A request waits for a row, and for room in the cache that is enough for its last token at full depth.
 
         Raises:
-            ConfigError: a request asks for no token, or is longer than MAX_TOKENS.
+            ConfigError: a request asks for no token, or is longer than MAX_TOKENS, or has positions beyond those that
+                were learned.
             CacheFullError: a request alone fills the cache and `when_full` is "error"; or nothing is left to give up.
         """
         queue = list(enumerate(requests))
+        # Positions beyond those that were learned stand for nothing.
+        most = min(MAX_TOKENS, self.trained.config.model.max_positions or MAX_TOKENS)
         for index, request in queue:
             if request.max_new_tokens < 1:
                 raise ConfigError(f"request {index}: max_new_tokens={request.max_new_tokens}: at least 1 is needed")
-            if (length := 1 + len(request.prompt) + request.max_new_tokens) > MAX_TOKENS:
+            if (length := 1 + len(request.prompt) + request.max_new_tokens) > most:
                 raise ConfigError(
                     f"request {index}: max_new_tokens={request.max_new_tokens}: that makes {length} tokens with the "
-                    f"prompt, and at most {MAX_TOKENS} are allowed"
+                    f"prompt, and at most {most} are allowed"
                 )
         if not queue:
             return

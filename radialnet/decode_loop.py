@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from radialnet.decode_cache import DecodeCache
-from radialnet.decode_step import Choice, Decoding, Weights, embed, execute, logits, model_of, route
+from radialnet.decode_step import Choice, Decoding, Weights, execute, logits, model_of, route
 from radialnet.sampling import SamplingRows, sample
 
 
@@ -51,7 +51,7 @@ MAX_ITERATIONS = 1024
 def start(decoding: Decoding, weights: Weights, rows: Rows, starts_R: jax.Array) -> Rows:
     """The rows, some of them at the beginning of their token."""
     model = model_of(decoding, weights)
-    h_RD = jnp.where(starts_R[:, None], embed(model, rows.token_R), rows.h_RD)
+    h_RD = jnp.where(starts_R[:, None], model.embed(rows.token_R, rows.place_R), rows.h_RD)
     stage_R = jnp.where(starts_R, 0, rows.stage_R)
     shape = rows.choice.layer_RQ.shape
     begun = route(

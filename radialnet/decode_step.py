@@ -20,7 +20,7 @@ from radialnet.config import Config
 from radialnet.decode_attention import attend
 from radialnet.decode_cache import DecodeCache, Stages
 from radialnet.grouping import SMALLEST, gather, plan, scatter
-from radialnet.layers import rms_norm, rotation
+from radialnet.layers import rotation
 from radialnet.model import RadialTransformer
 from radialnet.router import Controllers, Schedule, choice_gate
 
@@ -87,10 +87,6 @@ def model_of(decoding: Decoding, weights: Weights) -> RadialTransformer:
     return nnx.merge(decoding.graph, weights.params)
 
 
-def embed(model: RadialTransformer, token: jax.Array) -> jax.Array:
-    return model.embedding[...][token] * model.cfg.d_model**0.5
-
-
 def route(
     decoding: Decoding, weights: Weights, h_RQD, token_RQ, place_RQ, stage_R, active_RQ, log_survival_RQ, leaves_at_RQ
 ) -> Choice:
@@ -147,7 +143,7 @@ def execute(
         return jax.tree.map(lambda y: gather(y, groups), outputs)
 
     h_ND = h_RQD.reshape(-1, cfg.d_model)
-    turned_NK = rotation(place_RQ.ravel(), cfg.head_size, cfg.rope_base)
+    turned_NK = rotation(place_RQ.ravel(), cfg)
     qkv = half(block.before_attention, block.BEFORE, (h_ND,), (turned_NK,))
     q_RQHK, k_RQGK, v_RQGK = (x_NX.reshape(*shape, -1, cfg.head_size) for x_NX in qkv)
     cache = cache.append(k_RQGK, v_RQGK, place_RQ, stage_R, layer_RQ, layer_RQ < num_layers)
@@ -187,7 +183,7 @@ def run(
 
     layer_TRQ = jnp.full((stages.total, *token_RQ.shape), -1, jnp.int16)
     no_plan = model.router.no_plan(token_RQ.shape)
-    carry = embed(model, token_RQ), is_real_RQ, jnp.zeros(token_RQ.shape), no_plan, cache, layer_TRQ
+    carry = model.embed(token_RQ, place_RQ), is_real_RQ, jnp.zeros(token_RQ.shape), no_plan, cache, layer_TRQ
     h_RQD, *_, cache, layer_TRQ = jax.lax.fori_loop(0, stages.total, step, carry)
     return cache, h_RQD, jnp.moveaxis(layer_TRQ, 0, -1)
 
@@ -239,5 +235,5 @@ def read(
 def logits(decoding: Decoding, weights: Weights, h_RD: jax.Array) -> jax.Array:
     """What the head makes of the residual stream at the output node, fp32: [R, V]."""
     model = model_of(decoding, weights)
-    final_RD = rms_norm(h_RD, model.final_norm[...], model.cfg.norm_eps).astype(jnp.dtype(model.cfg.dtype))
+    final_RD = model.final(h_RD)
     return jnp.matmul(final_RD, model.head[...].astype(final_RD.dtype), preferred_element_type=jnp.float32)

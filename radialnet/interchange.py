@@ -28,9 +28,11 @@ from radialnet.config import Config
 from radialnet.data import tokenizer_of_run
 from radialnet.files import sha256_of, write_whole
 from radialnet.gguf_file import read_gguf
-from radialnet.llama import Tensors, config_of_llama, from_llama, llama_fields, to_llama
+from radialnet.llama import config_of_llama, from_llama, llama_fields, to_llama
 from radialnet.model import abstract_params
+from radialnet.opt import config_of_opt, from_opt
 from radialnet.optimizer import make_optimizer
+from radialnet.pretrained import Tensors
 from radialnet.router import Controllers
 from radialnet.run_folder import RunFolder
 from radialnet.sections import ConfigError
@@ -39,8 +41,12 @@ from radialnet.train_step import init_state, trees_of
 from radialnet.trained import load_trained
 
 FORMATS = ("radialnet", "llama")
+# By the `model_type` of their config.json, what makes a config and parameters of what others trained.
+PRETRAINED = {"llama": (config_of_llama, from_llama), "opt": (config_of_opt, from_opt)}
 # Of a folder; where the tensors are split over several files, the index says which is where.
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+# What models of before safetensors have.
+PICKLED = "pytorch_model.bin"
 
 
 def export_run(workdir: Path, out: Path, kind: str) -> dict:
@@ -74,10 +80,10 @@ def export_run(workdir: Path, out: Path, kind: str) -> dict:
 
 
 def import_run(source: Path, workdir: Path) -> dict:
-    """Write a new run folder from what `export_run` wrote, or from a Llama: a folder, or a .gguf file.
+    """Write a new run folder from what `export_run` wrote, or from a model of PRETRAINED: a folder, or a .gguf file.
 
-    A run that comes back has all that training goes on with, the optimizer fresh. A Llama has no documents that it is
-    known to be trained on: it can be evaluated, decoded and up-cycled.
+    A run that comes back has all that training goes on with, the optimizer fresh. What others trained has no documents
+    that it is known to be trained on: it can be evaluated, decoded and up-cycled.
 
     Returns:
         What was read: `format`, `step`, `tensors`, `parameters`.
@@ -93,7 +99,7 @@ def import_run(source: Path, workdir: Path) -> dict:
             return _import_gguf(source, run)
         fields = _read_json(source / "config.json")
         if "model_type" in fields:
-            return _import_llama(source, fields, run)
+            return _import_pretrained(source, fields, run)
         return _import_radialnet(source, run)
 
 
@@ -118,24 +124,32 @@ def _import_radialnet(source: Path, run: RunFolder) -> dict:
     return _save(run, step, trees_of(state), "radialnet", tensors)
 
 
-def _import_llama(source: Path, fields: dict, run: RunFolder) -> dict:
-    config = config_of_llama(fields, str(source / "config.json"))
-    tokenizer = Tokenizer.load(source / "tokenizer.json")
-    shutil.copyfile(source / "tokenizer.json", run.tokenizer)
+def _import_pretrained(source: Path, fields: dict, run: RunFolder) -> dict:
+    if (kind := fields["model_type"]) not in PRETRAINED:
+        raise ConfigError(f"{source / 'config.json'}: model_type={kind!r}, one of {', '.join(PRETRAINED)} is needed")
+    if (source / "tokenizer.json").exists() or not (source / "vocab.json").exists():
+        tokenizer = Tokenizer.load(source / "tokenizer.json")
+        shutil.copyfile(source / "tokenizer.json", run.tokenizer)
+    else:
+        tokenizer = Tokenizer.of_merges(source / "vocab.json", source / "merges.txt")
+        tokenizer.save(run.tokenizer)
     tensors, _ = _read_weights(source)
     digest = hashlib.sha256("".join(sha256_of(path) for path in _weight_files(source)).encode()).hexdigest()
-    return _save_llama(source, run, config, fields, tensors, tokenizer, digest)
+    return _save_pretrained(source, run, fields, tensors, tokenizer, digest)
 
 
 def _import_gguf(source: Path, run: RunFolder) -> dict:
     fields, tensors, tokenizer = read_gguf(source)
-    config = config_of_llama(fields, str(source))
     tokenizer = Tokenizer(tokenizer)
     tokenizer.save(run.tokenizer)
-    return _save_llama(source, run, config, fields, tensors, tokenizer, sha256_of(source))
+    return _save_pretrained(source, run, fields, tensors, tokenizer, sha256_of(source))
 
 
-def _save_llama(source, run: RunFolder, config: Config, fields: dict, tensors, tokenizer: Tokenizer, digest) -> dict:
+def _save_pretrained(
+    source: Path, run: RunFolder, fields: dict, tensors: Tensors, tokenizer: Tokenizer, digest: str
+) -> dict:
+    config_of, params_of = PRETRAINED[fields["model_type"]]
+    config = config_of(fields, str(source))
     num_rows, num_tokens = fields["vocab_size"], tokenizer.vocab_size
     if num_tokens > num_rows:
         raise ConfigError(
@@ -143,12 +157,12 @@ def _save_llama(source, run: RunFolder, config: Config, fields: dict, tensors, t
         )
     if num_tokens < num_rows:
         warn(f"{source}: vocab_size={num_rows}, of which {num_rows - num_tokens} are no tokens; they are left out")
-    params = jax.tree.map(jnp.asarray, from_llama(tensors, fields, config.model, num_tokens, str(source)))
+    params = jax.tree.map(jnp.asarray, params_of(tensors, fields, config.model, num_tokens, str(source)))
     manifest = {"source": source.name, "sha256": digest, "documents": [], "tokenizer": sha256_of(run.tokenizer)}
     run.write_manifest(manifest)
     config.save(run.config)
     controllers = Controllers.init(config.router, config.model.pool_size)
-    return _save(run, 0, {"params": params, "controllers": controllers}, "llama", tensors)
+    return _save(run, 0, {"params": params, "controllers": controllers}, fields["model_type"], tensors)
 
 
 def _save(run: RunFolder, step: int, trees: dict, kind: str, tensors: Tensors) -> dict:
@@ -211,6 +225,8 @@ def _unflat(tensors: Tensors, abstract: dict, where: str) -> dict:
 def _weight_files(folder: Path) -> list[Path]:
     """The files of tensors. Raises ConfigError when there are none, or the index names what is no file beside it."""
     if not (folder / INDEX).exists():
+        if not (folder / WEIGHTS).is_file() and (folder / PICKLED).is_file():
+            return [folder / PICKLED]
         if not (folder / WEIGHTS).is_file():
             raise ConfigError(f"{folder}: neither {WEIGHTS} nor {INDEX} in it")
         return [folder / WEIGHTS]
@@ -228,6 +244,8 @@ def _read_weights(folder: Path) -> tuple[Tensors, dict]:
     """All tensors of a folder, and the metadata of its last file."""
     tensors, metadata = {}, {}
     for path in _weight_files(folder):
+        if path.name == PICKLED:
+            return _read_pickled(path), {}
         try:
             with safetensors.safe_open(path, framework="np") as file:
                 tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -235,6 +253,18 @@ def _read_weights(folder: Path) -> tuple[Tensors, dict]:
         except (safetensors.SafetensorError, TypeError, ValueError) as error:
             raise ConfigError(f"{path}: can't be read ({error})") from None
     return tensors, metadata
+
+
+def _read_pickled(path: Path) -> Tensors:
+    try:
+        import torch
+    except ImportError:
+        raise ConfigError(f"{path}: PyTorch is needed to read it; pip install -r requirements-torch.txt") from None
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+        return {name: x.float().numpy() for name, x in tensors.items()}
+    except Exception as error:  # Of many classes.
+        raise ConfigError(f"{path}: can't be read ({' '.join(str(error).split())[:200]})") from None
 
 
 def _read_json(path: Path) -> dict:

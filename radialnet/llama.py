@@ -10,18 +10,14 @@ from collections.abc import Mapping
 import jax
 import numpy as np
 
-from configs import base
 from radialnet.config import Config
+from radialnet.pretrained import Left, Tensors, check_representable, needed, sequential_config, stacked
 from radialnet.sections import ConfigError, ModelConfig
 
 # In which a token at step t sees what the others wrote at step t, if all tokens execute all steps in the same order.
 PLAIN_VIEWS = ("latest", "same_step", "same_layer")
-# What a Llama that is read in is evaluated on at a time; its own length would take much memory.
-_MAX_SEQ_LEN, _BATCH_SIZE = 1024, 4
 # Buffers that older files hold, and that follow from the config.
 _IGNORED = "rotary_emb.inv_freq"
-
-Tensors = dict[str, np.ndarray]
 
 
 def check_is_plain(config: Config) -> None:
@@ -30,6 +26,10 @@ def check_is_plain(config: Config) -> None:
     for holds, reason in (
         (form == "sequential", f"config.router.form={form!r}: every layer in its turn, 'sequential', is needed"),
         (not model.qk_norm, "config.model.qk_norm=True: Llama normalises no queries and keys"),
+        (model.norm == "rms", f"config.model.norm={model.norm!r}: 'rms' is needed"),
+        (model.mlp == "swiglu", f"config.model.mlp={model.mlp!r}: 'swiglu' is needed"),
+        (not model.biases, "config.model.biases=True: no product of a Llama has a bias"),
+        (model.positions == "rotary", f"config.model.positions={model.positions!r}: 'rotary' is needed"),
         (
             view in PLAIN_VIEWS or model.max_depth == 1,
             f"config.cache.view={view!r} shows entries of other steps: one of {', '.join(PLAIN_VIEWS)} is needed",
@@ -110,14 +110,10 @@ def config_of_llama(fields: dict, where: str) -> Config:
         ConfigError: a field is missing, or says what a radial network has no form of.
     """
 
-    def needed(name: str) -> int:
-        if type(value := fields.get(name)) is not int or value < 1:
-            raise ConfigError(f"{where}: {name}={value!r}, a whole number of at least 1 is needed")
-        return value
-
     rope = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
-    heads, d_model, layers = needed("num_attention_heads"), needed("hidden_size"), needed("num_hidden_layers")
-    for name, value, allowed in (
+    heads, d_model = (needed(fields, name, where) for name in ("num_attention_heads", "hidden_size"))
+    check_representable(
+        where,
         ("model_type", fields.get("model_type"), "llama"),
         ("hidden_act", fields.get("hidden_act", "silu"), "silu"),
         ("attention_bias", fields.get("attention_bias") or False, False),
@@ -127,31 +123,18 @@ def config_of_llama(fields: dict, where: str) -> Config:
         ("rope_type", rope.get("rope_type", rope.get("type", "default")), "default"),
         ("partial_rotary_factor", rope.get("partial_rotary_factor", fields.get("partial_rotary_factor", 1)), 1),
         ("head_dim · num_attention_heads", (fields.get("head_dim") or d_model // heads) * heads, d_model),
-    ):
-        if value != allowed:
-            raise ConfigError(f"{where}: {name}={value!r}, only {allowed!r} can be represented")
-    config = base.get_config()
-    config.model.update(
-        pool_size=layers,
-        max_depth=layers,
-        min_depth=layers,
+    )
+    return sequential_config(
+        where,
+        needed(fields, "num_hidden_layers", where),
+        fields.get("max_position_embeddings", 2048),
         d_model=d_model,
         num_heads=heads,
         num_kv_heads=fields.get("num_key_value_heads") or heads,
-        d_ff=needed("intermediate_size"),
-        init="distinct",
+        d_ff=needed(fields, "intermediate_size", where),
         rope_base=float(rope.get("rope_theta", fields.get("rope_theta", 10_000.0))),
-        qk_norm=False,
         norm_eps=float(fields.get("rms_norm_eps", 1e-6)),
     )
-    config.router.form = "sequential"
-    # With one step all views are one.
-    config.cache.view = "same_step" if layers > 1 else "latest"
-    config.train.update(batch_size=_BATCH_SIZE, seq_len=min(fields.get("max_position_embeddings", 2048), _MAX_SEQ_LEN))
-    try:
-        return Config.from_dict(config)
-    except ConfigError as error:
-        raise ConfigError(f"{where}: {error}") from None
 
 
 def from_llama(
@@ -167,16 +150,10 @@ def from_llama(
     Raises:
         ConfigError: a tensor is missing, or of another shape, or has no place here.
     """
-    left = {name: x for name, x in tensors.items() if not name.endswith(_IGNORED)}
+    left = Left({name: x for name, x in tensors.items() if not name.endswith(_IGNORED)}, where)
 
     def take(name: str, *shape: int) -> np.ndarray:
-        name = f"{name}.weight"
-        if name not in left:
-            raise ConfigError(f"{where}: {name} is missing")
-        x = np.asarray(left.pop(name), np.float32)
-        if x.shape != shape:
-            raise ConfigError(f"{where}: {name} is {list(x.shape)}, but its config needs {list(shape)}")
-        return x
+        return left.take(f"{name}.weight", *shape)
 
     d_model, kv_width, vocab_size = model.d_model, model.num_kv_heads * model.head_size, fields["vocab_size"]
 
@@ -199,16 +176,12 @@ def from_llama(
 
     layers = [layer(f"model.layers.{index}") for index in range(model.pool_size)]
     embedding = take("model.embed_tokens", vocab_size, d_model)
-    if fields.get("tie_word_embeddings"):
-        # Some files hold it twice.
-        left["lm_head.weight"] = embedding
-    head = take("lm_head", vocab_size, d_model)
+    head = left.take_head(embedding, fields.get("tie_word_embeddings", False))
     params = {
         "embedding": embedding[:num_tokens] / np.float32(d_model**0.5),
         "final_norm": take("model.norm", d_model),
         "head": head[:num_tokens].T,
-        "pool": {"block": {name: np.stack([w[name] for w in layers]) for name in layers[0]}},
+        "pool": stacked(layers),
     }
-    if left:
-        raise ConfigError(f"{where}: {min(left)}: a radial network has no such tensor")
+    left.check_none()
     return params

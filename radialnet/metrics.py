@@ -197,7 +197,7 @@ def flops_by_part(config: Config, vocab_size: int, executes_T: Sequence[float]) 
     `unshared_attention`, the `router` and the `head`.
 
     Attention is counted over the entries that a causal query sees on average: half of those of its row that are filled.
-    In the views `all` and `same_layer` they are those of all steps so far.
+    In the views `all` and `same_layer` they are those of all steps so far, unless every step has a layer of its own.
 
     Args:
         executes_T: share of tokens that execute each depth step.
@@ -205,11 +205,13 @@ def flops_by_part(config: Config, vocab_size: int, executes_T: Sequence[float]) 
     model, max_depth = config.model, len(executes_T)
     d_model, q_width = model.d_model, model.num_heads * model.head_size
     kv_width = model.num_kv_heads * model.head_size
-    layer = 2 * d_model * (q_width + 2 * kv_width) + 2 * q_width * d_model + 6 * d_model * model.d_ff
+    layer = 2 * d_model * (q_width + 2 * kv_width) + 2 * q_width * d_model
+    layer += 2 * (3 if model.mlp == "swiglu" else 2) * d_model * model.d_ff
     # Of one query, over a step whose entries are all there.
     attention = 4 * q_width * (config.train.seq_len + 1) / 2
     executes_T = np.asarray(executes_T)
-    if config.cache.view == "same_step":
+    in_order = config.router.form in ("sequential", "early_exit", "mod") and max_depth <= model.pool_size
+    if config.cache.view == "same_step" or (config.cache.view == "same_layer" and in_order):
         seen_T = executes_T
     elif config.cache.view in ("first", "latest"):
         # One entry of each token that executed any step.

@@ -12,7 +12,7 @@ from radialnet.checks import check_mesh
 from radialnet.config import Config
 from radialnet.depth import DepthLoop, Inputs, Trace, scanned, unrolled
 from radialnet.exchange import choose_dispatch, default_kind
-from radialnet.layers import rms_norm
+from radialnet.layers import normed
 from radialnet.metrics import RoutingSums
 from radialnet.peer_routers import make_router
 from radialnet.pool import LayerPool, Positions, clone_groups
@@ -93,6 +93,9 @@ class RadialTransformer(nnx.Module):
         self.pool = LayerPool(model, model.pool_size, scale, rngs, "layer", parallel)
         self.coda = unshared(model.coda_layers)
         self.final_norm = nnx.Param(jnp.ones(model.d_model), axes=(None,))
+        self.final_norm_bias = nnx.Param(jnp.zeros(model.d_model), axes=(None,)) if model.norm == "layer" else None
+        is_learned = model.positions == "learned"
+        self.positions = normal(model.max_positions, model.d_model, 0.02, (None, "width")) if is_learned else None
         self.head = normal(model.d_model, vocab_size, 0.02, ("width", None))
         if model.init == "clones":
             clone_groups(self.pool.block, model.pool_size, model.max_depth)
@@ -121,9 +124,7 @@ class RadialTransformer(nnx.Module):
         max_depth = max_depth or self.cfg.max_depth
         is_real_BS = document_BS >= 0
         positions = Positions.of(document_BS, position_BS, self.cfg)
-        with jax.named_scope("embed"):
-            h_BSD = self.embedding[...][token_BS] * self.cfg.d_model**0.5
-        h_BSD = self._run_unshared(self.prelude, h_BSD, is_real_BS, positions)
+        h_BSD = self._run_unshared(self.prelude, self.embed(token_BS, position_BS), is_real_BS, positions)
 
         graph, params = nnx.split((self.router, self.pool))
         loop = DepthLoop(
@@ -145,10 +146,10 @@ class RadialTransformer(nnx.Module):
         depth_BS = (trace.layer_BS < self.cfg.pool_size).sum(0)
 
         h_BSD = self._run_unshared(self.coda, h_BSD, is_real_BS, positions)
-        final_BSD, read = self._final(h_BSD), None
+        final_BSD, read = self.final(h_BSD), None
         if self.reads_states:
             read = Read.of(trace, depth_BS, self.cfg.min_depth, row_keys(read_rng, first_row, batch))
-            read = read.replace(final_BSD=self._final(read.final_BSD))
+            read = read.replace(final_BSD=self.final(read.final_BSD))
         head = self.head[...].astype(final_BSD.dtype)
         return Output(
             exit_BSD=h_BSD,
@@ -162,9 +163,19 @@ class RadialTransformer(nnx.Module):
             read=read,
         )
 
+    @jax.named_scope("embed")
+    def embed(self, token: jax.Array, position: jax.Array) -> jax.Array:
+        """The residual stream that tokens begin with, [..., D]."""
+        h = self.embedding[...][token] * self.cfg.d_model**0.5
+        return h if self.positions is None else h + self.positions[...][position]
+
     @jax.named_scope("head")
-    def _final(self, h_BSD: jax.Array) -> jax.Array:
-        return rms_norm(h_BSD, self.final_norm[...], self.cfg.norm_eps).astype(jnp.dtype(self.cfg.dtype))
+    def final(self, h: jax.Array) -> jax.Array:
+        """What the head gets of the residual stream at the output node, [..., D], in the compute dtype."""
+        weights = {"final_norm": self.final_norm[...]}
+        if self.final_norm_bias is not None:
+            weights["final_norm_bias"] = self.final_norm_bias[...]
+        return normed(h, weights, "final_norm", self.cfg.norm_eps).astype(jnp.dtype(self.cfg.dtype))
 
     def _run_unshared(self, pool: LayerPool | None, h_BSD, is_real_BS, positions: Positions) -> jax.Array:
         """Every token through all layers of a prelude or coda, each layer over the entries of its own."""

@@ -26,7 +26,7 @@ class Positions:
 
     @classmethod
     def of(cls, document_BS: jax.Array, position_BS: jax.Array, cfg: ModelConfig) -> "Positions":
-        turned_NK = rotation(position_BS.ravel(), cfg.head_size, cfg.rope_base)
+        turned_NK = rotation(position_BS.ravel(), cfg)
         return cls(turned_NK, document_starts(document_BS))
 
 

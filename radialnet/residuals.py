@@ -175,8 +175,7 @@ def _ratios(params, controllers: Controllers, step, batch: Batch, *, config: Con
             ran.append(jnp.where(is_real_BS, first + layer, -1)[None])
         return h_BSD
 
-    h_BSD = model.embedding[...][batch["token"]] * cfg.d_model**0.5
-    h_BSD = through(model.prelude, h_BSD, 0)
+    h_BSD = through(model.prelude, model.embed(batch["token"], batch["position"]), 0)
 
     loop_graph = nnx.split((model.router, model.pool))[0]
     loop = DepthLoop(
@@ -212,6 +211,9 @@ def _execute(pool: LayerPool, h_BSD, layer_BS, cache, positions: Positions, dept
     update_BSD, cache, _, products, _ = pool.forward(h_BSD, layer_BS, cache, positions, depth_step, products, 0)
     groups = plan(layer_BS.ravel(), pool.num_layers, pool.grouped_backend)
     attended_BSD = gather(products.after["attention_out"][0], groups).reshape(h_BSD.shape).astype(jnp.float32)
+    if "attention_out_bias" in pool.block.AFTER:
+        # Of the layer of each token; what stands for those that execute nothing is not looked at.
+        attended_BSD += pool.block.attention_out_bias[...][jnp.minimum(layer_BS, pool.num_layers - 1)]
     after_BSD = h_BSD + gate * update_BSD
     pairs = (
         (attended_BSD, h_BSD + attended_BSD),

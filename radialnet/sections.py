@@ -9,6 +9,7 @@ TRAINED_FORMS = ("factored", "flat", "early_exit", "mod", "recursion")
 FIXED_FORMS = ("sequential", "cyclic", "random", "hash")
 GROUPED_BACKENDS = ("block_loop", "ragged_dot", "pallas", "masked_dense")
 ATTENTION_BACKENDS = ("tiles", "pallas")
+NORMS, MLPS, POSITIONS = ("rms", "layer"), ("swiglu", "relu", "gelu"), ("rotary", "learned")
 ESTIMATORS = ("straight_through", "score", "weighted", "dense")
 # Where metrics go besides metrics.jsonl.
 WRITERS = ("tensorboard", "wandb", "trackio")
@@ -38,7 +39,12 @@ class ModelConfig:
     upcycle_from: str
     rope_base: float
     qk_norm: bool
+    norm: str
     norm_eps: float
+    mlp: str
+    biases: bool
+    positions: str
+    max_positions: int
     dtype: str
     grouped_backend: str
     attention_backend: str

@@ -92,6 +92,18 @@ class Tokenizer:
         return cls(tokenizer)
 
     @classmethod
+    def of_merges(cls, vocabulary: Path, merges: Path) -> "Tokenizer":
+        """A byte-level BPE in the two files of GPT-2. Raises ConfigError when they can't be read."""
+        try:
+            tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE.from_file(str(vocabulary), str(merges)))
+        except Exception as error:  # The library raises no class of its own.
+            raise ConfigError(f"{vocabulary}, {merges.name}: not a byte-level BPE ({error})") from None
+        tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = tokenizers.decoders.ByteLevel()
+        tokenizer.add_special_tokens([name for name in _SEPARATORS if tokenizer.token_to_id(name) is not None])
+        return cls(tokenizer)
+
+    @classmethod
     def load(cls, path: Path) -> "Tokenizer":
         """Read a `tokenizer.json`, or a `.model` of SentencePiece. Raises ConfigError when it can't be read."""
         if not path.is_file():

@@ -242,7 +242,7 @@ def _upcycled(config: Config, params: dict, tokenizer: Tokenizer, placement: Pla
             f"{dense.config.model.pool_size} layers; "
             f"a 'sequential' one of config.model.max_depth={model.max_depth} is needed"
         )
-    for field in ("qk_norm", "norm_eps", "rope_base"):
+    for field in ("qk_norm", "norm", "norm_eps", "mlp", "biases", "positions", "rope_base"):
         if (theirs := getattr(dense.config.model, field)) != (ours := getattr(model, field)):
             raise ConfigError(
                 f"config.model.{field}={ours}, but config.model.upcycle_from={path!r} was trained with {theirs}"

@@ -38,21 +38,31 @@ class Visibility:
     def tiles_that_meet(self, num_queries: int, num_entries: int) -> jax.Array:
         """Tiles in which somebody may see something, [B, I, J]: I of `num_queries` queries, J of `num_entries` entries.
 
-        By the ranges of tokens in a tile: one of several documents or steps may turn out to hold no visible pair.
+        By the ranges of tokens, and of layers, in a tile: one of several documents or steps may turn out to hold no
+        visible pair.
         """
-        batch = self.first_BQ.shape[0]
+        is_query_BQ, is_entry_BC = self.first_BQ <= self.last_BQ, self.token_BC >= 0
 
-        def tiled(x_BX, size, empty):
-            padding = -x_BX.shape[1] % size
-            return jnp.pad(x_BX, ((0, 0), (0, padding)), constant_values=empty).reshape(batch, -1, size)
+        def overlap(first_BQ, last_BQ, of_entry_BC):
+            first_BI, last_BI = _ranges(first_BQ, last_BQ, is_query_BQ, num_queries)
+            lowest_BJ, highest_BJ = _ranges(of_entry_BC, of_entry_BC, is_entry_BC, num_entries)
+            return (lowest_BJ[:, None] <= last_BI[..., None]) & (highest_BJ[:, None] >= first_BI[..., None])
 
-        big = jnp.iinfo(jnp.int32).max
-        is_query_BQ = self.first_BQ <= self.last_BQ
-        first_BI = tiled(jnp.where(is_query_BQ, self.first_BQ, big), num_queries, big).min(-1)
-        last_BI = tiled(jnp.where(is_query_BQ, self.last_BQ, -1), num_queries, -1).max(-1)
-        lowest_BJ = tiled(jnp.where(self.token_BC >= 0, self.token_BC, big), num_entries, big).min(-1)
-        highest_BJ = tiled(self.token_BC, num_entries, -1).max(-1)
-        return (lowest_BJ[:, None] <= last_BI[..., None]) & (highest_BJ[:, None] >= first_BI[..., None])
+        meet_BIJ = overlap(self.first_BQ, self.last_BQ, self.token_BC)
+        if self.layer_BQ is not None:
+            meet_BIJ &= overlap(self.layer_BQ, self.layer_BQ, self.layer_BC)
+        return meet_BIJ
+
+
+def _ranges(low_BX, high_BX, is_there_BX, size: int) -> tuple[jax.Array, jax.Array]:
+    """The lowest and the highest of each tile of X, [B, I] each; of a tile with nothing in it, none between them."""
+
+    def tiled(x_BX, empty):
+        padding = -x_BX.shape[1] % size
+        there_BX = jnp.where(is_there_BX, x_BX, empty)
+        return jnp.pad(there_BX, ((0, 0), (0, padding)), constant_values=empty).reshape(len(x_BX), -1, size)
+
+    return tiled(low_BX, jnp.iinfo(jnp.int32).max).min(-1), tiled(high_BX, -1).max(-1)
 
 
 def sees(first_Q1, last_Q1, token_1C, layer_Q1, layer_1C):

@@ -138,6 +138,11 @@ def test_cost_follows_what_is_seen():
     queries = jnp.where(index < 16, index, -1)
     assert count_tiles(Visibility(index * 0, queries, index), 8) == 1 + 2
     assert count_tiles(Visibility(index * 0, queries * 0 - 1, index), 8) == 0
+    # Entries of two steps, the first of layers 0 and 1 in turn, the second of layer 2 alone.
+    steps, layers = jnp.tile(index, (1, 2)), jnp.concatenate([index % 2, index * 0 + 2], axis=1)
+    for layer, num_tiles in ((2, 36), (1, 36), (3, 0)):
+        assert count_tiles(Visibility(index * 0, index, steps, index * 0 + layer, layers), 8) == num_tiles
+    assert count_tiles(Visibility(index * 0, index, steps), 8) == 72
 
 
 def test_memory_is_linear_in_the_length():

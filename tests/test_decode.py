@@ -86,6 +86,14 @@ CASES = {
         "model__coda_layers": 1,
         "cache__view": "same_layer",
     },
+    "other layers": {
+        "model__norm": "layer",
+        "model__mlp": "relu",
+        "model__biases": True,
+        "model__positions": "learned",
+        "model__max_positions": 40,
+        "model__coda_layers": 1,
+    },
     "no QK-norm": {"model__qk_norm": False, "model__norm_eps": 0.1},
     "deeper than trained": {"max_depth": 7, "exit_bias": -4.0, "cache__view": "all"},
 }

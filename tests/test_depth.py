@@ -65,6 +65,7 @@ CASES = {
     "recursion": {"router__form": "recursion", "train__seed": 1, "model__pool_size": 2, "cache__view": "all"},
     "recursion remat": {"router__form": "recursion", "train__seed": 1, "model__pool_size": 2, "model__remat": "step"},
     "prelude and coda": {"model__prelude_layers": 1, "model__coda_layers": 2},
+    "other layers": {"model__norm": "layer", "model__mlp": "relu", "model__biases": True},
     "ragged_dot": {"model__grouped_backend": "ragged_dot"},
     "kernels": {"model__grouped_backend": "pallas", "model__attention_backend": "pallas", "cache__view": "all"},
     **{f"remat {view}": {"model__remat": "step", "cache__view": view} for view in VIEWS},

@@ -34,6 +34,13 @@ FORMS = {
     "mod": {"router__form": "mod", "model__min_depth": 3},
     "recursion": {"router__form": "recursion", "model__pool_size": 3, "model__max_depth": 6},
     "hash": {"router__form": "hash", "model__qk_norm": False},
+    "other layers": {
+        "model__norm": "layer",
+        "model__mlp": "relu",
+        "model__biases": True,
+        "model__positions": "learned",
+        "model__max_positions": 19,
+    },
 }
 PLAIN = {"router__form": "sequential", "model__pool_size": 3, "model__qk_norm": False, "model__norm_eps": 1e-3}
 DOCS = Path(__file__).parents[1] / "docs" / "INTERCHANGE.md"
@@ -68,6 +75,7 @@ def told_shapes(name: str, config: Config) -> list[tuple[int, ...]]:
         "K": model.head_size,
         "R": config.router.hidden_size(model),
     }
+    sizes["X"] = model.max_positions
     sizes["rounds"] = model.max_depth // model.pool_size
     row = re.search(rf"^\| `{re.sub('^(prelude|coda)', 'pool', name)}` \|.*", DOCS.read_text(), re.MULTILINE)[0]
     shapes = re.findall(r"\[(.*?)\]", row.replace("·", "*").replace("/", "//"))
@@ -145,12 +153,12 @@ def test_up_cycled_from_a_llama(tmp_path, dataset):
 
 def test_layers_of_prelude_and_coda_become_layers_of_the_pool(tmp_path):
     """In another view, too: the imported model has 6 layers, and the logits of the 3 stacks."""
-    config = make_config(**PLAIN, model__prelude_layers=1, model__coda_layers=2, cache__view="same_layer")
+    config = make_config(**PLAIN, model__prelude_layers=1, model__coda_layers=2, cache__view="same_step")
     ours = load_trained(make_run(tmp_path / "run", config))
     export_run(tmp_path / "run", tmp_path / "llama", "llama")
     found = import_run(tmp_path / "llama", tmp_path / "back")
     theirs = load_trained(tmp_path / "back")
-    assert (found["step"], theirs.config.model.pool_size, theirs.config.cache.view) == (0, 6, "same_step")
+    assert (found["step"], theirs.config.model.pool_size, theirs.config.cache.view) == (0, 6, "same_layer")
     batch = make_batch(config, packed=True)
     logits = [Model.of(trained)(batch).logits_BSV for trained in (ours, theirs)]
     np.testing.assert_allclose(*(x[batch["document"] >= 0] for x in logits), atol=1e-5)

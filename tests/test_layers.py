@@ -2,6 +2,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from radialnet.layers import rms_norm, rope, rotation
+from tests.tiny import make_config
 
 RNG = np.random.default_rng(0)
 
@@ -12,9 +13,11 @@ def normal(*shape):
 
 def test_rope_scores_depend_on_the_distance_only():
     q, k = normal(1, 1, 8), normal(1, 1, 8)
+    config = make_config(model__d_model=48, model__rope_base=100.0).model
+    assert config.head_size == 8
 
     def turned(x, at):
-        return rope(x, rotation(jnp.array([at]), 8, 100.0))
+        return rope(x, rotation(jnp.array([at]), config))
 
     def score(i, j):
         return float(jnp.sum(turned(q, i) * turned(k, j)))

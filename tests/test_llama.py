@@ -16,7 +16,7 @@ from radialnet.interchange import export_run, import_run
 from radialnet.tokenizer import BYTE_VOCAB_SIZE, Tokenizer
 from radialnet.trained import load_trained
 from tests.test_interchange import PLAIN, make_run
-from tests.tiny import Model, make_config
+from tests.tiny import logits_of, make_config
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -27,13 +27,6 @@ SEQ = 37
 
 def tokens_of(vocab_size, rows=2):
     return np.random.default_rng(0).integers(0, vocab_size, (rows, SEQ)).astype(np.int32)
-
-
-def ours(trained, token_BS):
-    shape = token_BS.shape
-    position_BS = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)
-    batch = {"token": token_BS, "document": np.zeros(shape, np.int32), "position": position_BS}
-    return np.asarray(Model.of(trained)(batch).logits_BSV)
 
 
 def theirs(model, token_BS):
@@ -51,7 +44,7 @@ def test_an_exported_run_has_the_same_logits_in_transformers(tmp_path, stacks):
     trained = load_trained(make_run(tmp_path / "run", config))
     export_run(tmp_path / "run", tmp_path / "llama", "llama")
     token_BS = tokens_of(BYTE_VOCAB_SIZE)
-    logits = ours(trained, token_BS)
+    logits = logits_of(trained, token_BS)
     assert np.abs(logits).max() > 1
     np.testing.assert_allclose(theirs(load(tmp_path / "llama"), token_BS), logits, atol=1e-4, rtol=0)
     decoded = Decoder(trained, num_rows=2).read(token_BS, np.ones(token_BS.shape, bool))[0]
@@ -88,7 +81,7 @@ def test_a_llama_of_transformers_has_the_same_logits_here(tmp_path, tied):
     trained, token_BS = load_trained(tmp_path / "back"), tokens_of(BYTE_VOCAB_SIZE)
     logits = theirs(model, token_BS)
     assert np.abs(logits).max() > 1
-    np.testing.assert_allclose(ours(trained, token_BS), logits, atol=1e-4, rtol=0)
+    np.testing.assert_allclose(logits_of(trained, token_BS), logits, atol=1e-4, rtol=0)
     # And out again.
     export_run(tmp_path / "back", tmp_path / "again", "llama")
     np.testing.assert_allclose(theirs(load(tmp_path / "again"), token_BS), logits, atol=1e-4, rtol=0)
@@ -123,7 +116,7 @@ def test_real_weights(tmp_path, smollm2):
     assert tokenizer(text)["input_ids"] == trained.tokenizer.encode(text)
     text = "The capital of France is Paris, and the capital of Italy is Rome. 1 + 1 = 2, and 12 × 12 = 144."
     token_BS = np.asarray([[trained.tokenizer.separator_id, *trained.tokenizer.encode(text)]], np.int32)
-    logits, expected = ours(trained, token_BS), theirs(model, token_BS)
+    logits, expected = logits_of(trained, token_BS), theirs(model, token_BS)
     exact = theirs(model.double(), token_BS)
     difference_S, size = np.abs(logits - expected)[0].max(-1), np.abs(expected).max()
     mean_square = np.square(logits - expected).mean()

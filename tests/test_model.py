@@ -22,13 +22,24 @@ def plain_network(config, params, token, document, position):
     heads, kv_heads, size = model.num_heads, model.num_kv_heads, model.head_size
     params = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
 
-    def norm(x, scale):
+    def norm(x, scale, bias=None):
+        if bias is not None:
+            return (x - x.mean()) / np.sqrt(x.var() + model.norm_eps) * scale + bias
         return x / np.sqrt((x**2).mean(-1, keepdims=True) + model.norm_eps) * scale
 
     def softmax(x):
         return np.exp(x - x.max()) / np.exp(x - x.max()).sum()
 
+    def activation(x):
+        if model.mlp == "swiglu":
+            return x[0] / (1 + np.exp(-x[0])) * x[1]
+        if model.mlp == "relu":
+            return np.maximum(x[0], 0)
+        return x[0] * (1 + np.tanh(np.sqrt(2 / np.pi) * (x[0] + 0.044715 * x[0] ** 3))) / 2
+
     def turn(x_HK, at):
+        if model.positions == "learned":
+            return x_HK
         angle = at * model.rope_base ** (-np.arange(size // 2) / (size // 2))
         left, right = x_HK[:, : size // 2], x_HK[:, size // 2 :]
         turned = [left * np.cos(angle) - right * np.sin(angle), right * np.cos(angle) + left * np.sin(angle)]
@@ -49,6 +60,8 @@ def plain_network(config, params, token, document, position):
         return (None if may_leave and leave > 0 else layer), *factors
 
     h = params["embedding"][token] * model.d_model**0.5
+    if model.positions == "learned":
+        h += params["positions"][position]
     active, survival, depth = [True] * seq, np.ones(seq), np.zeros(seq, int)
     layer_TS = np.full((model.max_depth, seq), model.pool_size)
     entries = {}
@@ -62,7 +75,8 @@ def plain_network(config, params, token, document, position):
                 continue
             w = {name: array[layer] for name, array in params["pool"]["block"].items()}
             # Query heads, key and value of each group of heads, side by side.
-            qkv = np.einsum("d,dgjk->gjk", norm(h[i], w["attention_norm"]), w["qkv"])
+            qkv = np.einsum("d,dgjk->gjk", norm(h[i], w["attention_norm"], w.get("attention_norm_bias")), w["qkv"])
+            qkv += w.get("qkv_bias", 0)
             q, key, value = qkv[:, :-2].reshape(heads, size), qkv[:, -2], qkv[:, -1]
             queries[i] = w, p * survival[i], turn(norm(q, w["query_norm"]) if model.qk_norm else q, position[i])
             entries[t, i] = turn(norm(key, w["key_norm"]) if model.qk_norm else key, position[i]), value
@@ -75,11 +89,13 @@ def plain_network(config, params, token, document, position):
                 group = head // (heads // kv_heads)
                 weights = softmax(np.array([entries[at][0][group] @ query[head] / size**0.5 for at in seen]))
                 mixed[head] = sum(p * entries[at][1][group] for p, at in zip(weights, seen, strict=True))
-            attended = mixed.ravel() @ w["attention_out"]
-            gated, up = np.einsum("d,djf->jf", norm(h[i] + attended, w["mlp_norm"]), w["mlp_in"])
-            h[i] = h[i] + gate * (attended + (gated / (1 + np.exp(-gated)) * up) @ w["mlp_out"])
+            attended = mixed.ravel() @ w["attention_out"] + w.get("attention_out_bias", 0)
+            x = norm(h[i] + attended, w["mlp_norm"], w.get("mlp_norm_bias"))
+            hidden = activation(np.einsum("d,djf->jf", x, w["mlp_in"]) + w.get("mlp_in_bias", 0))
+            h[i] = h[i] + gate * (attended + hidden @ w["mlp_out"] + w.get("mlp_out_bias", 0))
             depth[i] += 1
-    return norm(h, params["final_norm"]) @ params["head"], depth
+    final = np.stack([norm(x, params["final_norm"], params.get("final_norm_bias")) for x in h])
+    return final @ params["head"], depth
 
 
 def dense_config(**overrides):
@@ -142,6 +158,22 @@ def test_without_qk_norm_and_with_another_epsilon(of):
     np.testing.assert_allclose(logits_SV, plain_network(config, params, *fields)[0], atol=5e-4, rtol=1e-3)
     smaller = dataclasses.replace(config, model=dataclasses.replace(config.model, norm_eps=1e-6))
     assert np.abs(logits_SV - plain_network(smaller, params, *fields)[0]).max() > 0.01
+
+
+OPT = {"norm": "layer", "mlp": "relu", "biases": True, "positions": "learned", "max_positions": 14, "qk_norm": False}
+
+
+@pytest.mark.parametrize("parts, num_biases", [(OPT, 7), ({"norm": "layer", "mlp": "gelu"}, 3), ({"biases": True}, 4)])
+def test_layers_of_other_parts(parts, num_biases):
+    config = make_config(**{f"model__{name}": value for name, value in parts.items()})
+    model, batch = Model(config), make_batch(config, packed=True)
+    params = perturbed(model.params)
+    names = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(params)]
+    assert sum("bias" in name and "router" not in name for name in names) == num_biases
+    real = batch["document"][0] >= 0
+    logits_SV = model(batch, params).logits_BSV[0][real]
+    fields = (batch[name][0][real] for name in ("token", "document", "position"))
+    np.testing.assert_allclose(logits_SV, plain_network(config, params, *fields)[0], atol=5e-4, rtol=1e-3)
 
 
 def test_other_views_are_not_a_plain_transformer():

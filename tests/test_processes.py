@@ -96,7 +96,8 @@ def test_a_signal_to_one_of_two_processes_ends_both_at_the_same_step(tmp_path, w
     codes, output = pair.end()
     assert codes == [75, 75], output
     step = saved_steps(workdir)[0]
-    assert step % 10 and all(f"saved {step} {number.name}" in text for text in output), "between the saves by the clock"
+    # It may be a step at which the clock saves, too.
+    assert all(f"saved {step} {number.name}" in text for text in output)
     codes, output = Pair(workdir).end()
     assert codes == [0, 0] and all(f"from {step}" in text for text in output), output
     jax.tree.map(np.testing.assert_array_equal, state_of(workdir, STEPS), state_of(whole, STEPS))

@@ -30,11 +30,16 @@ MESHES = {
 # Router with noise, exploration and read states; some rows of padding; accumulation.
 RECIPES = {
     "exits by gate, noise": {"router__noise": 0.5, "router__noise_steps": 100, "router__load_bias_rate": 0.01},
-    "exits by benefit, explore, view all, parts": {
+    "exits by benefit, explore, view all, in parts, other layers": {
         "router__exit_training": "benefit",
         "router__explore": 0.2,
         "router__exit_bias_init": 0.1,
         "cache__view": "all",
+        "model__norm": "layer",
+        "model__mlp": "gelu",
+        "model__biases": True,
+        "model__positions": "learned",
+        "model__max_positions": 24,
         "train__accumulate_steps": 2,
         "train__batch_size": 16,
     },

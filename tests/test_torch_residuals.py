@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from radialnet.evaluate import eval_rows
-from radialnet.interchange import export_run, import_run
+from radialnet.interchange import import_run
 from radialnet.profile import profile
 from radialnet.residuals import BRANCHES, MEDIAN
 from radialnet.sections import ConfigError
@@ -20,8 +20,6 @@ from radialnet.tokenizer import BYTE_VOCAB_SIZE, Tokenizer
 from radialnet.torch_residuals import LAYOUTS, layout_of, measure, profile_torch
 from radialnet.trained import load_trained
 from tests.test_cli import run
-from tests.test_interchange import PLAIN, make_run
-from tests.tiny import make_config
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -337,18 +335,24 @@ def test_what_can_not_be_read_is_told(tmp_path):
         profile_torch(tmp_path / "a.gguf", nothing, None, 100, 1)
 
 
-def test_a_run_and_what_is_exported_of_it_have_the_same_profile(tmp_path):
-    """JAX and hooks. A text that is one row both there and here."""
-    workdir = make_run(tmp_path / "run", make_config(**PLAIN, train__seq_len=64))
-    export_run(workdir, tmp_path / "llama", "llama")
+@pytest.mark.parametrize("name", ["llama", "opt"])
+def test_a_model_and_the_run_made_of_it_have_the_same_profile(tmp_path, name):
+    """Hooks and JAX: of RMSNorm, rotary positions and gates, and of LayerNorm, learned positions, ReLU and biases."""
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(CONFIGS[name]()).float().eval()
+    for weights in model.parameters():
+        if weights.ndim == 1:
+            torch.nn.init.uniform_(weights, 0.5, 1.5)
+    model.save_pretrained(tmp_path / name)
+    Tokenizer.train([], BYTE_VOCAB_SIZE).save(tmp_path / name / "tokenizer.json")
+    import_run(tmp_path / name, tmp_path / "run")
     (tmp_path / "a.txt").write_text("def f(x):\n    return x + 12")
-    ours = profile(workdir, None, tmp_path / "a.txt", 100, 1)
+    ours = profile(tmp_path / "run", None, tmp_path / "a.txt", 100, 1)
     assert (ours.kind, ours.skip_first, len(ours.steps)) == ("radialnet", 1, 3)
     # Our rows begin with the token between documents.
-    model = transformers.AutoModel.from_pretrained(tmp_path / "llama").float().eval()
-    rows = eval_rows(load_trained(workdir), workdir, str(tmp_path / "a.txt"))
+    rows = eval_rows(load_trained(tmp_path / "run"), tmp_path / "run", str(tmp_path / "a.txt"))
     token_S = rows[0]["token"][rows[0]["document"] >= 0]
-    places = measure(model, [{"input_ids": torch.tensor(token_S[None].astype(int))}], 100, 1)
+    places = measure(model.base_model, [{"input_ids": torch.tensor(token_S[None].astype(int))}], 100, 1)
     assert len(rows) == 1
     for mine, other in zip(ours.layers, places, strict=True):
         for branch in BRANCHES:

@@ -104,3 +104,11 @@ class Model:
         if "exit_out" in router:
             router["exit_out"] = router["out"][:, -1:]
         return self
+
+
+def logits_of(trained, token_BS: np.ndarray) -> np.ndarray:
+    """Of a trained model, each row one document."""
+    shape = token_BS.shape
+    position_BS = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)
+    batch = {"token": token_BS, "document": np.zeros(shape, np.int32), "position": position_BS}
+    return np.asarray(Model.of(trained)(batch).logits_BSV)
