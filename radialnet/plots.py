@@ -381,6 +381,71 @@ _MEANINGS = {"T": "T: max depth", "d*": "d*: target of the mean depth"}
 _MAX_LABELLED = 40
 
 
+def plot_residuals(
+    boxes: dict[str, list[list[float]]], medians: dict[str, float], names: list[str], axis: str, title: str, path: Path
+) -> None:
+    """Draw residual ratios: a panel for each branch, in it a box for each layer or depth step.
+
+    Args:
+        boxes: by branch, five quantiles of each place: the whiskers', the box's and in the midst the median.
+        medians: by branch, that of the whole model.
+        names: of the places, of which `axis` says what they are.
+    """
+    plt = _pyplot()
+    width = max(_SIZE[0], 0.24 * len(names) + 1)
+    figure, panels = plt.subplots(
+        len(boxes), 1, figsize=(width, 0.6 + 1.7 * len(boxes)), sharex=True, squeeze=False, layout="constrained"
+    )
+    for axes, (branch, quantiles) in zip(panels[:, 0], boxes.items(), strict=True):
+        there = [place for place, values in enumerate(quantiles) if np.isfinite(values).all()]
+        labels = "whislo", "q1", "med", "q3", "whishi"
+        axes.bxp(
+            [dict(zip(labels, quantiles[place], strict=True)) for place in there],
+            positions=there,
+            widths=0.6,
+            showfliers=False,
+            patch_artist=True,
+            boxprops={"facecolor": AMOUNT, "alpha": 0.35, "linewidth": 0},
+            medianprops={"color": AMOUNT, "linewidth": 1.6},
+            whiskerprops={"linewidth": 0.8},
+            capprops={"linewidth": 0.8},
+        )
+        axes.axhline(medians[branch], color=SERIES[1], linewidth=1, linestyle="--", zorder=1)
+        axes.set_title(f"{branch}: median {medians[branch]:.3f}", fontsize=10, loc="left")
+        axes.set_ylim(bottom=0)
+        axes.grid(False, axis="x")
+    every = 1 + len(names) // 32
+    panels[-1, 0].set_xticks(range(len(names))[::every], names[::every], rotation=90 if max(map(len, names)) > 2 else 0)
+    panels[-1, 0].set(xlabel=axis, xlim=(-0.7, len(names) - 0.3))
+    figure.supylabel("residual ratio", fontsize=10)
+    figure.suptitle(title, fontsize=11)
+    _save(plt, figure, path, dpi=100)
+
+
+def plot_medians(models: list[tuple[str, int, dict[str, float]]], path: Path) -> None:
+    """Draw the median residual ratios of models, by branch, against their parameters.
+
+    Args:
+        models: name, number of parameters, and median by branch, of each.
+    """
+    plt = _pyplot()
+    figure, axes = plt.subplots(figsize=_SIZE)
+    for index, branch in enumerate(dict.fromkeys(branch for _, _, medians in models for branch in medians)):
+        points = [(size, medians[branch]) for _, size, medians in models if branch in medians]
+        # Without lines: models may be of kinds whose ratios mean different things.
+        look = {"marker": _MARKERS[index], "color": SERIES[index % len(SERIES)], "linestyle": ""}
+        axes.plot(*zip(*points, strict=True), label=branch, **look)
+    for name, size, medians in models:
+        place = {"textcoords": "offset points", "xytext": (0, 7), "ha": "center", "fontsize": 8, "color": "0.3"}
+        axes.annotate(name, (size, max(medians.values())), **place)
+    axes.margins(0.2)
+    axes.set_ylim(bottom=0)
+    axes.set(xlabel="parameters", ylabel="median residual ratio")
+    _scale_costs(axes, [size for _, size, _ in models])
+    axes.legend(frameon=False)
+    _save(plt, figure, path, dpi=100)
+
+
 def _scale_costs(axes, costs: list[float]) -> None:
     from matplotlib import ticker
 

@@ -1,0 +1,224 @@
+"""Residual ratios: what of a token's state a branch of a layer has just put there (arXiv 2404.04900).
+
+    ratio = ‖f(x)‖ / ‖x + f(x)‖        l2 over the channels of a token, fp32
+
+`Profile` has those of any model; `profile_run` takes those of our own. Ratios near 0 are of branches that a token could
+do without. Above 1 a branch takes away what was there.
+"""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from radialnet.config import Config
+from radialnet.data import Rows, eval_batches
+from radialnet.depth import DepthLoop, Inputs, decide
+from radialnet.grouping import gather, plan
+from radialnet.pool import LayerPool, Positions
+from radialnet.router import Controllers, row_keys, schedule
+from radialnet.shards import Batch
+from radialnet.sources import evenly
+from radialnet.trained import TrainedModel
+
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+MEDIAN = QUANTILES.index(0.5)
+BRANCHES = ("attention", "mlp", "layer")
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """A layer, or a depth step, and the ratios [N] of the tokens that it ran, by branch."""
+
+    name: str
+    ratios: dict[str, np.ndarray]
+
+    @property
+    def num_tokens(self) -> int:
+        return len(next(iter(self.ratios.values())))
+
+
+@dataclasses.dataclass(frozen=True)
+class Profile:
+    model: str
+    kind: str  # `radialnet`, or the model_type of transformers.
+    norm: str  # Where norms are: `pre-norm`, `post-norm` (x + f(x) is what the norm gets), or `in the branch`.
+    num_parameters: int
+    num_tokens: int  # Each counted once; of a ResNet, the positions that the first layer gives.
+    skip_first: int  # Positions of each row that were left out.
+    data: str
+    weights: str  # What they were read from, where that is not what they were trained as.
+    layers: list[Place]
+    steps: list[Place]  # By depth step, where layers are not executed in their order.
+
+    @property
+    def branches(self) -> list[str]:
+        return list(self.layers[0].ratios)
+
+    def quantiles(self, branch: str) -> list[float]:
+        """Over the tokens of all layers together, so that a layer which ran more tokens weighs more."""
+        return quantiles(np.concatenate([place.ratios[branch] for place in self.layers]))
+
+    def summary(self) -> dict:
+        """All figures, for JSON. NaN where a layer ran no token."""
+        return {
+            "model": self.model,
+            "kind": self.kind,
+            "norm": self.norm,
+            "weights": self.weights,
+            "parameters": self.num_parameters,
+            "data": self.data,
+            "tokens": self.num_tokens,
+            "skip_first": self.skip_first,
+            "median": {branch: self.quantiles(branch)[MEDIAN] for branch in self.branches},
+            "quantiles": {branch: _named(self.quantiles(branch)) for branch in self.branches},
+            # Over the tokens of a layer; the mean of that over the layers.
+            "variance": {branch: _mean_variance(self.layers, branch) for branch in self.branches},
+            "layers": [{"layer": place.name, **_figures(place)} for place in self.layers],
+            "steps": [{"step": place.name, **_figures(place)} for place in self.steps],
+        }
+
+
+def quantiles(ratio_N: np.ndarray) -> list[float]:
+    """Those of `QUANTILES`; NaN of no ratios."""
+    # A state that is 0, as a branch of zeros leaves of one, has no ratio.
+    ratio_N = ratio_N[np.isfinite(ratio_N)]
+    return np.quantile(ratio_N.astype(np.float64), QUANTILES).tolist() if len(ratio_N) else [np.nan] * len(QUANTILES)
+
+
+def _variance(ratio_N: np.ndarray) -> float:
+    ratio_N = ratio_N[np.isfinite(ratio_N)]
+    return float(ratio_N.var(dtype=np.float64)) if len(ratio_N) else np.nan
+
+
+def _mean_variance(places: list[Place], branch: str) -> float:
+    found = [_variance(place.ratios[branch]) for place in places if place.num_tokens]
+    return float(np.mean(found)) if found else np.nan
+
+
+def _named(values: list[float]) -> dict[str, float]:
+    return {str(quantile): value for quantile, value in zip(QUANTILES, values, strict=True)}
+
+
+def _figures(place: Place) -> dict:
+    figures = {"tokens": place.num_tokens}
+    for branch, ratio_N in place.ratios.items():
+        values = quantiles(ratio_N)
+        figures[branch] = {"median": values[MEDIAN], "variance": _variance(ratio_N), "quantiles": _named(values)}
+    return figures
+
+
+def profile_run(trained: TrainedModel, rows: Rows, max_tokens: int, skip_first: int, name: str, data: str) -> Profile:
+    """The profile of a run of ours, as it is evaluated, over rows evenly spread; of tokens that executed something.
+
+    Args:
+        max_tokens: rows are run until they have so many, those left out included.
+        skip_first: positions of each document that are left out.
+        name, data: what it and the text are called.
+    """
+    config, model = trained.config, trained.config.model
+    num_rows = max(1, min(len(rows), max_tokens // config.train.seq_len))
+    rows = [rows[row] for row in evenly(len(rows), num_rows)]
+    ratio_of = partial(_ratios, config=config, graph=trained.graph)
+    names = [f"prelude {layer}" for layer in range(model.prelude_layers)]
+    names += [*map(str, range(model.pool_size)), *(f"coda {layer}" for layer in range(model.coda_layers))]
+    # Of every depth step, prelude and coda included.
+    ratios, layers, num_tokens = [], [], 0
+    for batch in eval_batches(rows, min(num_rows, config.train.batch_size), 0):
+        ratio_XJBS, layer_XBS = ratio_of(trained.params, trained.controllers, np.int32(trained.step), batch)
+        is_kept_BS = (batch["document"] >= 0) & (batch["position"] >= skip_first)
+        ratios.append(np.asarray(ratio_XJBS)[:, :, is_kept_BS])
+        layers.append(np.asarray(layer_XBS)[:, is_kept_BS])
+        num_tokens += int(is_kept_BS.sum())
+    ratio_XJN, layer_XN = np.concatenate(ratios, 2), np.concatenate(layers, 1)
+
+    def place(name: str, is_there_XN: np.ndarray) -> Place:
+        return Place(name, {branch: ratio_XJN[:, index][is_there_XN] for index, branch in enumerate(BRANCHES)})
+
+    ran_XN = layer_XN >= 0
+    steps = range(model.prelude_layers, model.prelude_layers + model.max_depth)
+    return Profile(
+        model=name,
+        kind="radialnet",
+        norm="pre-norm",
+        num_parameters=sum(x.size for x in jax.tree.leaves(trained.params)),
+        num_tokens=num_tokens,
+        skip_first=skip_first,
+        data=data,
+        weights="",
+        layers=[place(name, layer_XN == layer) for layer, name in enumerate(names)],
+        steps=[place(str(t), ran_XN & (np.arange(len(ran_XN)) == step)[:, None]) for t, step in enumerate(steps)],
+    )
+
+
+@partial(jax.jit, static_argnames=("config", "graph"))
+def _ratios(params, controllers: Controllers, step, batch: Batch, *, config: Config, graph: nnx.GraphDef):
+    """The ratios of `BRANCHES` at each step [X, 3, B, S], prelude and coda included, and the layer [X, B, S].
+
+    Layers are counted through prelude, pool and coda; −1 for none. The loop is that of `depth`, with what the halves of
+    a layer gave: attention and MLP by what the layer has, the layer by what the stream gets, its gate included.
+    """
+    model, cfg = nnx.merge(graph, params), config.model
+    positions = Positions.of(batch["document"], batch["position"], cfg)
+    is_real_BS = batch["document"] >= 0
+    found, ran = [], []
+
+    def through(pool: LayerPool | None, h_BSD: jax.Array, first: int) -> jax.Array:
+        for layer in range(pool.num_layers if pool else 0):
+            layer_BS = jnp.where(is_real_BS, layer, pool.num_layers)
+            cache = pool.empty_cache("same_step", 1, *is_real_BS.shape)
+            ratio_JBS, h_BSD, _ = _execute(pool, h_BSD, layer_BS, cache, positions, jnp.int32(0), 1.0)
+            found.append(ratio_JBS[None])
+            ran.append(jnp.where(is_real_BS, first + layer, -1)[None])
+        return h_BSD
+
+    h_BSD = through(model.prelude, model.embed(batch["token"], batch["position"]), 0)
+
+    loop_graph = nnx.split((model.router, model.pool))[0]
+    loop = DepthLoop(
+        loop_graph, model.view, cfg.max_depth, model.estimator, model.vocab_size, False, False, model.reads_states
+    )
+    at = schedule(config.router, cfg.max_depth, step).for_evaluation()
+    rng_B = row_keys(jax.random.split(jax.random.key(0))[0], 0, len(h_BSD))
+    inputs = Inputs(batch["token"], positions, controllers, at, rng_B)
+
+    def depth_step(carry, t):
+        h_BSD, log_survival_BS, active_BS, leaves_at_BS, cache = carry
+        gate_BS, log_survival_BS, _, route = decide(
+            loop, model.router, h_BSD, log_survival_BS, active_BS, t, inputs, leaves_at_BS
+        )
+        ratio_JBS, h_BSD, cache = _execute(model.pool, h_BSD, route.layer_BS, cache, positions, t, gate_BS[..., None])
+        layer_BS = jnp.where(route.executes_BS, cfg.prelude_layers + route.layer_BS, -1)
+        carry = h_BSD, log_survival_BS, active_BS & ~route.exits_BS, route.decided.leaves_at_BS, cache
+        return carry, (ratio_JBS, layer_BS)
+
+    cache = model.pool.empty_cache(model.view, cfg.max_depth, *is_real_BS.shape)
+    none = jnp.zeros(is_real_BS.shape)
+    carry = h_BSD, none, is_real_BS, model.router.no_plan(is_real_BS.shape), cache
+    (h_BSD, *_), (ratio_TJBS, layer_TBS) = jax.lax.scan(depth_step, carry, jnp.arange(cfg.max_depth))
+    found.append(ratio_TJBS)
+    ran.append(layer_TBS)
+    through(model.coda, h_BSD, cfg.prelude_layers + cfg.pool_size)
+    return jnp.concatenate(found), jnp.concatenate(ran)
+
+
+def _execute(pool: LayerPool, h_BSD, layer_BS, cache, positions: Positions, depth_step, gate):
+    """A depth step: the ratios [3, B, S], the stream after it, and the cache with its entries."""
+    products = pool.empty_products(1, layer_BS.size)
+    update_BSD, cache, _, products, _ = pool.forward(h_BSD, layer_BS, cache, positions, depth_step, products, 0)
+    groups = plan(layer_BS.ravel(), pool.num_layers, pool.grouped_backend)
+    attended_BSD = gather(products.after["attention_out"][0], groups).reshape(h_BSD.shape).astype(jnp.float32)
+    if "attention_out_bias" in pool.block.AFTER:
+        # Of the layer of each token; what stands for those that execute nothing is not looked at.
+        attended_BSD += pool.block.attention_out_bias[...][jnp.minimum(layer_BS, pool.num_layers - 1)]
+    after_BSD = h_BSD + gate * update_BSD
+    pairs = (
+        (attended_BSD, h_BSD + attended_BSD),
+        (update_BSD - attended_BSD, h_BSD + update_BSD),
+        (gate * update_BSD, after_BSD),
+    )
+    norm = partial(jnp.linalg.norm, axis=-1)
+    return jnp.stack([norm(f_BSD) / norm(sum_BSD) for f_BSD, sum_BSD in pairs]), after_BSD, cache
