@@ -91,16 +91,20 @@ def import_run(source: Path, workdir: Path) -> dict:
     Raises:
         ConfigError: `workdir` is there already, or what is in `source` can't be read or represented.
     """
+    if source.is_dir() and "model_type" not in _read_json(source / "config.json"):
+        with _new_folder(workdir, "--workdir") as folder:
+            return _import_radialnet(source, RunFolder(folder))
+    return import_pretrained(source, workdir, "--from")
+
+
+def import_pretrained(source: Path, workdir: Path, flag: str = "--model") -> dict:
+    """`import_run` of a model of PRETRAINED alone. `flag`: the one that names it."""
     if not source.exists():
-        raise ConfigError(f"--from={source}: no such file or folder")
+        raise ConfigError(f"{flag}={source}: no such file or folder")
     with _new_folder(workdir, "--workdir") as folder:
-        run = RunFolder(folder)
         if source.is_file():
-            return _import_gguf(source, run)
-        fields = _read_json(source / "config.json")
-        if "model_type" in fields:
-            return _import_pretrained(source, fields, run)
-        return _import_radialnet(source, run)
+            return _import_gguf(source, RunFolder(folder))
+        return _import_pretrained(source, _read_json(source / "config.json"), RunFolder(folder))
 
 
 def _import_radialnet(source: Path, run: RunFolder) -> dict:
@@ -125,7 +129,7 @@ def _import_radialnet(source: Path, run: RunFolder) -> dict:
 
 
 def _import_pretrained(source: Path, fields: dict, run: RunFolder) -> dict:
-    if (kind := fields["model_type"]) not in PRETRAINED:
+    if (kind := fields.get("model_type")) not in PRETRAINED:
         raise ConfigError(f"{source / 'config.json'}: model_type={kind!r}, one of {', '.join(PRETRAINED)} is needed")
     if (source / "tokenizer.json").exists() or not (source / "vocab.json").exists():
         tokenizer = Tokenizer.load(source / "tokenizer.json")

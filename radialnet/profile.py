@@ -23,7 +23,7 @@ from radialnet.plots import plot_medians, plot_residuals
 from radialnet.residuals import MEDIAN, Place, Profile, profile_run, quantiles
 from radialnet.run_folder import RunFolder
 from radialnet.sections import ConfigError
-from radialnet.sources import Source, open_held_out, open_source
+from radialnet.sources import Source, held_out_documents, open_held_out
 from radialnet.torch_residuals import check_kind, kind_of, profile_torch
 from radialnet.trained import load_trained
 
@@ -33,10 +33,7 @@ def documents(data: Path | None) -> tuple[Source, str]:
     cfg = Config.from_dict(base.get_config()).data
     if data is not None:
         return open_held_out(data, cfg.text_key), f"text of {data}"
-    source = open_source(cfg)
-    held_out = [document for document in map(source.__getitem__, range(len(source))) if document.content]
-    held_out = [document for document in held_out if document.is_held_out(cfg.eval_fraction)]
-    return held_out, f"held-out part of the standard library of Python {platform.python_version()}"
+    return held_out_documents(cfg), f"held-out part of the standard library of Python {platform.python_version()}"
 
 
 def profile(path: Path, kind: str | None, data: Path | None, max_tokens: int, skip_first: int) -> Profile:

@@ -74,6 +74,13 @@ def open_held_out(path: Path, text_key: str) -> Source:
     return source
 
 
+def held_out_documents(cfg: DataConfig) -> list[Document]:
+    """Those of a source that no run with these fields trains on. Raises ConfigError as `open_source`."""
+    source = open_source(cfg)
+    documents = (document for document in map(source.__getitem__, range(len(source))) if len(document.content))
+    return [document for document in documents if document.is_held_out(cfg.eval_fraction)]
+
+
 def fingerprint(source: Source) -> str:
     """What a source is known by: its length, and documents evenly spread over it."""
     digest = hashlib.sha256(str(len(source)).encode())

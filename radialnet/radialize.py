@@ -1,0 +1,132 @@
+"""Make a radial network of a pretrained model: a folder of Llama's or OPT's format, or a GGUF file.
+
+    python -m radialnet.radialize --model=PATH --workdir=DIR [--check] [--data=PATH] [--max_tokens=N] [--json]
+
+Its layers become the pool, and every token goes through them in their order, in the view `same_layer`: the run in DIR
+predicts what the model does. `--check` compares the two on held-out text, which takes PyTorch and `transformers`
+(requirements-torch.txt). What follows is training, as in configs/distill_smollm2.py.
+"""
+
+import json
+import math
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import jax
+import numpy as np
+import optax
+from absl import flags
+from flax import nnx
+
+from configs import base
+from radialnet import cli
+from radialnet.config import Config
+from radialnet.interchange import import_pretrained
+from radialnet.router import Controllers
+from radialnet.sections import ConfigError
+from radialnet.shards import Batch
+from radialnet.sources import evenly, held_out_documents, open_held_out
+from radialnet.train_step import forward_as_evaluated
+from radialnet.trained import TrainedModel, load_trained
+
+
+@partial(jax.jit, static_argnames=("config", "graph"))
+def _logits(params, controllers: Controllers, step, batch: Batch, *, config: Config, graph: nnx.GraphDef) -> jax.Array:
+    return forward_as_evaluated(config, graph, params, batch, controllers, step).logits_BSV
+
+
+def compare(trained: TrainedModel, their_logits: Callable[[list[int]], np.ndarray], rows: list[list[int]]) -> dict:
+    """The perplexities of a run and of the model that it was made of, and how far their logits are apart.
+
+    Args:
+        their_logits: of a row of tokens, [S, V].
+        rows: tokens, each row a text from its beginning, with the separator.
+    """
+    nats, differences, largest = {"ours": 0.0, "theirs": 0.0}, [], 0.0
+    for row in rows:
+        token_BS = np.asarray([row], np.int32)
+        position_BS = np.arange(len(row), dtype=np.int32)[None]
+        batch = {"token": token_BS, "document": np.zeros_like(token_BS), "position": position_BS}
+        of_run = {"config": trained.config, "graph": trained.graph}
+        ours_SV = np.asarray(_logits(trained.params, trained.controllers, trained.step, batch, **of_run))[0]
+        theirs_SV = their_logits(row)[:, : ours_SV.shape[1]]
+        for name, logits_SV in (("ours", ours_SV), ("theirs", theirs_SV)):
+            nats_S = optax.softmax_cross_entropy_with_integer_labels(logits_SV[:-1], token_BS[0, 1:])
+            nats[name] += float(nats_S.sum())
+        differences.append(np.abs(ours_SV - theirs_SV).max())
+        largest = max(largest, float(np.abs(theirs_SV).max()))
+    num_targets = sum(len(row) - 1 for row in rows)
+    perplexity = {name: math.exp(total / num_targets) for name, total in nats.items()}
+    return {
+        "tokens": num_targets,
+        "perplexity": perplexity["ours"],
+        "their_perplexity": perplexity["theirs"],
+        "logits_differ_by": float(max(differences)),
+        "largest_logit": largest,
+    }
+
+
+def logits_of_transformers(path: Path) -> Callable[[list[int]], np.ndarray]:
+    """Of a row of tokens, in fp32: [S, V]. Raises ConfigError: a library is missing, or can't read the model."""
+    try:
+        import torch
+        import transformers
+    except ImportError as error:
+        told = f"--check needs {error.name}; pip install -r requirements-torch.txt"
+        raise ConfigError(told) from None
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    where = (path.parent, {"gguf_file": path.name}) if path.is_file() else (path, {})
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            where[0], dtype=torch.float32, local_files_only=True, **where[1]
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise ConfigError(
+            f"--model={path}: transformers can't read it ({' '.join(str(error).split())[:200]})"
+        ) from None
+
+    def logits_of(row: list[int]) -> np.ndarray:
+        with torch.no_grad():
+            return model(torch.tensor([row])).logits[0].numpy()
+
+    return logits_of
+
+
+def text_rows(trained: TrainedModel, data: Path | None, max_tokens: int) -> list[list[int]]:
+    """The beginnings of held-out documents, or of those of `data`, as long as a row of evaluation."""
+    documents = open_held_out(data, "text") if data else held_out_documents(Config.from_dict(base.get_config()).data)
+    tokenizer, seq_len = trained.tokenizer, trained.config.train.seq_len
+    chosen = [documents[index].content for index in evenly(len(documents), -(-max_tokens // seq_len))]
+    rows = [[tokenizer.separator_id, *tokenizer.encode(text)][:seq_len] for text in chosen]
+    return [row for row in rows if len(row) > 1]
+
+
+def main() -> None:
+    model, workdir = Path(_MODEL.value), Path(_WORKDIR.value)
+    # Before the work: what is needed for the comparison.
+    their_logits = logits_of_transformers(model) if _CHECK.value else None
+    found = {"workdir": str(workdir), **import_pretrained(model, workdir)}
+    if not _JSON.value:
+        print("{workdir}: {format}, {parameters:,} parameters in {tensors} tensors".format(**found))
+    if their_logits:
+        trained = load_trained(workdir)
+        rows = text_rows(trained, _DATA.value and Path(_DATA.value), _MAX_TOKENS.value)
+        found |= compare(trained, their_logits, rows)
+        if not _JSON.value:
+            print(
+                "{tokens:,} tokens: perplexity {perplexity:.4f}, of the model itself {their_perplexity:.4f}; "
+                "logits, up to {largest_logit:.1f}, differ by {logits_differ_by:.1e} at most".format(**found)
+            )
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    _MODEL = flags.DEFINE_string("model", None, "Folder of safetensors, or .gguf file.", required=True)
+    _WORKDIR = flags.DEFINE_string("workdir", None, "The run folder to make; it must not be there yet.", required=True)
+    _CHECK = flags.DEFINE_bool("check", False, "Compare it with the model in transformers.")
+    _DATA = flags.DEFINE_string("data", None, "Of --check: text in place of the standard library's held-out part.")
+    _MAX_TOKENS = flags.DEFINE_integer("max_tokens", 10_000, "Of --check: about so many tokens.", lower_bound=1)
+    _JSON = flags.DEFINE_bool("json", False, "Print the JSON line alone.")
+    cli.run(main)
