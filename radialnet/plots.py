@@ -446,6 +446,32 @@ def plot_medians(models: list[tuple[str, int, dict[str, float]]], path: Path) ->
     _save(plt, figure, path, dpi=100)
 
 
+def plot_skips(found: dict, path: Path) -> None:
+    """Draw the loss of a model against the layers that it executes.
+
+    Args:
+        found: `skips.search`.
+    """
+    plt = _pyplot()
+    figure, axes = plt.subplots(figsize=_SIZE)
+    for index, name in enumerate(("greedy", "even", "random")):
+        if not (losses := found[name]):
+            continue
+        executed = found["layers"] - np.arange(len(losses))
+        look = {"marker": _MARKERS[index], "color": SERIES[index], "markersize": 4, "linewidth": 1}
+        axes.errorbar(executed, losses, yerr=found["random_std"] if name == "random" else None, label=name, **look)
+    limit = found["greedy"][0] * (1 + found["tolerance"])
+    axes.axhline(limit, color="0.6", linestyle="--", linewidth=1, label=f"{found['tolerance']:.0%} more loss")
+    # Beyond three times the loss nothing is left of the model.
+    axes.set_ylim(
+        0.95 * found["greedy"][0], min(3 * found["greedy"][0], 1.05 * max(map(max, (found["greedy"], found["even"]))))
+    )
+    axes.invert_xaxis()
+    axes.set(xlabel="layers executed", ylabel="loss (nats per token)")
+    axes.legend(frameon=False)
+    _save(plt, figure, path, dpi=100)
+
+
 def _scale_costs(axes, costs: list[float]) -> None:
     from matplotlib import ticker
 

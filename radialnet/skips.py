@@ -1,0 +1,179 @@
+"""How many layers of a plain model can go before its loss moves: the bound for what a router can learn to skip.
+
+    python -m radialnet.skips --workdir=DIR [--data=PATH] [--max_tokens=N] [--most=K] [--orders=R] [--tolerance=X]
+                              [--out=DIR] [--json]
+
+For a `sequential` run, one that was radialized among them, without any training. Layers go one by one: greedily, each
+time the one without which the loss is the least; in random orders; and evenly spread over the depth. Along the greedy
+order: how many can go for all tokens alike, for each row by itself, and for each token, with a loss that rises by at
+most the share --tolerance. The last two choose by the answer, which a router does not know. The last line of stdout is
+one JSON object; --out gets it as skips.json, and a plot.
+"""
+
+import json
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import flags
+from flax import nnx
+
+from radialnet import cli
+from radialnet.config import Config
+from radialnet.data import eval_batches, held_out_rows
+from radialnet.files import write_whole
+from radialnet.plots import plot_skips
+from radialnet.profile import documents
+from radialnet.router import Controllers
+from radialnet.sections import ConfigError
+from radialnet.shards import Batch
+from radialnet.train_step import forward_as_evaluated
+from radialnet.trained import TrainedModel, load_trained
+
+
+@partial(jax.jit, static_argnames=("config", "graph"))
+def _nats(
+    params, controllers: Controllers, step, batch: Batch, kept_L: jax.Array, *, config: Config, graph: nnx.GraphDef
+) -> jax.Array:
+    """-log p of each target, [B, S], of the model without the layers that are not kept."""
+    # A layer without what it writes adds nothing, and nobody looks at its entries but itself.
+    writes = ("attention_out", "attention_out_bias", "mlp_out", "mlp_out_bias")
+    block = {
+        name: w * kept_L.reshape(-1, *[1] * (w.ndim - 1)) if name in writes else w
+        for name, w in params["pool"]["block"].items()
+    }
+    output = forward_as_evaluated(config, graph, {**params, "pool": {"block": block}}, batch, controllers, step)
+    return optax.softmax_cross_entropy_with_integer_labels(output.logits_BSV, batch["target"])
+
+
+class Skipping:
+    """A plain model over some rows, of which layers can be left out."""
+
+    def __init__(self, trained: TrainedModel, batches: list[Batch]):
+        self.num_layers, self._batches = trained.config.model.pool_size, batches
+        given = trained.params, trained.controllers, np.int32(trained.step)
+        self._nats = lambda batch, kept_L: _nats(*given, batch, kept_L, config=trained.config, graph=trained.graph)
+        self.is_target_RS = np.concatenate([batch["is_target"] for batch in batches])
+
+    def nats(self, gone: list[int]) -> np.ndarray:
+        """-log p of each target without some layers, [R, S]; 0 where there is no target."""
+        kept_L = jnp.ones(self.num_layers).at[jnp.array(gone, int)].set(0.0)
+        nats_RS = np.concatenate([np.asarray(self._nats(batch, kept_L)) for batch in self._batches])
+        return np.where(self.is_target_RS, nats_RS, 0)
+
+    def ce(self, gone: list[int]) -> float:
+        """The mean over all targets."""
+        return float(self.nats(gone).sum() / self.is_target_RS.sum())
+
+    def greedy(self, most: int) -> list[int]:
+        """Layers in the order in which they go, each the one without which the loss is the least."""
+        order: list[int] = []
+        for _ in range(most):
+            rest = [layer for layer in range(self.num_layers) if layer not in order]
+            order.append(min(rest, key=lambda layer: self.ce([*order, layer])))
+        return order
+
+
+def evenly_gone(num_layers: int, num_gone: int) -> list[int]:
+    """Layers evenly spread between the first and the last, which stay as long as others can go."""
+    inner = num_layers - 2
+    if num_gone > inner:
+        return list(range(1, 1 + num_gone))
+    return [1 + (2 * index + 1) * inner // (2 * num_gone) for index in range(num_gone)]
+
+
+def most_gone(nats_KRS: np.ndarray, is_target_RS: np.ndarray, tolerance: float) -> dict[str, float]:
+    """How many layers can go with a loss that is at most so much more, a share of the mean loss.
+
+    Args:
+        nats_KRS: without the first 0, 1, … K-1 layers of an order.
+
+    Returns:
+        `all`: of all tokens alike; `row`, `token`: the means over rows, and over tokens, that choose by themselves.
+    """
+    allowed = tolerance * nats_KRS[0].sum() / is_target_RS.sum()
+
+    def most(nats_KX: np.ndarray, allowed_X) -> np.ndarray:
+        fits_KX = nats_KX <= nats_KX[0] + allowed_X
+        return (fits_KX * np.arange(len(nats_KX)).reshape(-1, *[1] * (nats_KX.ndim - 1))).max(0)
+
+    num_R = is_target_RS.sum(1)
+    has_R = num_R > 0
+    return {
+        "all": float(most(nats_KRS.sum((1, 2)), allowed * num_R.sum())),
+        "row": float(most(nats_KRS.sum(2)[:, has_R], allowed * num_R[has_R]).mean()),
+        "token": float(most(nats_KRS[:, is_target_RS], allowed).mean()),
+    }
+
+
+def search(skipping: Skipping, most: int, num_orders: int, tolerance: float) -> dict:
+    """All figures of the command. `most`: layers that go at most."""
+    order, num_layers = skipping.greedy(most), skipping.num_layers
+    nats_KRS = np.stack([skipping.nats(order[:num]) for num in range(most + 1)])
+    num_targets = int(skipping.is_target_RS.sum())
+    random = [np.random.default_rng(seed).permutation(num_layers)[:most].tolist() for seed in range(num_orders)]
+    random_RK = [[skipping.ce(of[:num]) for num in range(most + 1)] for of in random]
+    return {
+        "layers": num_layers,
+        "tokens": num_targets,
+        "order": order,
+        "greedy": (nats_KRS.sum((1, 2)) / num_targets).tolist(),
+        "even": [skipping.ce(evenly_gone(num_layers, num)) for num in range(most + 1)],
+        "random": np.mean(random_RK, axis=0).tolist() if random else [],
+        "random_std": np.std(random_RK, axis=0).tolist() if random else [],
+        "tolerance": tolerance,
+        "most": most_gone(nats_KRS, skipping.is_target_RS, tolerance),
+    }
+
+
+def _show(found: dict) -> None:
+    names = ("greedy", "even", "random")
+    print(f"{'layers gone':>11}  {'layer':>5}" + "".join(f"  {name:>8}" for name in names))
+    for num in range(len(found["greedy"])):
+        layer = f"{found['order'][num - 1]}" if num else ""
+        columns = (f"  {found[name][num]:8.4f}" if found[name] else "" for name in names)
+        print(f"{num:>11}  {layer:>5}" + "".join(columns))
+    most = found["most"]
+    print(
+        f"at most {found['tolerance']:.1%} more loss: {most['all']:.0f} of {found['layers']} layers for all alike, "
+        f"{most['row']:.2f} if each row chooses, {most['token']:.2f} if each token does"
+    )
+
+
+def main() -> None:
+    trained, out = load_trained(Path(_WORKDIR.value)), _OUT.value and Path(_OUT.value)
+    config = trained.config
+    if config.router.form != "sequential":
+        raise ConfigError(f"--workdir={_WORKDIR.value}: its form is {config.router.form!r}, 'sequential' is needed")
+    most = _MOST.value or config.model.pool_size - 1
+    if not 0 < most < config.model.pool_size:
+        raise ConfigError(f"--most={most}: 1 to {config.model.pool_size - 1} of its layers can go")
+    source, told = documents(_DATA.value and Path(_DATA.value))
+    rows = held_out_rows(source, trained.tokenizer, config.train.seq_len)
+    num_rows = max(1, min(len(rows), _MAX_TOKENS.value // config.train.seq_len))
+    # Rows from all over the text.
+    rows = [rows[index * len(rows) // num_rows] for index in range(num_rows)]
+    batches = list(eval_batches(rows, min(config.train.batch_size, num_rows), 0))
+    found = {"data": told, **search(Skipping(trained, batches), most, _ORDERS.value, _TOLERANCE.value)}
+    if out:
+        out.mkdir(parents=True, exist_ok=True)
+        plot_skips(found, out / "skips.png")
+        write_whole(out / "skips.json", json.dumps(found, indent=1))
+    if not _JSON.value:
+        _show(found)
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    _WORKDIR = flags.DEFINE_string("workdir", None, "The run folder.", required=True)
+    _DATA = flags.DEFINE_string("data", None, "Text in place of the standard library's held-out part.")
+    _MAX_TOKENS = flags.DEFINE_integer("max_tokens", 2048, "About so many tokens.", lower_bound=1)
+    _MOST = flags.DEFINE_integer("most", None, "Layers that go at most; all but one by default.")
+    _ORDERS = flags.DEFINE_integer("orders", 3, "Random orders.", lower_bound=0)
+    _TOLERANCE = flags.DEFINE_float("tolerance", 0.01, "By what share the loss may rise.", lower_bound=0.0)
+    _OUT = flags.DEFINE_string("out", None, "A folder for skips.json and a plot.")
+    _JSON = flags.DEFINE_bool("json", False, "Print the JSON line alone.")
+    cli.run(main)

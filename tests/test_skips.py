@@ -1,0 +1,97 @@
+"""Layers that go, against models that never had them, and against a search by brute force."""
+
+import itertools
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from radialnet.data import eval_batches, held_out_rows
+from radialnet.skips import Skipping, evenly_gone, most_gone, search
+from radialnet.sources import Document
+from radialnet.tokenizer import BYTE_VOCAB_SIZE, Tokenizer
+from radialnet.trained import TrainedModel
+from tests.test_cli import run
+from tests.test_interchange import make_run
+from tests.test_model import perturbed
+from tests.tiny import Model, make_config
+
+LAYERS = 4
+
+
+def config_of(num_layers):
+    return make_config(
+        router__form="sequential", model__pool_size=num_layers, model__max_depth=num_layers, model__biases=True,
+        model__min_depth=num_layers, router__depth_target=float(num_layers), cache__view="same_step",
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trained():
+    config = config_of(LAYERS)
+    model = Model(config, vocab_size=BYTE_VOCAB_SIZE)
+    params = perturbed(model.params)
+    tokenizer = Tokenizer.train([], BYTE_VOCAB_SIZE)
+    return TrainedModel(config, model.graph, params, model.controllers, tokenizer, 0)
+
+
+@pytest.fixture(scope="module")
+def skipping(trained):
+    text = "".join(np.random.default_rng(0).choice(list("abc de\n"), 70))
+    rows = held_out_rows([Document("a", text), Document("b", text[::-1])], trained.tokenizer, 13)
+    return Skipping(trained, list(eval_batches(rows, 2, 0)))
+
+
+def test_a_model_without_layers_is_one_that_never_had_them(trained, skipping):
+    block = jax.tree.map(lambda w: w[np.array([0, 3])], trained.params["pool"])
+    small = Model(config_of(2), vocab_size=BYTE_VOCAB_SIZE)
+    other = TrainedModel(small.config, small.graph, {**trained.params, "pool": block}, small.controllers, None, 0)
+    expected = Skipping(other, skipping._batches).nats([])
+    np.testing.assert_allclose(skipping.nats([1, 2]), expected, atol=1e-5)
+    assert np.abs(skipping.nats([]) - expected).max() > 0.01
+    assert skipping.ce([]) == pytest.approx(skipping.nats([]).sum() / skipping.is_target_RS.sum())
+
+
+def test_greedy_takes_the_layer_whose_loss_is_least(skipping):
+    first, second = skipping.greedy(2)
+    losses = {pair: skipping.ce(list(pair)) for pair in itertools.permutations(range(LAYERS), 2)}
+    assert skipping.ce([first]) == min(skipping.ce([layer]) for layer in range(LAYERS))
+    assert losses[first, second] == min(loss for pair, loss in losses.items() if pair[0] == first)
+
+
+def test_layers_that_go_evenly():
+    assert [evenly_gone(6, num) for num in range(6)] == [[], [3], [2, 4], [1, 3, 4], [1, 2, 3, 4], [1, 2, 3, 4, 5]]
+
+
+def test_how_many_can_go_by_hand():
+    """Two rows of two targets and one without; the mean loss is 1, so that a tenth more is 0.1 a target."""
+    first = [[1.0, 1.0, 0.0], [0.5, 1.5, 0.0]]
+    second = [[1.05, 1.3, 0.0], [0.5, 1.5, 0.0]]
+    third = [[2.0, 1.0, 0.0], [0.6, 1.6, 0.0]]
+    is_target = np.array([[True, True, False]] * 2)
+    found = most_gone(np.array([first, second, third]), is_target, 0.1)
+    # All: 4.35 and 5.2 of 4.4; rows: the second gets to 2.2 of 2.2, the first to 2.35 of 2.2; tokens 1, 2, 2, 2.
+    assert found == {"all": 1.0, "row": 1.0, "token": pytest.approx((1 + 2 + 2 + 2) / 4)}
+
+
+def test_search_has_all_curves(skipping):
+    found = search(skipping, 2, 2, 0.05)
+    assert [len(found[name]) for name in ("greedy", "even", "random", "random_std")] == [3] * 4
+    for name in ("greedy", "even", "random"):
+        assert found[name][0] == pytest.approx(skipping.ce([]), rel=1e-6)
+    assert found["random_std"][0] == 0 < found["random_std"][1]
+    assert found["greedy"][2] == pytest.approx(skipping.ce(found["order"]))
+
+
+@pytest.mark.slow
+def test_the_command(tmp_path):
+    make_run(tmp_path / "run", config_of(LAYERS))
+    (tmp_path / "a.txt").write_text("some text and more of it " * 9)
+    flags = [f"--data={tmp_path / 'a.txt'}", "--max_tokens=30", "--orders=1", f"--out={tmp_path / 'out'}"]
+    stdout, _ = run("-m", "radialnet.skips", f"--workdir={tmp_path / 'run'}", *flags)
+    found = json.loads(stdout.splitlines()[-1])
+    assert found == json.loads((tmp_path / "out" / "skips.json").read_text())
+    assert len(found["order"]) == 3 and (tmp_path / "out" / "skips.png").stat().st_size > 5000
+    _, stderr = run("-m", "radialnet.skips", f"--workdir={tmp_path / 'run'}", "--most=4", code=2)
+    assert stderr == "error: --most=4: 1 to 3 of its layers can go\n"
