@@ -110,6 +110,10 @@ def for_platform(config: Config, platform: str) -> Config:
 
 def trace(config: Config, devices: Sequence) -> tuple[jax.stages.Traced, Placement]:
     """The training step of a config on devices. Nothing of the size of the model is ever made."""
+    if config.train.teacher:
+        raise ConfigError(
+            f"config.train.teacher={config.train.teacher!r}: only a step without a teacher is compiled here"
+        )
     vocab_size, optimizer = _vocab_size(config), make_optimizer(config)
     placement = place(config, vocab_size, devices)
     graph, _ = abstract_params(config, vocab_size, placement.parallel)

@@ -82,7 +82,7 @@ def _validate_model(config: Sections) -> None:
     _require(
         model.head_size % 2 == 0,
         f"config.model.num_heads={model.num_heads} gives config.model.d_model={model.d_model} an odd head size of "
-        f"{model.head_size}; rotary positions need an even one",
+        f"{model.head_size}; an even one is needed",
     )
     _require(
         model.num_heads % model.num_kv_heads == 0,

@@ -110,8 +110,9 @@ def prepare(
     known = [fingerprint(source) for source in sources]
     tokenizer = tokenizer_of_run(folder) if has_begun else _tokenizer(cache, cfg, sources, known, report)
     indices, streams = [], []
-    for part, source, of_source in zip(parts, sources, known, strict=True):
+    for number, (part, source, of_source) in enumerate(zip(parts, sources, known, strict=True), 1):
         name = f"documents of {part.path or part.source} tokenised"
+        name = f"part {number} of {len(parts)}: {name}" if len(parts) > 1 else name
         shards = cache / f"tokens-{_key(LAYOUT, of_source, tokenizer.fingerprint(), cfg.eval_fraction)}"
         indices.append(write_shards(shards, source, tokenizer, cfg.eval_fraction, num_processes, partial(report, name)))
         streams.append(open_streams(shards, indices[-1], tokenizer.separator_id))
@@ -257,6 +258,7 @@ def _tokenizer(
                 document = source[index]
                 if not document.is_held_out(cfg.eval_fraction):
                     yield document.content
+            report("documents read for the tokenizer", len(chosen), len(chosen))
 
         Tokenizer.train(texts(), cfg.vocab_size).save(path)
     return Tokenizer.load(path)

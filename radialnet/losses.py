@@ -173,22 +173,29 @@ def read_losses(
 
 
 def skip_losses(
-    output: Output, at: Schedule, is_target_N: jax.Array, taught_N: jax.Array | None, parallel: Parallel = ALONE
+    output: Output,
+    at: Schedule,
+    is_target_N: jax.Array,
+    taught_N: jax.Array | None,
+    has_teacher: bool,
+    parallel: Parallel = ALONE,
 ) -> dict[str, jax.Array]:
-    """The terms that train the scores e of the form `skip`, so that exp(-e) is what skipping a layer costs.
+    """The terms that train the scores e of the form `skip`, so that exp(-e) is about what skipping a layer costs.
 
     Args:
         is_target_N: of this device's tokens (`Parallel.my_tokens`).
-        taught_N: divergence of each token from a teacher, where there is one.
+        taught_N: divergence of each token from the teacher; None where that isn't asked, as in `radialnet.evaluate`.
+        has_teacher: whether the run has one.
 
     Returns:
         `loss_residual`: mean squared error of -e as a prediction of log(‖f(x)‖ / ‖x + f(x)‖), of each layer that a
         token executed. What adds little to a state can be spared first (arXiv 2404.04900, section 3). With a teacher it
         is only where that begins, as long as nobody may skip.
         `loss_skip`: c - d·log c, the mean over the tokens that skipped something, of their divergence d from the
-        teacher and the sum c of exp(-e) over the layers that they skipped; the best prediction of d is its mean.
+        teacher and the sum c of exp(-e) over the layers that they skipped; the best prediction of d is its mean. What
+        the missing keys of earlier tokens did is in d as well, and nobody pays for what their own do to later ones.
     """
-    learns = True if taught_N is None else ~at.may_exit
+    learns = ~at.may_exit if has_teacher else True
     is_known_TBS = (output.residual_ratio_TBS > 0) & learns
     error_TBS = output.exit_logit_TBS + jnp.log(jnp.where(is_known_TBS, output.residual_ratio_TBS, 1))
     squares, count = parallel.sum_rows((jnp.where(is_known_TBS, error_TBS**2, 0).sum(), is_known_TBS.sum()))
@@ -205,13 +212,19 @@ def skip_losses(
 
 
 def total_loss(
-    cfg: RouterConfig, mean_nats: jax.Array, sums: RoutingSums, at: Schedule, more: dict[str, jax.Array]
+    cfg: RouterConfig,
+    mean_nats: jax.Array,
+    sums: RoutingSums,
+    at: Schedule,
+    more: dict[str, jax.Array],
+    distill_weight: float = 0.0,
 ) -> dict[str, jax.Array]:
     """`loss`, which is minimised, and its raw terms by the names they are logged under.
 
     Args:
         mean_nats: the cross-entropy.
-        more: the terms of `read_losses` and `skip_losses`, where there are any.
+        more: the terms of `read_losses` and `skip_losses`, and `loss_distill`, where there are any.
+        distill_weight: of `loss_distill`; the cross-entropy has the rest, of 1.
     """
     load, z = load_loss(sums), router_z_loss(sums)
     depth = depth_loss(sums, cfg.depth_loss, at.depth_target)
@@ -225,6 +238,8 @@ def total_loss(
     if "loss_read" in more:
         loss += cfg.read_coef * more["loss_read"] + more["loss_benefit"]
     loss += more.get("loss_residual", 0) + more.get("loss_skip", 0)
+    if "loss_distill" in more:
+        loss += distill_weight * (more["loss_distill"] - mean_nats)
     if cfg.is_trained:
         loss += cfg.load_coef * load + cfg.depth_coef * depth + cfg.z_coef * z
     return {"loss": loss, "ce": mean_nats, **terms, **more}

@@ -30,7 +30,7 @@ class Output:
     layer_TBS: jax.Array  # The layer that each token executed at each depth step; L for none.
     h_TBSD: jax.Array  # The residual stream before each depth step.
     exit_logit_TBS: jax.Array  # e.
-    skips_TBS: jax.Array  # Steps that a token sat out.
+    skips_TBS: jax.Array  # Steps at which a token executed nothing; False for padding.
     residual_ratio_TBS: jax.Array  # ‖f(x)‖ / ‖x + f(x)‖ of each executed step, 0 elsewhere; without a gradient.
     read: "Read | None"  # Where exits are trained by what going on is worth.
 

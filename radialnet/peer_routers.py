@@ -31,8 +31,10 @@ class SkipRouter(Router):
 
     So a token jumps forward over any layers, and leaves early when it sits out all that is left. As step t has layer t,
     a token that jumped sees the keys of layer t of all before it that executed it: they wrote them at this very step.
-    A score e says that skipping costs exp(-e) (`losses.skip_losses`), so that the exit bias, by which its controller
-    holds the mean depth, is the log of what a layer may cost. The first `model.min_depth` layers are never skipped.
+    A score e predicts what skipping costs, exp(-e) (`losses.skip_losses`), so that the exit bias, by which its
+    controller holds the mean depth, is the log of what a layer may cost. The first `model.min_depth` layers are never
+    skipped.
+    Nothing is learned through the choice: `router.estimator` has no meaning here.
     """
 
     def __init__(self, model_cfg: ModelConfig, cfg: RouterConfig, rngs: nnx.Rngs, parallel: Parallel):
@@ -51,7 +53,9 @@ class SkipRouter(Router):
         decided: Decision | None = None,
     ) -> Route:
         """`Router.__call__`; nobody exits."""
-        score_BS = self._logits(self._inputs(h_BSD, jnp.minimum(depth_step, self.max_depth - 1)))[..., 0]
+        # It learns to predict, and changes nothing of what it predicts from.
+        x_BSD = self._inputs(jax.lax.stop_gradient(h_BSD), jnp.minimum(depth_step, self.max_depth - 1))
+        score_BS = self._logits(x_BSD)[..., 0]
         skip_BS = score_BS + controllers.exit_bias
         may_skip = at.may_exit & (self.min_depth < self.max_depth) & (depth_step >= self.min_depth)
         if decided is None:
@@ -67,7 +71,6 @@ class SkipRouter(Router):
             active_BS,
             self.num_layers,
             exit_logit_BS=score_BS,
-            z_exit_BS=score_BS,
             leave_logit_BS=skip_BS,
             can_exit=may_skip,
         )

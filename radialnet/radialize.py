@@ -50,11 +50,12 @@ def compare(trained: TrainedModel, their_logits: Callable[[list[int]], np.ndarra
         batch = {"token": token_BS, "document": np.zeros_like(token_BS), "position": position_BS}
         of_run = {"config": trained.config, "graph": trained.graph}
         ours_SV = np.asarray(_logits(trained.params, trained.controllers, trained.step, batch, **of_run))[0]
-        theirs_SV = their_logits(row)[:, : ours_SV.shape[1]]
+        theirs_SV = their_logits(row)
         for name, logits_SV in (("ours", ours_SV), ("theirs", theirs_SV)):
             nats_S = optax.softmax_cross_entropy_with_integer_labels(logits_SV[:-1], token_BS[0, 1:])
             nats[name] += float(nats_S.sum())
-        differences.append(np.abs(ours_SV - theirs_SV).max())
+        # Of theirs there may be more, that are of no token.
+        differences.append(np.abs(ours_SV - theirs_SV[:, : ours_SV.shape[1]]).max())
         largest = max(largest, float(np.abs(theirs_SV).max()))
     num_targets = sum(len(row) - 1 for row in rows)
     perplexity = {name: math.exp(total / num_targets) for name, total in nats.items()}
@@ -82,7 +83,7 @@ def logits_of_transformers(path: Path) -> Callable[[list[int]], np.ndarray]:
         model = transformers.AutoModelForCausalLM.from_pretrained(
             where[0], dtype=torch.float32, local_files_only=True, **where[1]
         )
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         raise ConfigError(
             f"--model={path}: transformers can't read it ({' '.join(str(error).split())[:200]})"
         ) from None
@@ -108,18 +109,16 @@ def main() -> None:
     # Before the work: what is needed for the comparison.
     their_logits = logits_of_transformers(model) if _CHECK.value else None
     found = {"workdir": str(workdir), **import_pretrained(model, workdir)}
-    if not _JSON.value:
-        print("{workdir}: {format}, {parameters:,} parameters in {tensors} tensors".format(**found))
+    told = ["{workdir}: {format}, {parameters:,} parameters in {tensors} tensors"]
     if their_logits:
         trained = load_trained(workdir)
         rows = text_rows(trained, _DATA.value and Path(_DATA.value), _MAX_TOKENS.value)
         found |= compare(trained, their_logits, rows)
-        if not _JSON.value:
-            print(
-                "{tokens:,} tokens: perplexity {perplexity:.4f}, of the model itself {their_perplexity:.4f}; "
-                "logits, up to {largest_logit:.1f}, differ by {logits_differ_by:.1e} at most".format(**found)
-            )
-    print(json.dumps(found))
+        told += [
+            "{tokens:,} tokens: perplexity {perplexity:.4f}, of the model itself {their_perplexity:.4f}",
+            "logits, up to {largest_logit:.1f}, differ by {logits_differ_by:.1e} at most",
+        ]
+    print(json.dumps(found) if _JSON.value else "\n".join(told).format(**found))
 
 
 if __name__ == "__main__":
@@ -128,5 +127,5 @@ if __name__ == "__main__":
     _CHECK = flags.DEFINE_bool("check", False, "Compare it with the model in transformers.")
     _DATA = flags.DEFINE_string("data", None, "Of --check: text in place of the standard library's held-out part.")
     _MAX_TOKENS = flags.DEFINE_integer("max_tokens", 10_000, "Of --check: about so many tokens.", lower_bound=1)
-    _JSON = flags.DEFINE_bool("json", False, "Print the JSON line alone.")
+    _JSON = flags.DEFINE_bool("json", False, "Print a JSON line alone.")
     cli.run(main)

@@ -144,7 +144,12 @@ def profile_run(trained: TrainedModel, rows: Rows, max_tokens: int, skip_first: 
         model=name,
         kind="radialnet",
         norm="pre-norm",
-        num_parameters=sum(x.size for x in jax.tree.leaves(trained.params)),
+        num_parameters=sum(
+            x.size
+            for name, part in trained.params.items()
+            if name not in ("head", "router")
+            for x in jax.tree.leaves(part)
+        ),
         num_tokens=num_tokens,
         skip_first=skip_first,
         data=data,

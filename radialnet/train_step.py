@@ -152,11 +152,9 @@ def _sums(
         taught, taught_N = divergence(final_ND, head_DV, taught_ND, teacher.params["head"], is_target_N)
         more["loss_distill"] = parallel.sum_all(taught) / jnp.maximum(num_targets, 1)
     if config.router.form == "skip":
-        more |= skip_losses(output, at, is_target_N, taught_N, parallel)
+        more |= skip_losses(output, at, is_target_N, taught_N, bool(config.train.teacher), parallel)
     mean_nats = parallel.sum_all(nats) / jnp.maximum(num_targets, 1)
-    losses = total_loss(config.router, mean_nats, routing, at, more)
-    if teacher:
-        losses["loss"] += weight * (losses["loss_distill"] - mean_nats)
+    losses = total_loss(config.router, mean_nats, routing, at, more, weight)
     weighted = {name: loss * num_targets for name, loss in losses.items()}
     return losses["loss"], BatchSums(weighted, num_targets, num_bytes, routing)
 
@@ -326,6 +324,7 @@ def eval_step(
     step: jax.Array,
     batch: Batch,
     bytes_V: jax.Array,
+    teacher: Teacher | None = None,
     *,
     config: Config,
     graph: nnx.GraphDef,
@@ -339,10 +338,10 @@ def eval_step(
     at = schedule(config.router, config.model.max_depth, step).for_evaluation()
     parallel = placement.parallel
 
-    def sums_of(params, batch, controllers, at, bytes_V):
+    def sums_of(params, batch, controllers, at, bytes_V, teacher):
         params = placement.whole_params(params)
         output = forward(graph, params, batch, controllers, at, jax.random.key(0), max_depth)
         num_targets = parallel.sum_rows(batch["is_target"].sum().astype(jnp.float32))
-        return (_sums(config, batch, output, params["head"], at, bytes_V, num_targets, parallel)[1],)
+        return (_sums(config, batch, output, params["head"], at, bytes_V, num_targets, parallel, teacher)[1],)
 
-    return placement.on_each_device(sums_of, (False,))(params, batch, controllers, at, bytes_V)[0]
+    return placement.on_each_device(sums_of, (False,))(params, batch, controllers, at, bytes_V, teacher)[0]

@@ -59,6 +59,7 @@ _FIXED_FIELDS = {
     ("train", "batch_size"),
     ("train", "seq_len"),
     ("train", "seed"),
+    ("optimizer", "frozen"),
 }
 
 
@@ -248,6 +249,10 @@ def _teacher(config: Config, placement: Placement, tokenizer: Tokenizer) -> Teac
         raise ConfigError(f"config.train.teacher={path!r}: {error}") from None
     if trained.tokenizer.fingerprint() != tokenizer.fingerprint():
         raise ConfigError(f"config.train.teacher={path!r} was trained with another tokenizer")
+    if 0 < (most := trained.config.model.max_positions) < config.train.seq_len:
+        raise ConfigError(
+            f"config.train.seq_len={config.train.seq_len}: config.train.teacher={path!r} knows {most} positions"
+        )
     known = {"params": trained.params, "controllers": trained.controllers, "step": np.int32(trained.step)}
     return Teacher(**placement.put_everywhere(known), config=trained.config, graph=trained.graph)
 
@@ -358,6 +363,7 @@ def _loop(run: Run, writer: MetricsWriter, preemption: Preemption) -> None:
         window = run.checkpoints.restore(run.step, {"window": window})["window"]
     run.console.print(f"compiled the training step in {time.perf_counter() - start:.1f} s")
     eval_fn = jax.jit(partial(eval_step, config=config, graph=run.graph, placement=placement))
+    eval_fn = partial(eval_fn, teacher=run.teacher)
     vocab_size, lines = run.dataset.tokenizer.vocab_size, run.folder.read_metrics()
 
     with (
@@ -440,7 +446,7 @@ def _write_sample(run: Run, writer: MetricsWriter) -> None:
         return
     try:
         text = cfg.sample_prompt + generate(run.trained(), cfg.sample_prompt, cfg.sample_tokens)
-    except CacheFullError as error:
+    except (CacheFullError, ConfigError) as error:
         warn(f"no sample: {error}")
         return
     writer.write_text("sample", text, run.step)

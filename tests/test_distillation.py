@@ -1,5 +1,6 @@
 """A model that learns from a teacher, and one that learns which of its layers it can do without."""
 
+import shutil
 from functools import partial
 from types import SimpleNamespace
 
@@ -12,16 +13,18 @@ from radialnet import losses
 from radialnet.data import prepare
 from radialnet.evaluate import evaluate_trained
 from radialnet.losses import divergence, skip_losses
-from radialnet.model import init_params, residual_ratio
+from radialnet.model import abstract_params, init_params, place, residual_ratio
 from radialnet.optimizer import make_optimizer
 from radialnet.router import Controllers
 from radialnet.run_folder import RunFolder
 from radialnet.sections import ConfigError
-from radialnet.train_step import Teacher, init_state, train_step
+from radialnet.sharding import ONE_DEVICE
+from radialnet.train_step import Teacher, forward, init_state, jitted_train_step, state_shardings, train_step
 from radialnet.trained import load_trained
 from radialnet.trainer import train
 from tests.test_interchange import make_run
 from tests.test_model import perturbed
+from tests.test_sharding import mesh_config
 from tests.tiny import VOCAB, Model, make_batch, make_config
 
 LAYERS = 5
@@ -58,6 +61,21 @@ def test_divergence_in_chunks_equals_the_whole(monkeypatch, dtype, tolerance):
     np.testing.assert_allclose(divergence(final, head, final, head, is_target)[1], 0, atol=1e-5)
 
 
+def test_what_is_predicted_does_not_bend_to_the_prediction():
+    """The scores' own terms have no gradient outside the router."""
+    config = make_config(**SKIP, router__exit_bias_init=0.5)
+    model, batch = Model(config), make_batch(config, packed=True)
+
+    def terms(params):
+        output = forward(model.graph, params, batch, model.controllers, model.at, jax.random.key(0))
+        is_target_N, taught_N = batch["is_target"].ravel(), jnp.ones(batch["token"].size)
+        skip = skip_losses(output, model.at, is_target_N, taught_N, has_teacher=True)["loss_skip"]
+        return skip + skip_losses(output, model.at, is_target_N, None, has_teacher=False)["loss_residual"]
+
+    for name, grad in jax.grad(terms)(model.params).items():
+        assert any(np.abs(x).max() > 0 for x in jax.tree.leaves(grad)) == (name == "router"), name
+
+
 def test_residual_ratios_by_hand():
     h_UBSD = np.array([[[[3.0, 4.0]]], [[[3.0, 4.0]]], [[[3.0, 0.0]]]], np.float32)
     np.testing.assert_allclose(residual_ratio(h_UBSD), [[[0.0]], [[4 / 3]]])
@@ -73,7 +91,7 @@ def test_what_skipping_costs_by_hand():
     )
     at = SimpleNamespace(may_exit=jnp.bool_(True))
     is_target_N, taught_N = jnp.array([True, True, True]), jnp.array([0.7, 0.4, 0.9])
-    found = skip_losses(output, at, is_target_N, taught_N)
+    found = skip_losses(output, at, is_target_N, taught_N, True)
     first, second = np.exp(-1) + np.exp(-0.5), np.exp(-0.2)
     expected = (first - 0.7 * np.log(first) + second - 0.4 * np.log(second)) / 2
     np.testing.assert_allclose(found["loss_skip"], expected, rtol=1e-6)
@@ -81,9 +99,9 @@ def test_what_skipping_costs_by_hand():
     # Nobody may skip yet, or there is no teacher.
     squares = [(e + np.log(0.3)) ** 2 for e in (2, 3, 0.1)]
     at = SimpleNamespace(may_exit=jnp.bool_(False))
-    found = skip_losses(output, at, is_target_N, taught_N)
+    found = skip_losses(output, at, is_target_N, taught_N, True)
     np.testing.assert_allclose(found["loss_residual"], np.mean(squares), rtol=1e-6)
-    alone = skip_losses(output, SimpleNamespace(may_exit=jnp.bool_(True)), is_target_N, None)
+    alone = skip_losses(output, SimpleNamespace(may_exit=jnp.bool_(True)), is_target_N, None, False)
     np.testing.assert_allclose(alone["loss_residual"], np.mean(squares), rtol=1e-6)
     assert alone.keys() == {"loss_residual"}
     # Least where the costs add up to the divergence.
@@ -91,7 +109,7 @@ def test_what_skipping_costs_by_hand():
 
     def of(shift):
         shifted = SimpleNamespace(**{**vars(output), "exit_logit_TBS": output.exit_logit_TBS + shift})
-        return skip_losses(shifted, at, first_N, taught_N)["loss_skip"]
+        return skip_losses(shifted, at, first_N, taught_N, True)["loss_skip"]
 
     assert of(np.log(first / 0.7)) < min(of(np.log(first / 0.7) - 0.1), of(np.log(first / 0.7) + 0.1))
 
@@ -100,7 +118,7 @@ class Learning:
     """A model that is a teacher's copy, or a fresh one, and learns from it."""
 
     def __init__(self, overrides, is_copy=True):
-        self.config = make_config(**overrides)
+        self.config = make_config(**overrides, train__teacher="the one below")
         graph, params = init_params(self.config, VOCAB)
         dense = make_config(**ORDERED, router__form="sequential", model__min_depth=LAYERS)
         taught_graph, taught = init_params(dense, VOCAB)
@@ -182,12 +200,21 @@ def test_a_run_learns_from_a_run_and_goes_on(tmp_path):
         "router__form": "skip", "cache__view": "same_layer", "optimizer__frozen": "embedding, pool, final_norm, head",
         "router__exit_bias_init": 3.0, "router__exit_warmup_steps": 2,
     }  # fmt: skip
-    train(make_config(**fields), tmp_path / "whole")
-    train(make_config(**{**fields, "train__num_steps": 3, "optimizer__warmup_steps": 0}), tmp_path / "parts")
-    train(make_config(**{**fields, "optimizer__warmup_steps": 0}), tmp_path / "parts")
-    lines = [line for line in RunFolder(tmp_path / "whole").read_metrics() if line["split"] == "train"]
-    again = [line for line in RunFolder(tmp_path / "parts").read_metrics() if line["split"] == "train"]
-    assert [line["step"] for line in again] == [1, 2, 3, 4]
+    config = make_config(**fields, checkpoint__every_steps=3)
+    train(config, tmp_path / "whole")
+    # As if a kill had come after step 3.
+    shutil.copytree(tmp_path / "whole", tmp_path / "again")
+    shutil.rmtree(tmp_path / "again" / "checkpoints" / "4")
+    train(config, tmp_path / "again")
+    lines, again = (
+        [line for line in RunFolder(tmp_path / name).read_metrics() if line["split"] == "train"]
+        for name in ("whole", "again")
+    )
+    assert [line["loss"] for line in again] == [line["loss"] for line in lines]
+    one, other = (load_trained(tmp_path / name) for name in ("whole", "again"))
+    jax.tree.map(np.testing.assert_array_equal, (one.params, one.controllers), (other.params, other.controllers))
+    (held_out,) = [line for line in RunFolder(tmp_path / "whole").read_metrics() if line["split"] == "eval"]
+    assert held_out["loss_distill"] > 1e-4 and held_out["loss_residual"] == 0
     assert all(line["depth"] == 3 and line["loss_distill"] < 1e-6 for line in lines[:2])
     assert all(line["depth"] < 3 and line["loss_distill"] > 1e-4 for line in lines[2:])
     ours, theirs = load_trained(tmp_path / "whole"), load_trained(teacher)
@@ -216,3 +243,30 @@ def test_without_skips_it_is_the_teacher():
     found = model(batch, {**model.params, **shared})
     np.testing.assert_array_equal(found.logits_BSV, dense(batch, shared).logits_BSV)
     assert (np.asarray(found.depth_BS)[batch["document"] >= 0] == LAYERS).all()
+
+
+@pytest.mark.slow
+def test_eight_devices_learn_as_one():
+    """Skips, a teacher, and parts that are frozen, which have no moments, on a mesh."""
+    ordered = {"model__pool_size": 4, "model__max_depth": 4, "model__init": "distinct", "cache__view": "same_layer"}
+    dense = mesh_config({}, **ordered, router__form="sequential", model__min_depth=4)
+    graph, taught = init_params(dense, VOCAB)
+    teacher = Teacher(perturbed(taught, seed=3), Controllers.init(dense.router, 4), np.int32(0), dense, graph)
+    skips = {"router__form": "skip", "router__exit_bias_init": 0.02, "optimizer__frozen": "embedding,head,final_norm"}
+    found = []
+    for sizes in ({}, {"tensor": 2, "pool": 2, "fsdp": 2}):
+        config = mesh_config(sizes, **ordered, **skips, train__teacher="the one above", train__accumulate_steps=2)
+        placement = place(config, VOCAB, jax.devices()) if sizes else ONE_DEVICE
+        graph, _ = abstract_params(config, VOCAB, placement.parallel)
+        optimizer, batch = make_optimizer(config), make_batch(config, packed=True)
+        state = init_state(config, perturbed(init_params(config, VOCAB)[1]), optimizer)
+        given = {name: getattr(teacher, name) for name in ("params", "controllers", "step")}
+        if sizes:
+            state = jax.device_put(state, state_shardings(placement, optimizer, state))
+            batch = placement.put_rows(batch, config.train.batch_size)
+        of_mesh = teacher.replace(**placement.put_everywhere(given))
+        step = jitted_train_step(config, graph, optimizer, placement, state)
+        state, sums, scalars = step(state, batch, placement.put_everywhere(np.ones(VOCAB, np.int32)), of_mesh)
+        assert 1 < sums.routing.mean_depth() < 3.9 and sums.losses["loss_skip"] != 0
+        found.append(jax.tree.map(np.asarray, (state.params, state.optimizer, sums.losses, scalars)))
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), *found)

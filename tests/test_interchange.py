@@ -33,6 +33,7 @@ FORMS = {
     "benefit": {"router__exit_training": "benefit"},
     "mod": {"router__form": "mod", "model__min_depth": 3},
     "recursion": {"router__form": "recursion", "model__pool_size": 3, "model__max_depth": 6},
+    "skip": {"router__form": "skip"},
     "hash": {"router__form": "hash", "model__qk_norm": False},
     "other layers": {
         "model__norm": "layer",
