@@ -101,8 +101,12 @@ def route(
     def of_row(h_QD, token_Q, place_Q, active_Q, depth_step, leaves_at_Q):
         rng = jax.random.fold_in(jax.random.key(0), place_Q[0])
         leaves_at_BS = None if leaves_at_Q is None else leaves_at_Q[None]
+        # Of one text a row.
+        begins_BS = place_Q[None] == 0
         args = h_QD[None], token_Q[None], active_Q[None], depth_step, weights.controllers, weights.at
-        return jax.tree.map(lambda x: x[0] if jnp.ndim(x) else x, model.router(*args, rng[None], leaves_at_BS))
+        return jax.tree.map(
+            lambda x: x[0] if jnp.ndim(x) else x, model.router(*args, rng[None], leaves_at_BS, begins_BS=begins_BS)
+        )
 
     route = jax.vmap(of_row)(h_RQD, token_RQ, place_RQ, active_RQ, depth_R, leaves_at_RQ)
     is_routed_R1 = stages.is_routed(stage_R)[:, None]

@@ -88,7 +88,8 @@ def decide(
     Returns:
         The gate of the update, the log of the product of (1 - p_exit) so far, the sums, and the route.
     """
-    args = (active_BS, depth_step, inputs.controllers, inputs.at, inputs.rng_B, before, decided)
+    begins_BS = inputs.positions.document_start_BS == jnp.arange(active_BS.shape[1])
+    args = (active_BS, depth_step, inputs.controllers, inputs.at, inputs.rng_B, before, decided, begins_BS)
     route = router(h_BSD, inputs.token_BS, *args)
     log_survival_BS += route.log_survive_BS
     gate_BS = jnp.ones(active_BS.shape)

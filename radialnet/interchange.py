@@ -32,7 +32,7 @@ from radialnet.llama import config_of_llama, from_llama, llama_fields, to_llama
 from radialnet.model import abstract_params
 from radialnet.opt import config_of_opt, from_opt
 from radialnet.optimizer import make_optimizer
-from radialnet.pretrained import Tensors
+from radialnet.pretrained import Tensors, needed
 from radialnet.router import Controllers
 from radialnet.run_folder import RunFolder
 from radialnet.sections import ConfigError
@@ -129,9 +129,11 @@ def _import_radialnet(source: Path, run: RunFolder) -> dict:
 
 
 def _import_pretrained(source: Path, fields: dict, run: RunFolder) -> dict:
-    if (kind := fields.get("model_type")) not in PRETRAINED:
+    if not isinstance(kind := fields.get("model_type"), str) or kind not in PRETRAINED:
         raise ConfigError(f"{source / 'config.json'}: model_type={kind!r}, one of {', '.join(PRETRAINED)} is needed")
-    if (source / "tokenizer.json").exists() or not (source / "vocab.json").exists():
+    if not (source / "tokenizer.json").is_file() and not (source / "vocab.json").is_file():
+        raise ConfigError(f"{source}: neither tokenizer.json nor vocab.json and merges.txt in it")
+    if (source / "tokenizer.json").is_file():
         tokenizer = Tokenizer.load(source / "tokenizer.json")
         shutil.copyfile(source / "tokenizer.json", run.tokenizer)
     else:
@@ -154,7 +156,7 @@ def _save_pretrained(
 ) -> dict:
     config_of, params_of = PRETRAINED[fields["model_type"]]
     config = config_of(fields, str(source))
-    num_rows, num_tokens = fields["vocab_size"], tokenizer.vocab_size
+    num_rows, num_tokens = needed(fields, "vocab_size", str(source)), tokenizer.vocab_size
     if num_tokens > num_rows:
         raise ConfigError(
             f"{source}: its tokenizer has {num_tokens} tokens with the one between documents, but vocab_size={num_rows}"

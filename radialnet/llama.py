@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from radialnet.config import Config
-from radialnet.pretrained import Left, Tensors, check_representable, needed, sequential_config, stacked
+from radialnet.pretrained import Left, Tensors, check_representable, needed, number, sequential_config, stacked
 from radialnet.sections import ConfigError, ModelConfig
 
 # In which a token at step t sees what the others wrote at step t, if all tokens execute all steps in the same order.
@@ -111,6 +111,8 @@ def config_of_llama(fields: dict, where: str) -> Config:
     """
 
     rope = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
+    if not isinstance(rope, Mapping):
+        raise ConfigError(f"{where}: rope_parameters={rope!r}, an object is needed")
     heads, d_model = (needed(fields, name, where) for name in ("num_attention_heads", "hidden_size"))
     check_representable(
         where,
@@ -127,13 +129,15 @@ def config_of_llama(fields: dict, where: str) -> Config:
     return sequential_config(
         where,
         needed(fields, "num_hidden_layers", where),
-        fields.get("max_position_embeddings", 2048),
+        needed({"max_position_embeddings": 2048, **fields}, "max_position_embeddings", where),
         d_model=d_model,
         num_heads=heads,
-        num_kv_heads=fields.get("num_key_value_heads") or heads,
+        num_kv_heads=heads
+        if fields.get("num_key_value_heads") is None
+        else needed(fields, "num_key_value_heads", where),
         d_ff=needed(fields, "intermediate_size", where),
-        rope_base=float(rope.get("rope_theta", fields.get("rope_theta", 10_000.0))),
-        norm_eps=float(fields.get("rms_norm_eps", 1e-6)),
+        rope_base=number(rope if "rope_theta" in rope else fields, "rope_theta", 10_000.0, where),
+        norm_eps=number(fields, "rms_norm_eps", 1e-6, where),
     )
 
 

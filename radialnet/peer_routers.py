@@ -33,7 +33,8 @@ class SkipRouter(Router):
     a token that jumped sees the keys of layer t of all before it that executed it: they wrote them at this very step.
     A score e predicts what skipping costs, exp(-e) (`losses.skip_losses`), so that the exit bias, by which its
     controller holds the mean depth, is the log of what a layer may cost. The first `model.min_depth` layers are never
-    skipped.
+    skipped, and by the first token of a document none: much attention has nowhere else to go than to its keys, and what
+    it costs others to miss them no score of its own tells.
     Nothing is learned through the choice: `router.estimator` has no meaning here.
     """
 
@@ -51,6 +52,7 @@ class SkipRouter(Router):
         rng_B: jax.Array,
         leaves_at_BS: jax.Array | None = None,
         decided: Decision | None = None,
+        begins_BS: jax.Array | None = None,
     ) -> Route:
         """`Router.__call__`; nobody exits."""
         # It learns to predict, and changes nothing of what it predicts from.
@@ -58,6 +60,8 @@ class SkipRouter(Router):
         score_BS = self._logits(x_BSD)[..., 0]
         skip_BS = score_BS + controllers.exit_bias
         may_skip = at.may_exit & (self.min_depth < self.max_depth) & (depth_step >= self.min_depth)
+        if begins_BS is not None:
+            may_skip &= ~begins_BS
         if decided is None:
             noise_BS = 0.0
             if self.cfg.noise > 0:
@@ -103,6 +107,7 @@ class CapacityRouter(Router):
         rng_B: jax.Array,
         leaves_at_BS: jax.Array | None = None,
         decided: Decision | None = None,
+        begins_BS: jax.Array | None = None,
     ) -> Route:
         """`Router.__call__`; nobody exits."""
         x_BSD = self._inputs(h_BSD, jnp.minimum(depth_step, self.max_depth - 1))
@@ -165,6 +170,7 @@ class RecursionRouter(Router):
         rng_B: jax.Array,
         leaves_at_BS: jax.Array | None = None,
         decided: Decision | None = None,
+        begins_BS: jax.Array | None = None,
     ) -> Route:
         """`Router.__call__`; all is chosen at depth step 0."""
         is_first, num_layers, num_rounds = depth_step == 0, self.num_layers, self.num_rounds

@@ -1,7 +1,9 @@
 """What readers of models that others trained have in common: fields of a config.json, tensors, each in its place."""
 
+import math
 from collections.abc import Mapping
 
+import jax.numpy as jnp
 import numpy as np
 
 from configs import base
@@ -19,6 +21,14 @@ def needed(fields: Mapping, name: str, where: str) -> int:
     if type(value := fields.get(name)) is not int or value < 1:
         raise ConfigError(f"{where}: {name}={value!r}, a whole number of at least 1 is needed")
     return value
+
+
+def number(fields: Mapping, name: str, default: float, where: str) -> float:
+    """A field that must be a number above 0, where it is there. Raises ConfigError: it is something else."""
+    value = fields.get(name, default)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise ConfigError(f"{where}: {name}={value!r}, a number above 0 is needed")
+    return float(value)
 
 
 def check_representable(where: str, *fields: tuple[str, object, object]) -> None:
@@ -63,7 +73,10 @@ class Left:
         """A tensor in fp32. Raises ConfigError: it is missing, or of another shape."""
         if name not in self._left:
             raise ConfigError(f"{self._where}: {name} is missing")
-        x = np.asarray(self._left.pop(name), np.float32)
+        x = self._left.pop(name)
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise ConfigError(f"{self._where}: {name} is {x.dtype}, floats are needed")
+        x = np.asarray(x, np.float32)
         if x.shape != shape:
             raise ConfigError(f"{self._where}: {name} is {list(x.shape)}, but its config needs {list(shape)}")
         return x

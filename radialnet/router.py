@@ -185,6 +185,7 @@ class Router(nnx.Module):
         rng_B: jax.Array,
         leaves_at_BS: jax.Array | None = None,
         decided: Decision | None = None,
+        begins_BS: jax.Array | None = None,
     ) -> Route:
         """Route the active tokens. A depth step beyond the trained max depth is treated as the last trained one.
 
@@ -193,6 +194,7 @@ class Router(nnx.Module):
             leaves_at_BS: `Decision.leaves_at_BS` of the step before, in forms that have it.
             decided: choices to keep to, made before from the same inputs: a backward pass that computes the
                 probabilities again must not choose again, for the last bit of a logit could choose otherwise.
+            begins_BS: the first tokens of their documents.
         """
         # The same tokens at every step.
         explores_BS = draw(jax.random.uniform, rng_B, active_BS.shape) < at.explore if self.cfg.explore else False

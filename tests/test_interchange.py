@@ -242,6 +242,11 @@ LLAMA = {
         ({"num_attention_heads": "6"}, "num_attention_heads='6'"),
         ({"hidden_size": None}, "hidden_size=None"),
         ({"num_key_value_heads": 4}, "config.model.num_kv_heads=4 does not divide"),
+        ({"num_key_value_heads": 1.5}, "num_key_value_heads=1.5, a whole number"),
+        ({"rms_norm_eps": "x"}, "rms_norm_eps='x', a number above 0 is needed"),
+        ({"rope_parameters": {"rope_theta": None}}, "rope_theta=None, a number above 0"),
+        ({"rope_parameters": "x"}, "rope_parameters='x', an object is needed"),
+        ({"max_position_embeddings": 1.5}, "max_position_embeddings=1.5, a whole number"),
     ],
 )
 def test_llamas_that_can_not_be_represented(fields, named):

@@ -96,6 +96,17 @@ def test_logits_are_those_of_the_tensors(opt):
     np.testing.assert_allclose(decoded, logits, atol=1e-4, rtol=0)
 
 
+def test_whole_numbers_are_no_weights(opt, tmp_path):
+    """As those of a quantised model are, whose config does not say so."""
+    tensors = {name: x.astype(np.int8) for name, x in opt[0].items()}
+    with pytest.raises(ConfigError, match="embed_tokens.weight is int8, floats are needed|q_proj.weight is int8"):
+        import_run(write(tmp_path / "opt", tensors), tmp_path / "run")
+    folder = write(tmp_path / "other", opt[0])
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(ConfigError, match=r"other: neither tokenizer.json nor vocab.json and merges.txt in it"):
+        import_run(folder, tmp_path / "run")
+
+
 def test_there_are_as_many_positions_as_were_learned(opt):
     decoder = Decoder(opt[1], num_rows=1)
     with pytest.raises(ConfigError, match="makes 41 tokens with the prompt, and at most 40 are allowed"):
@@ -109,6 +120,8 @@ def test_there_are_as_many_positions_as_were_learned(opt):
     ({"activation_function": "gelu"}, "activation_function='gelu', only 'relu'"),
     ({"ffn_dim": None}, "ffn_dim=None, a whole number of at least 1 is needed"),
     ({"model_type": "bloom"}, "model_type='bloom', one of llama, opt is needed"),
+    ({"model_type": ["opt"]}, r"model_type=\['opt'\], one of llama, opt is needed"),
+    ({"vocab_size": None}, "vocab_size=None, a whole number of at least 1 is needed"),
     ({"num_hidden_layers": 2}, "decoder.layers.2.* a radial network has no such tensor"),
     ({"num_hidden_layers": 4}, "decoder.layers.3.self_attn.q_proj.weight is missing"),
     ({"max_position_embeddings": 30}, r"embed_positions.weight is \[42, 24\], but its config needs \[32, 24\]"),
