@@ -38,13 +38,10 @@ def value_and_grads(run, monkeypatch, **overrides):
     def loss(params):
         output = forward(model.graph, params, batch, controllers, model.at, jax.random.key(0))
         routing = output.routing
-        auxiliary = (
-            (output.exit_logit_TBS**2).sum()
-            + routing.expected_depth
-            + routing.z
-            + routing.predictor_nats
-            + (routing.p_layer_L**2).sum()
-        )
+        auxiliary = routing.expected_depth + routing.z + routing.predictor_nats + (routing.p_layer_L**2).sum()
+        if config.router.form == "skip":
+            # Its scores are in no other part of the loss.
+            auxiliary += (output.exit_logit_TBS**2).sum()
         if output.read is not None:
             read = output.read
             of_read_BS = (read.final_BSD**2).mean(-1) + (read.exit_logit_BS - read.num_left_BS) ** 2
