@@ -96,6 +96,7 @@ def get_config() -> ConfigDict:
     optimizer.weight_decay = 0.01  # On matrices only.
     optimizer.clip_norm = 1.0  # Global gradient norm.
     optimizer.frozen = ""  # By commas, parts that stay as they began: embedding, head, final_norm, pool, router, …
+    optimizer.low_rank = 0  # r: the pool's matrices change by products of this rank; 0 = as they will.
 
     config.train = train = ConfigDict()
     train.num_steps = 1000  # Optimizer steps.

@@ -138,7 +138,7 @@ def trace_decode(config: Config, device) -> jax.stages.Traced:
         controllers = Controllers.init(config.router, model.pool_size)
         at = schedule(config.router, model.max_depth, jnp.int32(config.train.num_steps)).for_evaluation()
         sizes = DECODE_ROWS, config.train.seq_len, num_pages, PAGE_SIZE, model.num_kv_heads, model.head_size
-        cache = DecodeCache.empty(config.cache.view, stages, *sizes, jnp.dtype(model.dtype))
+        cache = DecodeCache.empty(config.view_over(model.max_depth), stages, *sizes, jnp.dtype(model.dtype))
         row_R = jnp.zeros(DECODE_ROWS, jnp.int32)
         return Weights.of(graph, params, controllers, at), cache, row_R, row_R, row_R > 0
 

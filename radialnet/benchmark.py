@@ -3,7 +3,8 @@
     python -m radialnet.benchmark train|decode|cache|router|input [--json=FILE] [--repeats=N]
 
 `train`   the step against a plain dense transformer, over pool sizes, depths and views; attention; memory.
-`decode`  tokens per second over depths, against lockstep, and against `transformers` where it is installed.
+`decode`  tokens per second over depths, against lockstep, and against `transformers` where it is installed; with --runs
+          of trained runs, their layers saved and the time that it saves.
 `cache`   bytes and time of a token over views and sizes; with --runs of trained runs, with their held-out loss and how
           far the logits of decoding are from those of the parallel pass.
 `router`  the router's share of the step, over its width.
@@ -296,10 +297,11 @@ def benchmark_input(timings: Timings, sizes: dict) -> None:
 
 
 def main() -> None:
+    runs = Path(_RUNS.value) if _RUNS.value else None
     commands = {
         "train": benchmark_train,
-        "decode": benchmark_decode,
-        "cache": partial(benchmark_cache, runs=Path(_RUNS.value) if _RUNS.value else None),
+        "decode": partial(benchmark_decode, runs=runs),
+        "cache": partial(benchmark_cache, runs=runs),
         "router": benchmark_router,
         "input": benchmark_input,
     }
@@ -330,7 +332,7 @@ def main() -> None:
 if __name__ == "__main__":
     _COMMAND = cli.command("train", "decode", "cache", "router", "input")
     _JSON = flags.DEFINE_string("json", None, "File that the figures are written to.")
-    _RUNS = flags.DEFINE_string("runs", "", "Of `cache`: a folder with run folders in it.")
+    _RUNS = flags.DEFINE_string("runs", "", "Of `cache` and `decode`: a folder with run folders in it.")
     _SIZES = {
         name: flags.DEFINE_integer(
             name, value, f"{meaning}; {DECODE_SIZES[name]} for decode and cache." if name in DECODE_SIZES else meaning

@@ -233,6 +233,12 @@ def _validate_run(config: Sections) -> None:
     )
     for name in optimizer.frozen_parts:
         _one_of("config.optimizer.frozen", name, PARTS)
+    _at_least("optimizer", optimizer, 0, "low_rank")
+    _require(
+        not optimizer.low_rank or "pool" not in optimizer.frozen_parts,
+        f"config.optimizer.low_rank={optimizer.low_rank} with config.optimizer.frozen={optimizer.frozen!r}: "
+        "what is frozen does not change by any rank",
+    )
     _require(
         train.batch_size % train.accumulate_steps == 0,
         f"config.train.accumulate_steps={train.accumulate_steps} does not divide "
@@ -346,6 +352,11 @@ def check_mesh(config: Sections, sizes: Mapping[str, int]) -> None:
         product = math.prod(factors.values())
         told = " · ".join(f"{name}={size}" for name, size in factors.items() if size > 1)
         _require(value % product == 0, f"{told} does not divide config.{field}={value}")
+    split_over = " · ".join(f"{name}={size}" for name, size in known.items() if size > 1)
+    _require(
+        not (split_over and config.optimizer.low_rank),
+        f"config.optimizer.low_rank={config.optimizer.low_rank}: on one device alone, and not with {split_over}",
+    )
 
 
 def check_hops(

@@ -244,7 +244,8 @@ class Decoder:
         config = self.trained.config
         model, sizes = config.model, (self.num_rows, max_tokens, num_pages, PAGE_SIZE)
         heads = model.num_kv_heads, model.head_size, jnp.dtype(model.dtype)
-        return DecodeCache.empty(config.cache.view, self.decoding.stages, *sizes, *heads)
+        stages = self.decoding.stages
+        return DecodeCache.empty(config.view_over(stages.max_depth), stages, *sizes, *heads)
 
     def _num_pages_allowed(self, num_pages: int) -> int:
         return min(num_pages, self.capacity // PAGE_SIZE) if self.capacity else num_pages

@@ -1,9 +1,10 @@
 """What decoding costs, as ratios of things timed alternately in one process: `benchmark decode` and `benchmark cache`.
 
-The models have random weights, but for those of `benchmark cache --runs`: what they say means nothing, what it takes
-to say it is what a trained one takes.
+The models have random weights, but for those of `--runs`: what they say means nothing, what it takes to say it is what
+a trained one takes.
 """
 
+import dataclasses
 import importlib.util
 import os
 import sys
@@ -32,6 +33,7 @@ VOCAB = 512
 PROMPT = 8  # Tokens.
 LONG = 1000  # New tokens of the request that `cache bytes/entries` is of.
 TEXTS, LENGTH = 4, 256  # Held-out texts that trained runs are read on.
+DEPTHS = (0.9, 0.75, 0.5)  # Shares of the layers that tokens of trained runs are held at.
 
 
 def make_trained(sizes: dict, **overrides) -> TrainedModel:
@@ -64,9 +66,15 @@ def make_trained(sizes: dict, **overrides) -> TrainedModel:
 class Run:
     """Requests for a number of rows. Call it to decode them all."""
 
-    def __init__(self, trained: TrainedModel, num_rows: int, num_new: int, **options):
+    def __init__(
+        self, trained: TrainedModel, num_rows: int, num_new: int, prompts: list[list[int]] | None = None, **options
+    ):
+        """
+        Args:
+            prompts: one random one of a row by default.
+        """
         rng = np.random.default_rng(0)
-        prompts = rng.integers(2, VOCAB, (num_rows, PROMPT)).tolist()
+        prompts = prompts or rng.integers(2, VOCAB, (num_rows, PROMPT)).tolist()
         self.requests = [Request(tuple(prompt), num_new) for prompt in prompts]
         self.decoder = Decoder(trained, num_rows, **options)
 
@@ -88,9 +96,12 @@ class Run:
         return self
 
 
-def benchmark_decode(timings: Timings, sizes: dict) -> None:
-    """Tokens per second against depth, against lockstep, and against `transformers`."""
+def benchmark_decode(timings: Timings, sizes: dict, runs: Path | None) -> None:
+    """Tokens per second against depth, against lockstep, and against `transformers`; of trained runs against depth."""
     max_depth, new = sizes["max_depth"], sizes["seq_len"] - PROMPT - 1
+    if runs is not None:
+        _of_depths(timings, runs, new)
+        return
     whole, exits = make_trained(sizes), make_trained(sizes, model__min_depth=1)
     dense = make_trained(sizes, router__form="sequential", model__pool_size=max_depth)
     for num_rows, rows, name in ((1, "1 row", "1 row depth=T÷2/depth=T"), (16, "16 rows", None)):
@@ -139,11 +150,37 @@ def benchmark_cache(timings: Timings, sizes: dict, runs: Path | None) -> None:
     return None
 
 
-def _of_runs(timings: Timings, runs: Path) -> None:
+def _run_folders(runs: Path) -> list[Path]:
     folders = sorted(path.parent for path in runs.glob("**/config.json"))
     if not folders:
         raise ConfigError(f"--runs={runs}: no run folder in it")
-    against = None
+    return folders
+
+
+def _of_depths(timings: Timings, runs: Path, num_new: int) -> None:
+    """Of each run whose tokens choose their depth: the time of the same requests, one at a time, at parts of that."""
+    for folder in _run_folders(runs):
+        trained = load_trained(folder)
+        model, rows = trained.config.model, prepare(trained.config, RunFolder(folder)).eval
+        if not (trained.config.router.is_trained and model.min_depth < model.max_depth):
+            raise ConfigError(f"--runs={runs}: all tokens of {folder} have the same depth")
+        prompts = [rows[row * len(rows) // TEXTS]["token"][:PROMPT].tolist() for row in range(TEXTS)]
+        full, *parts = (Run(trained, 1, num_new, prompts).hold(share * model.max_depth) for share in (1.0, *DEPTHS))
+        # A text may end; each is written as far as all of them go.
+        lengths = np.min([[len(done.tokens) for done in run()] for run in (full, *parts)], axis=0)
+        for run in (full, *parts):
+            both = zip(run.requests, np.maximum(lengths, 1).tolist(), strict=True)
+            run.requests = [dataclasses.replace(request, max_new_tokens=most) for request, most in both]
+        num_layers, tokens = full.depth(), int(lengths.sum())
+        for run in parts:
+            told = _depths(run)
+            what = f"{folder.name}, {told['depth']:.4g} layers a token", f"{num_layers:.4g} layers"
+            saved = 1 - timings.add(*what, run, full, name=None, tokens=tokens, **told)
+            timings.rows[-1]["time saved/layers saved"] = round(saved / (1 - run.depth() / num_layers), 3)
+
+
+def _of_runs(timings: Timings, runs: Path) -> None:
+    folders, against = _run_folders(runs), None
     for folder in folders:
         trained = load_trained(folder)
         config, rows = trained.config, prepare(trained.config, RunFolder(folder)).eval

@@ -1,7 +1,7 @@
 """The loop of decoding, in which every row goes its own way.
 
 Each iteration executes one layer for every row, through its own layer of the pool and at its own depth. A row whose
-token leaves samples the next one and starts again at once.
+token leaves samples the next one and starts again at once. A stage that all rows sit out takes no iteration.
 """
 
 import flax.struct
@@ -54,20 +54,37 @@ def start(decoding: Decoding, weights: Weights, rows: Rows, starts_R: jax.Array)
     h_RD = jnp.where(starts_R[:, None], model.embed(rows.token_R, rows.place_R), rows.h_RD)
     stage_R = jnp.where(starts_R, 0, rows.stage_R)
     shape = rows.choice.layer_RQ.shape
-    begun = route(
-        decoding,
-        weights,
-        h_RD[:, None],
-        rows.token_R[:, None],
-        rows.place_R[:, None],
-        stage_R,
-        starts_R[:, None],
-        jnp.zeros(shape),
-        model.router.no_plan(shape),
-    )
-    stage_R, begun = _left(decoding, weights, stage_R, begun)
-    choice = jax.tree.map(lambda new, old: jnp.where(starts_R[:, None], new, old), begun, rows.choice)
-    return rows.replace(h_RD=h_RD, stage_R=stage_R, choice=choice)
+    fresh = rows.choice.replace(log_survival_RQ=jnp.zeros(shape), leaves_at_RQ=model.router.no_plan(shape))
+    begun = _arrive(decoding, weights, rows.replace(h_RD=h_RD, choice=fresh), stage_R, starts_R)
+    choice = jax.tree.map(lambda new, old: jnp.where(starts_R[:, None], new, old), begun.choice, rows.choice)
+    return begun.replace(choice=choice)
+
+
+def _arrive(decoding: Decoding, weights: Weights, rows: Rows, stage_R: jax.Array, active_R: jax.Array) -> Rows:
+    """The rows with their active tokens at a stage, and what those do there."""
+    before = rows.choice
+    given = rows.token_R[:, None], rows.place_R[:, None], stage_R, active_R[:, None]
+    choice = route(decoding, weights, rows.h_RD[:, None], *given, before.log_survival_RQ, before.leaves_at_RQ)
+    stage_R, choice = _left(decoding, weights, stage_R, choice)
+    return rows.replace(stage_R=stage_R, choice=choice)
+
+
+def _advance(decoding: Decoding, weights: Weights, rows: Rows) -> Rows:
+    """The rows at the next stage at which any of them has something to do.
+
+    Not each at its own: where rows are at the same stage, they share the weights of its layer.
+    """
+    stages = decoding.stages
+
+    def next_stage(rows: Rows) -> Rows:
+        stage_R = jnp.minimum(rows.stage_R + 1, stages.total)
+        return _arrive(decoding, weights, rows, stage_R, rows.is_live_R & (stage_R < stages.total))
+
+    def all_idle(rows: Rows) -> jax.Array:
+        has_work_R = (rows.choice.layer_RQ[:, 0] < weights.num_layers) | (rows.stage_R == stages.total)
+        return rows.is_live_R.any() & ~(rows.is_live_R & has_work_R).any()
+
+    return jax.lax.while_loop(all_idle, next_stage, next_stage(rows))
 
 
 def _left(decoding: Decoding, weights: Weights, stage_R, choice: Choice) -> tuple[jax.Array, Choice]:
@@ -107,13 +124,8 @@ def _iterate(decoding: Decoding, weights: Weights, cache: DecodeCache, rows: Row
     layer_R = choice.layer_RQ[:, 0]
     log = Log(rows.place_R, rows.stage_R, jnp.where(layer_R < num_layers, layer_R, -1), jnp.full_like(layer_R, -1))
 
-    stage_R = jnp.minimum(rows.stage_R + 1, stages.total)
-    active_RQ = (rows.is_live_R & (stage_R < stages.total))[:, None]
-    token_RQ, before = rows.token_R[:, None], rows.choice
-    given = token_RQ, rows.place_R[:, None], stage_R, active_RQ, before.log_survival_RQ, before.leaves_at_RQ
-    stage_R, choice = _left(decoding, weights, stage_R, route(decoding, weights, h_RQD, *given))
-    rows = rows.replace(h_RD=h_RQD[:, 0], stage_R=stage_R, choice=choice)
-    at_output_R = rows.is_live_R & (stage_R == stages.total)
+    rows = _advance(decoding, weights, rows.replace(h_RD=h_RQD[:, 0]))
+    at_output_R = rows.is_live_R & (rows.stage_R == stages.total)
     emits = jnp.all(at_output_R | ~rows.is_live_R) if decoding.lockstep else jnp.any(at_output_R)
     rows, new_R = jax.lax.cond(
         emits, lambda rows: _emit(decoding, weights, rows, at_output_R), lambda rows: (rows, log.new_IR), rows

@@ -137,9 +137,11 @@ def execute(
     cfg, block = model.cfg, model.pool.block
     shape, num_layers = place_RQ.shape, weights.num_layers
     layer_RQ = choice.layer_RQ
-    # A single row is what most layers have to do for a batch of rows that are each at a place of their own.
-    sizes = tuple(size for size in (SMALLEST, 1) if size <= shape[0]) if shape[1] == 1 else None
-    groups = plan(layer_RQ.ravel(), num_layers, model.pool.grouped_backend, sizes)
+    sizes, num_at_once = None, 1 if decoding.config.router.is_in_order else num_layers
+    if shape[1] == 1:
+        # A single row is what most layers have to do for a batch of rows that are each at a place of their own.
+        sizes, num_at_once = tuple(size for size in (SMALLEST, 1) if size <= shape[0]), num_layers
+    groups = plan(layer_RQ.ravel(), num_layers, model.pool.grouped_backend, sizes, num_at_once)
 
     def half(function, names, rows, fixed=()):
         rows, fixed = (tuple(scatter(x, groups) for x in xs) for xs in (rows, fixed))

@@ -51,19 +51,19 @@ class Groups:
         return jnp.int32(self.row_N.shape[0] * self.count_L.shape[0])
 
 
-def segment_sizes(num_rows: int, num_layers: int) -> tuple[int, ...]:
+def segment_sizes(num_rows: int, num_at_once: int) -> tuple[int, ...]:
     """Sizes that segments may have: from four average groups down, for loads are uneven, halving, six at most."""
     size = SMALLEST
-    while size < LARGEST and size * num_layers <= 2 * num_rows:
+    while size < LARGEST and size * num_at_once <= 2 * num_rows:
         size *= 2
     # A segment is read as a slice, which must fit among the rows.
     return tuple(sorted({min(max(size >> n, SMALLEST), num_rows) for n in range(6)}, reverse=True))
 
 
-def kernel_segment_size(num_rows: int, num_layers: int) -> int:
+def kernel_segment_size(num_rows: int, num_at_once: int) -> int:
     """The one size of segments that GPU kernels take: a power of two, about an average group."""
     size = 16
-    while size < 128 and 2 * size * num_layers <= num_rows:
+    while size < 128 and 2 * size * num_at_once <= num_rows:
         size *= 2
     while size > num_rows:
         size //= 2
@@ -71,7 +71,11 @@ def kernel_segment_size(num_rows: int, num_layers: int) -> int:
 
 
 def plan(
-    layer_N: jax.Array, num_layers: int, backend: str = "block_loop", sizes: tuple[int, ...] | None = None
+    layer_N: jax.Array,
+    num_layers: int,
+    backend: str = "block_loop",
+    sizes: tuple[int, ...] | None = None,
+    num_at_once: int | None = None,
 ) -> Groups:
     """Sort rows by layer and cut each layer's rows into segments.
 
@@ -80,13 +84,15 @@ def plan(
         num_layers: L.
         backend: one of GROUPED_BACKENDS.
         sizes: of the segments, falling; `segment_sizes` by default. Kernels take one, `kernel_segment_size`.
+        num_at_once: among how many of the layers the rows are spread; all by default.
     """
     if backend not in GROUPED_BACKENDS:
         raise ValueError(f"backend={backend!r}: one of {GROUPED_BACKENDS} is needed")
     num_rows = layer_N.shape[0]
-    sizes = sizes or segment_sizes(num_rows, num_layers)
+    num_at_once = num_at_once or num_layers
+    sizes = sizes or segment_sizes(num_rows, num_at_once)
     if backend == "pallas":
-        sizes = (kernel_segment_size(num_rows, num_layers),)
+        sizes = (kernel_segment_size(num_rows, num_at_once),)
     order_N = jnp.argsort(layer_N, stable=True).astype(jnp.int32)
     count_L = jnp.bincount(layer_N, length=num_layers + 1)[:num_layers].astype(jnp.int32)
     place_N = jnp.arange(num_rows, dtype=jnp.int32)

@@ -210,10 +210,9 @@ def flops_by_part(config: Config, vocab_size: int, executes_T: Sequence[float]) 
     # Of one query, over a step whose entries are all there.
     attention = 4 * q_width * (config.train.seq_len + 1) / 2
     executes_T = np.asarray(executes_T)
-    in_order = config.router.form in ("sequential", "early_exit", "skip", "mod") and max_depth <= model.pool_size
-    if config.cache.view == "same_step" or (config.cache.view == "same_layer" and in_order):
+    if (view := config.view_over(max_depth)) == "same_step":
         seen_T = executes_T
-    elif config.cache.view in ("first", "latest"):
+    elif view in ("first", "latest"):
         # One entry of each token that executed any step.
         seen_T = np.full(max_depth, executes_T[0])
     else:

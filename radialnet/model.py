@@ -73,7 +73,7 @@ class RadialTransformer(nnx.Module):
             parallel: the part of a device in it, where it runs on several.
         """
         model, self.parallel = config.model, parallel
-        self.cfg, self.view = model, config.cache.view
+        self.config, self.cfg = config, model
         # A fixed route has no probabilities to learn: nothing is gained by running all layers.
         self.estimator = config.router.estimator if config.router.is_trained else "straight_through"
         self.vocab_size = vocab_size
@@ -87,12 +87,12 @@ class RadialTransformer(nnx.Module):
 
         def unshared(num_layers: int) -> LayerPool | None:
             at_home = dataclasses.replace(parallel, exchange="")
-            return LayerPool(model, num_layers, scale, rngs, parallel=at_home) if num_layers else None
+            return LayerPool(model, num_layers, scale, rngs, True, parallel=at_home) if num_layers else None
 
         self.embedding = normal(vocab_size, model.d_model, model.d_model**-0.5, (None, "width"))
         self.prelude = unshared(model.prelude_layers)
         self.router = make_router(model, config.router, rngs, parallel)
-        self.pool = LayerPool(model, model.pool_size, scale, rngs, "layer", parallel)
+        self.pool = LayerPool(model, model.pool_size, scale, rngs, config.router.is_in_order, "layer", parallel)
         self.coda = unshared(model.coda_layers)
         self.final_norm = nnx.Param(jnp.ones(model.d_model), axes=(None,))
         self.final_norm_bias = nnx.Param(jnp.zeros(model.d_model), axes=(None,)) if model.norm == "layer" else None
@@ -131,7 +131,7 @@ class RadialTransformer(nnx.Module):
         graph, params = nnx.split((self.router, self.pool))
         loop = DepthLoop(
             graph,
-            self.view,
+            self.config.view_over(max_depth),
             max_depth,
             self.estimator,
             self.vocab_size,

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from radialnet.config import Config
+from radialnet.low_rank import low_rank
 
 
 def learning_rate(config: Config) -> optax.Schedule:
@@ -20,13 +21,15 @@ def learning_rate(config: Config) -> optax.Schedule:
 
 
 def make_optimizer(config: Config) -> optax.GradientTransformation:
-    """Frozen parts get updates of 0, and have no moments."""
+    """Frozen parts get updates of 0, and have no moments; with `low_rank` the pool's matrices have those of factors."""
     cfg = config.optimizer
     adamw = optax.chain(
         _scale_by_adam(b1=0.9, b2=cfg.b2, eps=1e-8),
         optax.add_decayed_weights(cfg.weight_decay, _decayed),
         optax.scale_by_learning_rate(learning_rate(config)),
     )
+    if cfg.low_rank:
+        adamw = low_rank(adamw, cfg.low_rank, config.train.seed)
     if not cfg.frozen_parts:
         return adamw
 
@@ -77,6 +80,6 @@ def _decayed(params: dict) -> dict:
     """Matrices and embeddings. By name, for the norms of a pool are stacked to look like matrices."""
 
     def is_decayed(path, _):
-        return not path[-1].key.endswith(("norm", "bias"))
+        return not jax.tree_util.keystr(path[-1:], simple=True).endswith(("norm", "bias"))
 
     return jax.tree.map_with_path(is_decayed, params)

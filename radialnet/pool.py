@@ -106,14 +106,17 @@ class LayerPool(nnx.Module):
         num_layers: int,
         residual_scale: float,
         rngs: nnx.Rngs,
+        is_in_order: bool,
         layer_axis: str | None = None,
         parallel: Parallel = ALONE,
     ):
         """
         Args:
+            is_in_order: whether all tokens of a depth step go through one layer.
             layer_axis: the logical name of the axis of layers (`sharding.RULES`).
         """
         self.cfg, self.num_layers, self.parallel = cfg, num_layers, parallel
+        self._num_at_once = 1 if is_in_order else num_layers
         self.block = Block(cfg, num_layers, residual_scale, rngs, layer_axis, parallel)
 
     def gather_weights(self, dtype: jnp.dtype | None) -> None:
@@ -322,7 +325,7 @@ class LayerPool(nnx.Module):
         executes_BS = layer_BS < num_layers
         all_LBS = jnp.broadcast_to(jnp.arange(num_layers)[:, None, None], (num_layers, batch, seq))
         all_LBS = jnp.where(executes_BS, all_LBS, num_layers)
-        groups, packing = self._groups(all_LBS.ravel()), Packing.of(executes_BS)
+        groups, packing = self.groups(all_LBS.ravel()), Packing.of(executes_BS)
         block = self.block
         h_RD = scatter(jnp.tile(h_BSD.reshape(-1, d_model), (num_layers, 1)), groups)
         fixed = (scatter(jnp.tile(positions.rotation_NK, (num_layers, 1)), groups),)
@@ -370,12 +373,13 @@ class LayerPool(nnx.Module):
         backend = self.cfg.grouped_backend
         return grouped.default_backend(jax.default_backend()) if backend == "auto" else backend
 
-    def _groups(self, layer_N: jax.Array) -> Groups:
-        return plan(layer_N, self.num_layers, self.grouped_backend)
+    def groups(self, layer_N: jax.Array) -> Groups:
+        """How the tokens of a depth step lie when they are sorted by layer."""
+        return plan(layer_N, self.num_layers, self.grouped_backend, num_at_once=self._num_at_once)
 
     def _orders(self, layer_BS: jax.Array, cache: UnifiedCache) -> _Orders:
         packing = Packing.of(layer_BS < self.num_layers)
-        groups, parallel = self._groups(layer_BS.ravel()), self.parallel
+        groups, parallel = self.groups(layer_BS.ravel()), self.parallel
         exchange = Exchange.of(groups, parallel.pool, parallel.exchange) if parallel.exchanges else None
         return _Orders.of(groups, layer_BS, packing, cache.is_packed, exchange)
 

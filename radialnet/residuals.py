@@ -17,7 +17,7 @@ from flax import nnx
 from radialnet.config import Config
 from radialnet.data import Rows, eval_batches
 from radialnet.depth import DepthLoop, Inputs, decide
-from radialnet.grouping import gather, plan
+from radialnet.grouping import gather
 from radialnet.pool import LayerPool, Positions
 from radialnet.router import Controllers, row_keys, schedule
 from radialnet.shards import Batch
@@ -182,9 +182,9 @@ def _ratios(params, controllers: Controllers, step, batch: Batch, *, config: Con
 
     h_BSD = through(model.prelude, model.embed(batch["token"], batch["position"]), 0)
 
-    loop_graph = nnx.split((model.router, model.pool))[0]
+    loop_graph, view = nnx.split((model.router, model.pool))[0], config.view_over(cfg.max_depth)
     loop = DepthLoop(
-        loop_graph, model.view, cfg.max_depth, model.estimator, model.vocab_size, False, False, model.reads_states
+        loop_graph, view, cfg.max_depth, model.estimator, model.vocab_size, False, False, model.reads_states
     )
     at = schedule(config.router, cfg.max_depth, step).for_evaluation()
     rng_B = row_keys(jax.random.split(jax.random.key(0))[0], 0, len(h_BSD))
@@ -200,7 +200,7 @@ def _ratios(params, controllers: Controllers, step, batch: Batch, *, config: Con
         carry = h_BSD, log_survival_BS, active_BS & ~route.exits_BS, route.decided.leaves_at_BS, cache
         return carry, (ratio_JBS, layer_BS)
 
-    cache = model.pool.empty_cache(model.view, cfg.max_depth, *is_real_BS.shape)
+    cache = model.pool.empty_cache(view, cfg.max_depth, *is_real_BS.shape)
     none = jnp.zeros(is_real_BS.shape)
     carry = h_BSD, none, is_real_BS, model.router.no_plan(is_real_BS.shape), cache
     (h_BSD, *_), (ratio_TJBS, layer_TBS) = jax.lax.scan(depth_step, carry, jnp.arange(cfg.max_depth))
@@ -214,7 +214,7 @@ def _execute(pool: LayerPool, h_BSD, layer_BS, cache, positions: Positions, dept
     """A depth step: the ratios [3, B, S], the stream after it, and the cache with its entries."""
     products = pool.empty_products(1, layer_BS.size)
     update_BSD, cache, _, products, _ = pool.forward(h_BSD, layer_BS, cache, positions, depth_step, products, 0)
-    groups = plan(layer_BS.ravel(), pool.num_layers, pool.grouped_backend)
+    groups = pool.groups(layer_BS.ravel())
     attended_BSD = gather(products.after["attention_out"][0], groups).reshape(h_BSD.shape).astype(jnp.float32)
     if "attention_out_bias" in pool.block.AFTER:
         # Of the layer of each token; what stands for those that execute nothing is not looked at.

@@ -7,6 +7,8 @@ import shlex
 VIEWS = ("all", "latest", "same_step", "first", "same_layer")
 TRAINED_FORMS = ("factored", "flat", "early_exit", "skip", "mod", "recursion")
 FIXED_FORMS = ("sequential", "cyclic", "random", "hash")
+# Step t has layer t mod L, for all tokens that execute it.
+IN_ORDER_FORMS = ("sequential", "cyclic", "early_exit", "skip", "mod", "recursion")
 GROUPED_BACKENDS = ("block_loop", "ragged_dot", "pallas", "masked_dense")
 ATTENTION_BACKENDS = ("tiles", "pallas")
 NORMS, MLPS, POSITIONS = ("rms", "layer"), ("swiglu", "relu", "gelu"), ("rotary", "learned")
@@ -93,6 +95,10 @@ class RouterConfig:
         return self.form in TRAINED_FORMS
 
     @property
+    def is_in_order(self) -> bool:
+        return self.form in IN_ORDER_FORMS
+
+    @property
     def predicts_benefit(self) -> bool:
         return self.is_trained and self.exit_training == "benefit"
 
@@ -151,6 +157,7 @@ class OptimizerConfig:
     weight_decay: float
     clip_norm: float
     frozen: str
+    low_rank: int
 
     @property
     def frozen_parts(self) -> tuple[str, ...]:
@@ -227,3 +234,8 @@ class Sections:
     checkpoint: CheckpointConfig
     mesh: MeshConfig
     log: LogConfig
+
+    def view_over(self, max_depth: int) -> str:
+        """`cache.view` over so many depth steps, or the one that shows the same and has less to look through."""
+        layers_come_once = self.router.is_in_order and max_depth <= self.model.pool_size
+        return "same_step" if self.cache.view == "same_layer" and layers_come_once else self.cache.view

@@ -30,8 +30,10 @@ class Timings:
     def __init__(self, repeats: int):
         self.repeats, self.rows, self.figures = repeats, [], {}
 
-    def add(self, what: str, against: str, first, second, *, name: str | None, tokens: int = 0, **more: object) -> None:
-        """Time two things against each other. A figure with a name is one that docs and users rely on.
+    def add(
+        self, what: str, against: str, first, second, *, name: str | None, tokens: int = 0, **more: object
+    ) -> float:
+        """Time two things against each other, their ratio. A figure with a name is one that docs and users rely on.
 
         Args:
             tokens: that each of them gives, where it is of interest how many a second that makes.
@@ -40,6 +42,7 @@ class Timings:
         if tokens:
             more |= {"tokens_per_s": round(tokens / ms * 1e3), "against_tokens_per_s": round(tokens / other_ms * 1e3)}
         self._add({"what": what, "against": against, "ratio": value, "ms": ms, "against_ms": other_ms, **more}, name)
+        return value
 
     def add_bytes(self, what: str, against: str, first: int, second: int, *, name: str | None) -> None:
         row = {"what": what, "against": against, "ratio": first / second, "mb": first / 1e6, "against_mb": second / 1e6}

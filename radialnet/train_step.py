@@ -127,6 +127,7 @@ def _sums(
     num_targets: jax.Array,
     parallel: Parallel,
     teacher: Teacher | None = None,
+    learns_states: bool = True,
 ) -> tuple[jax.Array, BatchSums]:
     """The loss of a batch, with the cross-entropy as a mean over `num_targets`, and its sums.
 
@@ -139,6 +140,8 @@ def _sums(
     target_N, is_target_N = (parallel.my_tokens(batch[name].ravel()) for name in ("target", "is_target"))
     weight = config.train.distill_weight if teacher else 0.0
     # What is only looked at takes no gradient of the head.
+    if not learns_states:
+        final_ND, head_DV = jax.lax.stop_gradient((final_ND, head_DV))
     learned = jax.lax.stop_gradient if weight == 1 else lambda x: x
     nats, nats_N = cross_entropy(learned(final_ND), learned(head_DV), target_N, is_target_N)
     num_bytes = jnp.where(batch["is_target"], bytes_V[batch["target"]], 0).sum().astype(jnp.float32)
@@ -179,13 +182,16 @@ def _grads(
     terms are means of those of the parts, for a part knows no other's routes.
     """
     num_parts, parallel = config.train.accumulate_steps, placement.parallel
+    # A router that skips learns nothing of its choices by the states that they lead to.
+    learns_states = config.router.form != "skip" or not params.keys() <= {*config.optimizer.frozen_parts, "router"}
     num_targets = parallel.sum_rows(batch["is_target"].sum().astype(jnp.float32)) / num_parts
 
     def of_part(part, rng):
         def loss_of(params):
             params = placement.whole_params(params)
             output = forward(graph, params, part, controllers, at, rng)
-            loss, sums = _sums(config, part, output, params["head"], at, bytes_V, num_targets, parallel, teacher)
+            given = at, bytes_V, num_targets, parallel, teacher, learns_states
+            loss, sums = _sums(config, part, output, params["head"], *given)
             # What is differentiated is the sum over all devices (`sharding`).
             return loss / parallel.num_devices, sums
 

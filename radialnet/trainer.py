@@ -60,6 +60,7 @@ _FIXED_FIELDS = {
     ("train", "seq_len"),
     ("train", "seed"),
     ("optimizer", "frozen"),
+    ("optimizer", "low_rank"),
 }
 
 

@@ -114,7 +114,7 @@ def test_decoding_is_measured_at_the_depths_that_are_named(monkeypatch):
     monkeypatch.setattr(decode_benchmark, "LONG", 40)
     has_transformers = importlib.util.find_spec("torch") and importlib.util.find_spec("transformers")
     timings, sizes = Timings(repeats=1), {**SIZES, "max_depth": 4, "seq_len": 32}
-    benchmark_decode(timings, sizes)
+    benchmark_decode(timings, sizes, runs=None)
     assert set(timings.figures) == {name for name in DECODE_NAMES if has_transformers or "transformers" not in name}
     rows = {row["what"]: row for row in timings.rows}
     for rows_name in ("1 row", "16 rows"):
@@ -138,8 +138,13 @@ def test_cache_is_measured_over_views_and_of_trained_runs(tmp_path, monkeypatch)
     benchmark_cache(timings, SIZES, runs=tmp_path)
     (row,) = timings.rows
     assert row["logits_differ_by"] < 1e-5 and row["ce"] > 0 and row["depth"] > 1
-    with pytest.raises(ConfigError, match="--runs="):
-        benchmark_cache(timings, SIZES, runs=tmp_path / "nothing")
+    timings = Timings(repeats=1)
+    benchmark_decode(timings, {**SIZES, "seq_len": 32}, runs=tmp_path)
+    depths = [row["depth"] for row in timings.rows]
+    assert len(depths) == 3 and depths == sorted(depths, reverse=True) and depths[0] > depths[-1] >= 1
+    for measure in (benchmark_cache, benchmark_decode):
+        with pytest.raises(ConfigError, match="--runs="):
+            measure(timings, SIZES, runs=tmp_path / "nothing")
 
 
 def test_bad_arguments():

@@ -282,6 +282,20 @@ def test_rows_of_their_own_equal_lockstep_and_one_at_a_time_and_the_forward_pass
     assert int(together.cache.num_free) == together.cache.num_pages, "all pages are back"
 
 
+def test_a_stage_that_is_sat_out_takes_no_iteration():
+    """Of one row; two rows wait for each other, for they share a layer's weights where they are at the same stage."""
+    model = make_trained(**CASES["skip"], model__max_depth=4)
+    request, other = requests_of(2)
+    alone = decode.Decoder(model)
+    (done,) = alone.run([request])
+    written_ST = done.layer_ST[len(request.prompt) :][: len(done.tokens)]
+    assert (written_ST < 0).any() and alone.num_iterations == (written_ST >= 0).sum()
+    together = decode.Decoder(model, 2)
+    assert [done.tokens for done in together.run([request, other])] == [
+        decode.Decoder(model).run([one])[0].tokens for one in (request, other)
+    ]
+
+
 @pytest.mark.parametrize(
     "overrides",
     [

@@ -53,3 +53,46 @@ def test_learning_rate_warms_up_and_decays():
     assert rate(0) > 0, "no step is spent at 0"
     np.testing.assert_allclose(rate(4), 0.5, rtol=1e-5)
     np.testing.assert_allclose(rate(99), 0.05, rtol=1e-4)
+
+
+def test_low_rank_is_adamw_on_the_factors_of_the_pool():
+    """Against autodiff through W + A·B; all else, of the pool too, changes as it would."""
+    config = make_config(train__num_steps=20, optimizer__weight_decay=0.3, optimizer__low_rank=2)
+    params, optimizer = tree(), make_optimizer(config)
+    rng, start = np.random.default_rng(1), params
+    state = optimizer.init(params)
+    (factors,) = state.factors.values()
+    assert not factors.right_LrO.any() and factors.left_LIr.std() > 0
+    plain = make_optimizer(make_config(train__num_steps=20, optimizer__weight_decay=0.3))
+
+    def whole(apart):
+        low = jnp.einsum("lir,lro->lio", *apart["qkv"])
+        return {**apart["rest"], "pool": {"qkv": start["pool"]["qkv"] + low, "key_norm": apart["key_norm"]}}
+
+    apart = {
+        "qkv": tuple(factors),
+        "key_norm": params["pool"]["key_norm"],
+        "rest": {name: params[name] for name in ("head", "router")},
+    }
+    # By the names that the decay goes by.
+    apart = {name: apart[name] for name in ("rest", "key_norm", "qkv")}
+    names = {"rest": apart["rest"], "key_norm": apart["key_norm"], "qkv": {"a": factors[0], "b": factors[1]}}
+    plain_state = plain.init(names)
+    for _ in range(5):
+        aim = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.float32), params)
+
+        def loss(params, aim=aim):
+            return sum(((x - y) ** 2).sum() for x, y in zip(*map(jax.tree.leaves, (params, aim)), strict=True))
+
+        def loss_apart(names, loss=loss):
+            return loss(whole({**names, "qkv": (names["qkv"]["a"], names["qkv"]["b"])}))
+
+        updates, state = optimizer.update(jax.grad(loss)(params), state, params)
+        params = optax.apply_updates(params, updates)
+        updates, plain_state = plain.update(jax.grad(loss_apart)(names), plain_state, names)
+        names = optax.apply_updates(names, updates)
+    expected = whole({**names, "qkv": (names["qkv"]["a"], names["qkv"]["b"])})
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), params, expected)
+    change_LDX = np.asarray(params["pool"]["qkv"] - start["pool"]["qkv"])
+    sizes = np.linalg.svd(change_LDX, compute_uv=False)
+    assert (sizes[:, 2:] < 1e-5).all() and (sizes[:, 1] > 1e-3).all()
