@@ -22,7 +22,7 @@ from radialnet.decode_cache import DecodeCache, Stages
 from radialnet.grouping import SMALLEST, gather, plan, scatter
 from radialnet.layers import rotation
 from radialnet.model import RadialTransformer
-from radialnet.router import Controllers, Schedule, choice_gate
+from radialnet.router import Controllers, Schedule, StepInputs, choice_gate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,10 +103,9 @@ def route(
         leaves_at_BS = None if leaves_at_Q is None else leaves_at_Q[None]
         # Of one text a row.
         begins_BS = place_Q[None] == 0
-        args = h_QD[None], token_Q[None], active_Q[None], depth_step, weights.controllers, weights.at
-        return jax.tree.map(
-            lambda x: x[0] if jnp.ndim(x) else x, model.router(*args, rng[None], leaves_at_BS, begins_BS=begins_BS)
-        )
+        step = StepInputs(token_Q[None], begins_BS, active_Q[None], depth_step, rng[None], leaves_at_BS)
+        routed = model.router(h_QD[None], step, weights.controllers, weights.at)
+        return jax.tree.map(lambda x: x[0] if jnp.ndim(x) else x, routed)
 
     route = jax.vmap(of_row)(h_RQD, token_RQ, place_RQ, active_RQ, depth_R, leaves_at_RQ)
     is_routed_R1 = stages.is_routed(stage_R)[:, None]

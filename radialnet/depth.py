@@ -19,7 +19,7 @@ from flax import nnx
 
 from radialnet.metrics import StepSums
 from radialnet.pool import Attended, LayerPool, Positions, Products
-from radialnet.router import Controllers, Decision, Router, Schedule, choice_gate
+from radialnet.router import Controllers, Decision, Router, Schedule, StepInputs, choice_gate
 
 
 @flax.struct.dataclass
@@ -89,8 +89,8 @@ def decide(
         The gate of the update, the log of the product of (1 - p_exit) so far, the sums, and the route.
     """
     begins_BS = inputs.positions.document_start_BS == jnp.arange(active_BS.shape[1])
-    args = (active_BS, depth_step, inputs.controllers, inputs.at, inputs.rng_B, before, decided, begins_BS)
-    route = router(h_BSD, inputs.token_BS, *args)
+    step = StepInputs(inputs.token_BS, begins_BS, active_BS, depth_step, inputs.rng_B, before, decided)
+    route = router(h_BSD, step, inputs.controllers, inputs.at)
     log_survival_BS += route.log_survive_BS
     gate_BS = jnp.ones(active_BS.shape)
     if not loop.reads_states:

@@ -11,7 +11,16 @@ import jax
 import numpy as np
 
 from radialnet.config import Config
-from radialnet.pretrained import Left, Tensors, check_representable, needed, number, sequential_config, stacked
+from radialnet.pretrained import (
+    Left,
+    Tensors,
+    check_representable,
+    is_true,
+    needed,
+    number,
+    sequential_config,
+    stacked,
+)
 from radialnet.sections import ConfigError, ModelConfig
 
 # In which a token at step t sees what the others wrote at step t, if all tokens execute all steps in the same order.
@@ -180,7 +189,7 @@ def from_llama(
 
     layers = [layer(f"model.layers.{index}") for index in range(model.pool_size)]
     embedding = take("model.embed_tokens", vocab_size, d_model)
-    head = left.take_head(embedding, fields.get("tie_word_embeddings", False))
+    head = left.take_head(embedding, is_true(fields, "tie_word_embeddings", False, where))
     params = {
         "embedding": embedding[:num_tokens] / np.float32(d_model**0.5),
         "final_norm": take("model.norm", d_model),

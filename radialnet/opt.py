@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from radialnet.config import Config
-from radialnet.pretrained import Left, Tensors, check_representable, needed, sequential_config, stacked
+from radialnet.pretrained import Left, Tensors, check_representable, is_true, needed, sequential_config, stacked
 from radialnet.sections import ModelConfig
 
 _OFFSET = 2  # Rows of the table of positions before that of the first token.
@@ -84,7 +84,7 @@ def from_opt(tensors: Mapping[str, np.ndarray], fields: dict, model: ModelConfig
 
     layers = [layer(f"decoder.layers.{index}") for index in range(model.pool_size)]
     embedding = left.take("decoder.embed_tokens.weight", vocab_size, d_model)
-    head = left.take_head(embedding, fields.get("tie_word_embeddings", True))
+    head = left.take_head(embedding, is_true(fields, "tie_word_embeddings", True, where))
     params = {
         "embedding": embedding[:num_tokens] / np.float32(d_model**0.5),
         "positions": left.take("decoder.embed_positions.weight", _OFFSET + model.max_positions, d_model)[_OFFSET:],

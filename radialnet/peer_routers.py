@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from radialnet.router import Controllers, Decision, Route, Router, Schedule, draw
+from radialnet.router import Controllers, Decision, Route, Router, Schedule, StepInputs, draw
 from radialnet.sections import ModelConfig, RouterConfig
 from radialnet.sharding import ALONE, Parallel
 
@@ -41,38 +41,25 @@ class SkipRouter(Router):
     def __init__(self, model_cfg: ModelConfig, cfg: RouterConfig, rngs: nnx.Rngs, parallel: Parallel):
         super().__init__(model_cfg, cfg, rngs, parallel, num_outputs=1)
 
-    def __call__(
-        self,
-        h_BSD: jax.Array,
-        token_BS: jax.Array,
-        active_BS: jax.Array,
-        depth_step: jax.Array,
-        controllers: Controllers,
-        at: Schedule,
-        rng_B: jax.Array,
-        leaves_at_BS: jax.Array | None = None,
-        decided: Decision | None = None,
-        begins_BS: jax.Array | None = None,
-    ) -> Route:
+    def __call__(self, h_BSD: jax.Array, step: StepInputs, controllers: Controllers, at: Schedule) -> Route:
         """`Router.__call__`; nobody exits."""
         # It learns to predict, and changes nothing of what it predicts from.
+        depth_step, decided = step.depth_step, step.decided
         x_BSD = self._inputs(jax.lax.stop_gradient(h_BSD), jnp.minimum(depth_step, self.max_depth - 1))
         score_BS = self._logits(x_BSD)[..., 0]
         skip_BS = score_BS + controllers.exit_bias
-        may_skip = at.may_exit & (self.min_depth < self.max_depth) & (depth_step >= self.min_depth)
-        if begins_BS is not None:
-            may_skip &= ~begins_BS
+        may_skip = at.may_exit & (self.min_depth < self.max_depth) & (depth_step >= self.min_depth) & ~step.begins_BS
         if decided is None:
             noise_BS = 0.0
             if self.cfg.noise > 0:
-                rng_B = jax.vmap(lambda rng: jax.random.fold_in(rng, depth_step))(rng_B)
+                rng_B = jax.vmap(lambda rng: jax.random.fold_in(rng, depth_step))(step.rng_B)
                 noise_BS = at.noise * draw(jax.random.logistic, rng_B, skip_BS.shape)
-            layer_BS = jnp.full(token_BS.shape, depth_step % self.num_layers, jnp.int32)
+            layer_BS = jnp.full(skip_BS.shape, depth_step % self.num_layers, jnp.int32)
             idles_BS = may_skip & (skip_BS + noise_BS > 0)
-            decided = Decision(layer_BS, jnp.zeros(token_BS.shape, bool), idles_BS=idles_BS)
+            decided = Decision(layer_BS, jnp.zeros(skip_BS.shape, bool), idles_BS=idles_BS)
         return Route.of(
             decided,
-            active_BS,
+            step.active_BS,
             self.num_layers,
             exit_logit_BS=score_BS,
             leave_logit_BS=skip_BS,
@@ -96,20 +83,9 @@ class CapacityRouter(Router):
         self.predictor_out = nnx.Param(out_H1, axes=("hidden", None))
         self.predictor_bias = nnx.Param(jnp.zeros(1), axes=(None,))
 
-    def __call__(
-        self,
-        h_BSD: jax.Array,
-        token_BS: jax.Array,
-        active_BS: jax.Array,
-        depth_step: jax.Array,
-        controllers: Controllers,
-        at: Schedule,
-        rng_B: jax.Array,
-        leaves_at_BS: jax.Array | None = None,
-        decided: Decision | None = None,
-        begins_BS: jax.Array | None = None,
-    ) -> Route:
+    def __call__(self, h_BSD: jax.Array, step: StepInputs, controllers: Controllers, at: Schedule) -> Route:
         """`Router.__call__`; nobody exits."""
+        active_BS, depth_step, decided = step.active_BS, step.depth_step, step.decided
         x_BSD = self._inputs(h_BSD, jnp.minimum(depth_step, self.max_depth - 1))
         score_BS = self._logits(x_BSD)[..., 0]
         # It learns to predict, and changes nothing of what it predicts from.
@@ -120,8 +96,8 @@ class CapacityRouter(Router):
         if decided is None:
             is_highest_BS = _highest(score_BS, active_BS, self.cfg.capacity)
             chosen_BS = jnp.where(at.is_causal, predicted_BS > 0, is_highest_BS)
-            layer_BS = jnp.full(token_BS.shape, depth_step % self.num_layers, jnp.int32)
-            decided = Decision(layer_BS, jnp.zeros(token_BS.shape, bool), idles_BS=is_routed & ~chosen_BS)
+            layer_BS = jnp.full(active_BS.shape, depth_step % self.num_layers, jnp.int32)
+            decided = Decision(layer_BS, jnp.zeros(active_BS.shape, bool), idles_BS=is_routed & ~chosen_BS)
         else:
             # A backward pass is one of training, in which those that don't idle are the highest.
             is_highest_BS = ~decided.idles_BS
@@ -159,30 +135,19 @@ class RecursionRouter(Router):
     def no_plan(self, shape: tuple[int, ...]) -> jax.Array:
         return jnp.zeros(shape, jnp.int32)
 
-    def __call__(
-        self,
-        h_BSD: jax.Array,
-        token_BS: jax.Array,
-        active_BS: jax.Array,
-        depth_step: jax.Array,
-        controllers: Controllers,
-        at: Schedule,
-        rng_B: jax.Array,
-        leaves_at_BS: jax.Array | None = None,
-        decided: Decision | None = None,
-        begins_BS: jax.Array | None = None,
-    ) -> Route:
+    def __call__(self, h_BSD: jax.Array, step: StepInputs, controllers: Controllers, at: Schedule) -> Route:
         """`Router.__call__`; all is chosen at depth step 0."""
+        active_BS, depth_step, decided = step.active_BS, step.depth_step, step.decided
         is_first, num_layers, num_rounds = depth_step == 0, self.num_layers, self.num_rounds
         logits_BSR = self._logits(self._inputs(h_BSD, jnp.int32(0)))
         biased_BSR = logits_BSR - controllers.exit_bias * jnp.arange(num_rounds)
         biased_BSR = jnp.where(num_layers * (1 + jnp.arange(num_rounds)) >= self.min_depth, biased_BSR, _NEVER)
         if decided is None:
-            all_rounds_BS = jnp.full(token_BS.shape, num_rounds - 1)
+            all_rounds_BS = jnp.full(active_BS.shape, num_rounds - 1)
             round_BS = jnp.where(at.may_exit, jnp.argmax(biased_BSR, axis=-1), all_rounds_BS)
             chosen_BS = (num_layers * (1 + round_BS)).astype(jnp.int32)
-            leaves_at_BS = jnp.where(is_first, chosen_BS, leaves_at_BS)
-            layer_BS = jnp.full(token_BS.shape, depth_step % num_layers, jnp.int32)
+            leaves_at_BS = jnp.where(is_first, chosen_BS, step.leaves_at_BS)
+            layer_BS = jnp.full(active_BS.shape, depth_step % num_layers, jnp.int32)
             decided = Decision(layer_BS, active_BS & (leaves_at_BS <= depth_step), leaves_at_BS=leaves_at_BS)
         round_BS = decided.leaves_at_BS // num_layers - 1
         log_p_BSR = jax.nn.log_softmax(biased_BSR, axis=-1)

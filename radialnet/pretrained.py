@@ -31,6 +31,13 @@ def number(fields: Mapping, name: str, default: float, where: str) -> float:
     return float(value)
 
 
+def is_true(fields: Mapping, name: str, default: bool, where: str) -> bool:
+    """A field that is true or false. Raises ConfigError: it is something else."""
+    if not isinstance(value := fields.get(name, default), bool):
+        raise ConfigError(f"{where}: {name}={value!r}, true or false is needed")
+    return value
+
+
 def check_representable(where: str, *fields: tuple[str, object, object]) -> None:
     """Raise ConfigError for the first of (name, value, what alone can be represented) that is something else."""
     for name, value, allowed in fields:
@@ -70,7 +77,7 @@ class Left:
         self._left, self._where = dict(tensors), where
 
     def take(self, name: str, *shape: int) -> np.ndarray:
-        """A tensor in fp32. Raises ConfigError: it is missing, or of another shape."""
+        """A tensor in fp32. Raises ConfigError: it is missing, or of another shape, or not finite."""
         if name not in self._left:
             raise ConfigError(f"{self._where}: {name} is missing")
         x = self._left.pop(name)
@@ -79,6 +86,8 @@ class Left:
         x = np.asarray(x, np.float32)
         if x.shape != shape:
             raise ConfigError(f"{self._where}: {name} is {list(x.shape)}, but its config needs {list(shape)}")
+        if not np.isfinite(x).all():
+            raise ConfigError(f"{self._where}: {name} has values that are not finite")
         return x
 
     def take_head(self, embedding_VD: np.ndarray, is_tied: bool) -> np.ndarray:

@@ -44,15 +44,18 @@ def compare(trained: TrainedModel, their_logits: Callable[[list[int]], np.ndarra
         rows: tokens, each row a text from its beginning, with the separator.
     """
     nats, differences, largest = {"ours": 0.0, "theirs": 0.0}, [], 0.0
+    of_run = {"config": trained.config, "graph": trained.graph}
+    longest = max(map(len, rows))
     for row in rows:
-        token_BS = np.asarray([row], np.int32)
-        position_BS = np.arange(len(row), dtype=np.int32)[None]
-        batch = {"token": token_BS, "document": np.zeros_like(token_BS), "position": position_BS}
-        of_run = {"config": trained.config, "graph": trained.graph}
-        ours_SV = np.asarray(_logits(trained.params, trained.controllers, trained.step, batch, **of_run))[0]
+        # All of one length, for one program.
+        token_BS = np.asarray([row + [0] * (longest - len(row))], np.int32)
+        position_BS = np.arange(longest, dtype=np.int32)[None]
+        batch = {"token": token_BS, "document": np.where(position_BS < len(row), 0, -1), "position": position_BS}
+        ours_BSV = _logits(trained.params, trained.controllers, trained.step, batch, **of_run)
+        ours_SV = np.asarray(ours_BSV)[0, : len(row)]
         theirs_SV = their_logits(row)
         for name, logits_SV in (("ours", ours_SV), ("theirs", theirs_SV)):
-            nats_S = optax.softmax_cross_entropy_with_integer_labels(logits_SV[:-1], token_BS[0, 1:])
+            nats_S = optax.softmax_cross_entropy_with_integer_labels(logits_SV[:-1], np.asarray(row[1:]))
             nats[name] += float(nats_S.sum())
         # Of theirs there may be more, that are of no token.
         differences.append(np.abs(ours_SV - theirs_SV[:, : ours_SV.shape[1]]).max())

@@ -91,6 +91,21 @@ class Decision:
 
 
 @flax.struct.dataclass
+class StepInputs:
+    """What a router looks at in a depth step, beside the residual stream."""
+
+    token_BS: jax.Array
+    begins_BS: jax.Array  # The first tokens of their documents.
+    active_BS: jax.Array
+    depth_step: jax.Array
+    rng_B: jax.Array  # A key for each row, so that what is drawn for it doesn't depend on the others.
+    leaves_at_BS: jax.Array | None  # `Decision.leaves_at_BS` of the step before, in forms that have it.
+    # Choices to keep to, made before from the same inputs: a backward pass that computes the probabilities again must
+    # not choose again, for the last bit of a logit could choose otherwise.
+    decided: Decision | None = None
+
+
+@flax.struct.dataclass
 class Route:
     """Where each token goes at one depth step. A token that neither executes nor exits is idle for the step."""
 
@@ -174,33 +189,18 @@ class Router(nnx.Module):
             self.exit_hidden = normal(d_model, hidden, d_model**-0.5, ("embed", "hidden"))
             self.exit_out = nnx.Param(jnp.zeros((hidden, 1)), axes=("hidden", None))
 
-    def __call__(
-        self,
-        h_BSD: jax.Array,
-        token_BS: jax.Array,
-        active_BS: jax.Array,
-        depth_step: jax.Array,
-        controllers: Controllers,
-        at: Schedule,
-        rng_B: jax.Array,
-        leaves_at_BS: jax.Array | None = None,
-        decided: Decision | None = None,
-        begins_BS: jax.Array | None = None,
-    ) -> Route:
+    def __call__(self, h_BSD: jax.Array, step: StepInputs, controllers: Controllers, at: Schedule) -> Route:
         """Route the active tokens. A depth step beyond the trained max depth is treated as the last trained one.
 
         Args:
-            rng_B: a key for each row, so that what is drawn for it doesn't depend on the others.
-            leaves_at_BS: `Decision.leaves_at_BS` of the step before, in forms that have it.
-            decided: choices to keep to, made before from the same inputs: a backward pass that computes the
-                probabilities again must not choose again, for the last bit of a logit could choose otherwise.
-            begins_BS: the first tokens of their documents.
+            h_BSD: the residual stream.
         """
+        active_BS, depth_step, decided = step.active_BS, step.depth_step, step.decided
         # The same tokens at every step.
-        explores_BS = draw(jax.random.uniform, rng_B, active_BS.shape) < at.explore if self.cfg.explore else False
-        rng_B = jax.vmap(lambda rng: jax.random.fold_in(rng, depth_step))(rng_B)
+        explores_BS = draw(jax.random.uniform, step.rng_B, active_BS.shape) < at.explore if self.cfg.explore else False
+        rng_B = jax.vmap(lambda rng: jax.random.fold_in(rng, depth_step))(step.rng_B)
         if not self.cfg.is_trained:
-            return self._fixed_route(token_BS, active_BS, depth_step, rng_B)
+            return self._fixed_route(step.token_BS, active_BS, depth_step, rng_B)
         trained_step = jnp.minimum(depth_step, self.max_depth - 1)
         x_BSD = self._inputs(h_BSD, trained_step)
         logits_BSN = self._logits(x_BSD)
@@ -214,7 +214,7 @@ class Router(nnx.Module):
             in_turn_L = jnp.arange(self.num_layers) == depth_step % self.num_layers
             layer_logits_BSL = jnp.broadcast_to(jnp.where(in_turn_L, 0, -1e9), layer_logits_BSL.shape)
 
-        biased_BSL = layer_logits_BSL + at.prior_weight * self._prior(token_BS, trained_step)
+        biased_BSL = layer_logits_BSL + at.prior_weight * self._prior(step.token_BS, trained_step)
         leave_BS = exit_logit_BS + controllers.exit_bias
         # The logit of leaving: against 0 in the factored form, against all layers together in the flat one.
         odds_BS = leave_BS if self.cfg.form != "flat" else leave_BS - jax.nn.logsumexp(biased_BSL, axis=-1)

@@ -335,7 +335,8 @@ def _print_start(run: Run) -> None:
         f"{jax.devices()[0].device_kind} device(s)\n"
         f"model: {config.router.form}, pool of {config.model.pool_size} layers, max depth {config.model.max_depth}, "
         f"{sum(jax.tree.leaves(sizes)):,} parameters, {sum(jax.tree.leaves(sizes['pool'])):,} of them in the pool\n"
-        f"data: {config.data.source}, {num_documents:,} documents of {num_tokens:,} tokens to train on, "
+        + (f"teacher: {config.train.teacher}, step {int(run.teacher.step)}\n" if run.teacher else "")
+        + f"data: {config.data.source}, {num_documents:,} documents of {num_tokens:,} tokens to train on, "
         f"vocabulary {dataset.tokenizer.vocab_size}; {config.train.batch_size * config.train.seq_len:,} tokens a step"
     )
 

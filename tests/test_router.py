@@ -6,6 +6,7 @@ import pytest
 from radialnet.router import (
     Controllers,
     Router,
+    StepInputs,
     choice_gate,
     group_of_layer,
     prior_logits,
@@ -31,7 +32,8 @@ def route(config, num_rows=400, depth_step=1, seed=0, controllers=None, router=N
     plan = schedule(config.router, T, jnp.int32(0)).replace(**at)
     controllers = controllers or Controllers.init(config.router, L)
     active = jnp.arange(num_rows)[:, None] % 7 != 0
-    found = router(h, token, active, depth_step, controllers, plan, row_keys(jax.random.key(9), 0, len(h)))
+    keys = row_keys(jax.random.key(9), 0, len(h))
+    found = router(h, StepInputs(token, active & False, active, depth_step, keys, None), controllers, plan)
     if not config.router.is_trained:
         return found, token
     x = np.asarray(h)
