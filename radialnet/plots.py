@@ -460,6 +460,10 @@ def plot_skips(found: dict, path: Path) -> None:
         executed = found["layers"] - np.arange(len(losses))
         look = {"marker": _MARKERS[index], "color": SERIES[index], "markersize": 4, "linewidth": 1}
         axes.errorbar(executed, losses, yerr=found["random_std"] if name == "random" else None, label=name, **look)
+    for index, (name, points) in enumerate(found["runs"].items(), 3):
+        layers, losses = zip(*points, strict=True)
+        look = {"marker": _MARKERS[index % len(_MARKERS)], "color": SERIES[index % len(SERIES)], "markersize": 5}
+        axes.plot(layers, losses, label=name, linewidth=1.6, **look)
     limit = found["greedy"][0] * (1 + found["tolerance"])
     axes.axhline(limit, color="0.6", linestyle="--", linewidth=1, label=f"{found['tolerance']:.0%} more loss")
     # Beyond three times the loss nothing is left of the model.

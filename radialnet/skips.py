@@ -1,13 +1,14 @@
-"""How many layers of a plain model can go before its loss moves: the bound for what a router can learn to skip.
+"""How many layers of a plain model can go before its loss moves, and what routers made of those that learned to skip.
 
-    python -m radialnet.skips --workdir=DIR [--data=PATH] [--max_tokens=N] [--most=K] [--orders=R] [--tolerance=X]
-                              [--out=DIR] [--json]
+    python -m radialnet.skips --workdir=DIR [--data=PATH] [--max_tokens=N] [--seq_len=S] [--most=K] [--orders=R]
+                              [--tolerance=X] [--runs=DIR,DIR] [--exit_bias=B,B] [--out=DIR] [--json]
 
 For a `sequential` run, one that was radialized among them, without any training. Layers go one by one: greedily, each
 time the one without which the loss is the least; in random orders; and evenly spread over the depth. Along the greedy
 order: how many can go for all tokens alike, for each row by itself, and for each token, with a loss that rises by at
-most the share --tolerance. The last two choose by the answer, which a router does not know. The last line of stdout is
-one JSON object; --out gets it as skips.json, and a plot.
+most the share --tolerance. The last two choose by the answer, which a router does not know. --runs are such as were
+distilled from the model (form `skip`): their layers and loss on the same text, at exit biases. The last line of stdout
+is one JSON object; --out gets it as skips.json, and a plot.
 """
 
 import json
@@ -35,10 +36,10 @@ from radialnet.trained import TrainedModel, load_trained
 
 
 @partial(jax.jit, static_argnames=("config", "graph"))
-def _nats(
+def _run(
     params, controllers: Controllers, step, batch: Batch, kept_L: jax.Array, *, config: Config, graph: nnx.GraphDef
-) -> jax.Array:
-    """-log p of each target, [B, S], of the model without the layers that are not kept."""
+) -> tuple[jax.Array, jax.Array]:
+    """-log p of each target [B, S], of the model without the layers that are not kept, and the depths of its tokens."""
     # A layer without what it writes adds nothing, and nobody looks at its entries but itself.
     writes = ("attention_out", "attention_out_bias", "mlp_out", "mlp_out_bias")
     block = {
@@ -46,27 +47,38 @@ def _nats(
         for name, w in params["pool"]["block"].items()
     }
     output = forward_as_evaluated(config, graph, {**params, "pool": {"block": block}}, batch, controllers, step)
-    return optax.softmax_cross_entropy_with_integer_labels(output.logits_BSV, batch["target"])
+    return optax.softmax_cross_entropy_with_integer_labels(output.logits_BSV, batch["target"]), output.depth_BS
 
 
 class Skipping:
-    """A plain model over some rows, of which layers can be left out."""
+    """A model over some rows: a plain one, of which layers can be left out, or one with a router that skips them."""
 
     def __init__(self, trained: TrainedModel, batches: list[Batch]):
         self.num_layers, self._batches = trained.config.model.pool_size, batches
-        given = trained.params, trained.controllers, np.int32(trained.step)
-        self._nats = lambda batch, kept_L: _nats(*given, batch, kept_L, config=trained.config, graph=trained.graph)
+        self._run = partial(_run, trained.params, config=trained.config, graph=trained.graph)
+        self._controllers, self._step = trained.controllers, np.int32(trained.step)
         self.is_target_RS = np.concatenate([batch["is_target"] for batch in batches])
+        self._known: dict[frozenset[int], float] = {}
 
     def nats(self, gone: list[int]) -> np.ndarray:
         """-log p of each target without some layers, [R, S]; 0 where there is no target."""
         kept_L = jnp.ones(self.num_layers).at[jnp.array(gone, int)].set(0.0)
-        nats_RS = np.concatenate([np.asarray(self._nats(batch, kept_L)) for batch in self._batches])
-        return np.where(self.is_target_RS, nats_RS, 0)
+        runs = (self._run(self._controllers, self._step, batch, kept_L)[0] for batch in self._batches)
+        return np.where(self.is_target_RS, np.concatenate([np.asarray(nats_BS) for nats_BS in runs]), 0)
+
+    def routed(self, exit_bias: float) -> tuple[float, float]:
+        """Mean executed layers of a token, by the router with that added to its exit bias, and the loss."""
+        given, kept_L = (self._controllers.lean(exit_bias), self._step), jnp.ones(self.num_layers)
+        runs = [jax.tree.map(np.asarray, self._run(*given, batch, kept_L)) for batch in self._batches]
+        nats_RS, depth_RS = (np.concatenate(parts) for parts in zip(*runs, strict=True))
+        is_real_RS = np.concatenate([batch["document"] >= 0 for batch in self._batches])
+        return float(depth_RS[is_real_RS].mean()), float(nats_RS[self.is_target_RS].mean())
 
     def ce(self, gone: list[int]) -> float:
         """The mean over all targets."""
-        return float(self.nats(gone).sum() / self.is_target_RS.sum())
+        if (key := frozenset(gone)) not in self._known:
+            self._known[key] = float(self.nats(gone).sum() / self.is_target_RS.sum())
+        return self._known[key]
 
     def greedy(self, most: int) -> list[int]:
         """Layers in the order in which they go, each the one without which the loss is the least."""
@@ -119,6 +131,7 @@ def search(skipping: Skipping, most: int, num_orders: int, tolerance: float) -> 
     return {
         "layers": num_layers,
         "tokens": num_targets,
+        "alone": [skipping.ce([layer]) for layer in range(num_layers)],
         "order": order,
         "greedy": (nats_KRS.sum((1, 2)) / num_targets).tolist(),
         "even": [skipping.ce(evenly_gone(num_layers, num)) for num in range(most + 1)],
@@ -129,13 +142,27 @@ def search(skipping: Skipping, most: int, num_orders: int, tolerance: float) -> 
     }
 
 
+def _learned(path: Path, plain: TrainedModel, batches: list[Batch], exit_biases: list[float]) -> list[list[float]]:
+    """[layers, loss] of a run at each exit bias, the deepest first. Raises ConfigError: it is none of the model."""
+    trained = load_trained(path)
+    if trained.config.router.form != "skip":
+        raise ConfigError(f"--runs={path}: its form is {trained.config.router.form!r}, 'skip' is needed")
+    if trained.tokenizer.fingerprint() != plain.tokenizer.fingerprint():
+        raise ConfigError(f"--runs={path}: was trained with another tokenizer than that of --workdir")
+    skipping = Skipping(trained, batches)
+    return sorted(([*skipping.routed(bias)] for bias in exit_biases), reverse=True)
+
+
 def _show(found: dict) -> None:
+    print("each layer gone alone: " + " ".join(f"{ce:.3f}" for ce in found["alone"]))
     names = ("greedy", "even", "random")
     print(f"{'layers gone':>11}  {'layer':>5}" + "".join(f"  {name:>8}" for name in names))
     for num in range(len(found["greedy"])):
         layer = f"{found['order'][num - 1]}" if num else ""
         columns = (f"  {found[name][num]:8.4f}" if found[name] else "" for name in names)
         print(f"{num:>11}  {layer:>5}" + "".join(columns))
+    for name, points in found["runs"].items():
+        print(f"{name}: " + ", ".join(f"{layers:.2f} layers {ce:.4f}" for layers, ce in points))
     most = found["most"]
     print(
         f"at most {found['tolerance']:.1%} more loss: {most['all']:.0f} of {found['layers']} layers for all alike, "
@@ -151,13 +178,16 @@ def main() -> None:
     most = _MOST.value or config.model.pool_size - 1
     if not 0 < most < config.model.pool_size:
         raise ConfigError(f"--most={most}: 1 to {config.model.pool_size - 1} of its layers can go")
+    biases = cli.numbers("exit_bias", _EXIT_BIAS.value, float, "numbers")
     source, told = documents(_DATA.value and Path(_DATA.value))
-    rows = held_out_rows(source, trained.tokenizer, config.train.seq_len)
-    num_rows = max(1, min(len(rows), _MAX_TOKENS.value // config.train.seq_len))
+    seq_len = _SEQ_LEN.value or config.train.seq_len
+    rows = held_out_rows(source, trained.tokenizer, seq_len)
+    num_rows = max(1, min(len(rows), _MAX_TOKENS.value // seq_len))
     # Rows from all over the text.
     rows = [rows[index * len(rows) // num_rows] for index in range(num_rows)]
     batches = list(eval_batches(rows, min(config.train.batch_size, num_rows), 0))
-    found = {"data": told, **search(Skipping(trained, batches), most, _ORDERS.value, _TOLERANCE.value)}
+    runs = {Path(path).name: _learned(Path(path), trained, batches, biases) for path in _RUNS.value}
+    found = {"data": told, **search(Skipping(trained, batches), most, _ORDERS.value, _TOLERANCE.value), "runs": runs}
     if out:
         out.mkdir(parents=True, exist_ok=True)
         plot_skips(found, out / "skips.png")
@@ -171,9 +201,12 @@ if __name__ == "__main__":
     _WORKDIR = flags.DEFINE_string("workdir", None, "The run folder.", required=True)
     _DATA = flags.DEFINE_string("data", None, "Text in place of the standard library's held-out part.")
     _MAX_TOKENS = flags.DEFINE_integer("max_tokens", 2048, "About so many tokens.", lower_bound=1)
+    _SEQ_LEN = flags.DEFINE_integer("seq_len", None, "Tokens a row; by default as the run has.", lower_bound=2)
     _MOST = flags.DEFINE_integer("most", None, "Layers that go at most; all but one by default.")
     _ORDERS = flags.DEFINE_integer("orders", 3, "Random orders.", lower_bound=0)
     _TOLERANCE = flags.DEFINE_float("tolerance", 0.01, "By what share the loss may rise.", lower_bound=0.0)
+    _RUNS = flags.DEFINE_list("runs", [], "Run folders of models that were distilled from it.")
+    _EXIT_BIAS = flags.DEFINE_list("exit_bias", ["-100", "-0.5", "0", "0.5"], "Of --runs: added to what they trained.")
     _OUT = flags.DEFINE_string("out", None, "A folder for skips.json and a plot.")
     _JSON = flags.DEFINE_bool("json", False, "Print the JSON line alone.")
     cli.run(main)

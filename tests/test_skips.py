@@ -20,11 +20,14 @@ from tests.tiny import Model, make_config
 LAYERS = 4
 
 
-def config_of(num_layers):
-    return make_config(
-        router__form="sequential", model__pool_size=num_layers, model__max_depth=num_layers, model__biases=True,
-        model__min_depth=num_layers, router__depth_target=float(num_layers), cache__view="same_step",
-    )  # fmt: skip
+def config_of(num_layers, **overrides):
+    layers = {f"model__{name}": num_layers for name in ("pool_size", "max_depth", "min_depth")}
+    fields = {"router__form": "sequential", "router__depth_target": float(num_layers), "cache__view": "same_step"}
+    return make_config(**{**layers, **fields, "model__biases": True, **overrides})
+
+
+def skipping_config():
+    return config_of(LAYERS, router__form="skip", model__min_depth=1, router__depth_target=3.0)
 
 
 @pytest.fixture(scope="module")
@@ -84,14 +87,35 @@ def test_search_has_all_curves(skipping):
     assert found["greedy"][2] == pytest.approx(skipping.ce(found["order"]))
 
 
+def test_a_router_that_skips_is_measured_as_the_model_routes(skipping):
+    model = Model(skipping_config(), vocab_size=BYTE_VOCAB_SIZE).with_mixed_exits()
+    trained = TrainedModel(model.config, model.graph, model.params, model.controllers, None, 0)
+    nats, depths = [], []
+    for batch in skipping._batches:
+        output = model(batch, controllers=model.controllers.lean(3.0), at=model.at.for_evaluation())
+        log_p_BSV = np.asarray(jax.nn.log_softmax(output.logits_BSV))
+        nats += (-np.take_along_axis(log_p_BSV, batch["target"][..., None], -1)[..., 0])[batch["is_target"]].tolist()
+        depths += np.asarray(output.depth_BS)[batch["document"] >= 0].tolist()
+    layers, ce = Skipping(trained, skipping._batches).routed(3.0)
+    assert (layers, ce) == (pytest.approx(np.mean(depths)), pytest.approx(np.mean(nats)))
+    assert 1 < layers < LAYERS - 0.2 and len(nats) < len(depths), "tokens skip, and some rows have padding"
+
+
 @pytest.mark.slow
 def test_the_command(tmp_path):
     make_run(tmp_path / "run", config_of(LAYERS))
+    make_run(tmp_path / "learned", skipping_config())
     (tmp_path / "a.txt").write_text("some text and more of it " * 9)
     flags = [f"--data={tmp_path / 'a.txt'}", "--max_tokens=30", "--orders=1", f"--out={tmp_path / 'out'}"]
+    flags += [f"--runs={tmp_path / 'learned'}", "--exit_bias=0,-100", "--seq_len=9"]
     stdout, _ = run("-m", "radialnet.skips", f"--workdir={tmp_path / 'run'}", *flags)
     found = json.loads(stdout.splitlines()[-1])
     assert found == json.loads((tmp_path / "out" / "skips.json").read_text())
+    (deepest, _), (other, _) = found["runs"]["learned"]
+    assert deepest == LAYERS >= other
+    assert len(found["alone"]) == 4 and min(found["alone"]) == found["alone"][found["order"][0]]
     assert len(found["order"]) == 3 and (tmp_path / "out" / "skips.png").stat().st_size > 5000
     _, stderr = run("-m", "radialnet.skips", f"--workdir={tmp_path / 'run'}", "--most=4", code=2)
     assert stderr == "error: --most=4: 1 to 3 of its layers can go\n"
+    _, stderr = run("-m", "radialnet.skips", f"--workdir={tmp_path / 'run'}", f"--runs={tmp_path / 'run'}", code=2)
+    assert stderr == f"error: --runs={tmp_path / 'run'}: its form is 'sequential', 'skip' is needed\n"
