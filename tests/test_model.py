@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from radialnet.model import init_params, upcycle
-from radialnet.sections import VIEWS
+from radialnet.sections import VIEWS, Sections
+from radialnet.train_step import forward
 from tests.test_cache import brute_force
 from tests.tiny import VOCAB, Model, make_batch, make_config
 
@@ -367,3 +368,27 @@ def test_initialisation_follows_the_seed():
 
     assert all((a == b).all() for a, b in zip(leaves(0), leaves(0), strict=True))
     assert any((a != b).any() for a, b in zip(leaves(0), leaves(1), strict=True))
+
+
+@pytest.mark.parametrize("form", ["sequential", "skip"])
+def test_where_each_layer_comes_once_the_entries_of_its_step_are_all_of_the_layer(monkeypatch, form):
+    """`same_layer` is computed as `same_step` there; against itself, with its gradient."""
+    config = make_config(
+        router__form=form, cache__view="same_layer", model__pool_size=4, model__max_depth=4, router__exit_bias_init=0.01
+    )
+    model, batch = Model(config), make_batch(config, packed=True)
+
+    def loss_and_grads():
+        def loss(params):
+            output = forward(model.graph, params, batch, model.controllers, model.at, jax.random.key(0))
+            return (output.final_BSD**2 * jnp.arange(24)).sum(), output
+
+        (_, output), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(model.params)
+        return output.logits_BSV, output.depth_BS, grads
+
+    assert [config.view_over(depth) for depth in (4, 5)] == ["same_step", "same_layer"]
+    fast = loss_and_grads()
+    monkeypatch.setattr(Sections, "view_over", lambda config, _: config.cache.view)
+    plain = loss_and_grads()
+    assert form == "sequential" or 1 < plain[1].mean() < 3.9
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), fast, plain)
