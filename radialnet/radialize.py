@@ -24,9 +24,9 @@ from radialnet import cli
 from radialnet.config import Config
 from radialnet.interchange import import_pretrained
 from radialnet.router import Controllers
-from radialnet.sections import ConfigError
 from radialnet.shards import Batch
 from radialnet.sources import evenly, held_out_documents, open_held_out
+from radialnet.torch_models import check_installed, load
 from radialnet.train_step import forward_as_evaluated
 from radialnet.trained import TrainedModel, load_trained
 
@@ -73,23 +73,10 @@ def compare(trained: TrainedModel, their_logits: Callable[[list[int]], np.ndarra
 
 def logits_of_transformers(path: Path) -> Callable[[list[int]], np.ndarray]:
     """Of a row of tokens, in fp32: [S, V]. Raises ConfigError: a library is missing, or can't read the model."""
-    try:
-        import torch
-        import transformers
-    except ImportError as error:
-        told = f"--check needs {error.name}; pip install -r requirements-torch.txt"
-        raise ConfigError(told) from None
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    where = (path.parent, {"gguf_file": path.name}) if path.is_file() else (path, {})
-    try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            where[0], dtype=torch.float32, local_files_only=True, **where[1]
-        )
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        raise ConfigError(
-            f"--model={path}: transformers can't read it ({' '.join(str(error).split())[:200]})"
-        ) from None
+    check_installed(path)
+    import torch
+
+    model = load(path, "AutoModelForCausalLM", dtype=torch.float32)
 
     def logits_of(row: list[int]) -> np.ndarray:
         with torch.no_grad():

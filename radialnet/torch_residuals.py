@@ -17,6 +17,7 @@ import numpy as np
 from radialnet.residuals import Place, Profile
 from radialnet.sections import ConfigError
 from radialnet.sources import Source, evenly
+from radialnet.torch_models import check_installed, load
 
 if TYPE_CHECKING:
     import torch
@@ -120,15 +121,7 @@ def check_kind(kind: str, path: Path) -> None:
             f"--model={path}: a model of the kind {kind!r}; {', '.join(LAYOUTS)}, GGUF files of these, and runs of "
             "radialnet are supported"
         )
-    needed = ["torch", "transformers", *(["gguf", "accelerate"] if kind == "gguf" else [])]
-    try:
-        for name in needed:
-            __import__(name)
-    except ImportError as error:
-        more = " and pip install gguf accelerate" if kind == "gguf" else ""
-        raise ConfigError(
-            f"--model={path}: {error.name or error} is needed: pip install -r requirements-torch.txt{more}"
-        ) from None
+    check_installed(path)
 
 
 def layout_of(model: "torch.nn.Module") -> tuple[Layout, list["torch.nn.Module"]]:
@@ -246,54 +239,34 @@ def profile_torch(
         ConfigError: the model is of a kind that is not supported, or can't be read; or there is nothing to read for it.
     """
     import torch
-    import transformers
 
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    file = {"gguf_file": path.name} if path.suffix == ".gguf" else {}
-    given = {"pretrained_model_name_or_path": path.parent if file else path, "local_files_only": True, **file}
-    with _told(path):
-        kind = transformers.AutoConfig.from_pretrained(**given).model_type
-    check_kind(kind, path)
-    with _told(path):
-        model, loaded = transformers.AutoModel.from_pretrained(dtype=torch.float32, output_loading_info=True, **given)
+    check_kind(load(path, "AutoConfig").model_type, path)
+    model, loaded = load(path, "AutoModel", dtype=torch.float32, output_loading_info=True)
     layout, _ = layout_of(model.eval())
     missing = [name for name in loaded["missing_keys"] if not name.startswith("pooler.")]
     if missing:
         raise ConfigError(f"--model={path}: {min(missing)} is missing, of {len(missing)} tensors in all")
     if layout.reads == "text":
         documents, data = source()
-        with _told(path):
-            tokenizer = transformers.AutoTokenizer.from_pretrained(**given)
+        tokenizer = load(path, "AutoTokenizer")
         inputs = text_rows(documents, tokenizer, min(SEQ_LEN, model.config.max_position_embeddings), max_tokens)
     else:
-        with _told(path):
-            processor = transformers.AutoImageProcessor.from_pretrained(**given)
+        processor = load(path, "AutoImageProcessor")
         files, data = image_files(images)
         inputs = image_rows(files, processor)
     places = measure(model, inputs, max_tokens, skip_first)
     return Profile(
-        model=path.stem if file else path.absolute().name,
+        model=path.stem if (is_gguf := path.suffix == ".gguf") else path.absolute().name,
         kind=model.config.model_type,
         norm=layout.norm,
         num_parameters=model.num_parameters(),
         num_tokens=places[0].num_tokens,
         skip_first=skip_first if layout.channels == -1 else 0,
         data=data,
-        weights=f"dequantised {_quantisation(path)}" if file else "",
+        weights=f"dequantised {_quantisation(path)}" if is_gguf else "",
         layers=places,
         steps=[],
     )
-
-
-@contextlib.contextmanager
-def _told(path: Path) -> Iterator[None]:
-    """What `transformers` says of files that it can't read, as an error of the user."""
-    try:
-        yield
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ConfigError(f"--model={path}: can't be loaded by transformers ({reason})") from None
 
 
 def _quantisation(path: Path) -> str:

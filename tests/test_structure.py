@@ -14,7 +14,7 @@ ORDER = [
     "preemption", "alarms", "watchdog", "prepare", "evaluate", "hops", "generate", "harness", "lm_eval", "routes",
     "page", "report", "baseline", "timing", "decode_benchmark", "benchmark", "program", "aot", "train_log",
     "non_finite", "trainer", "pretrained", "llama", "opt", "gguf_file", "interchange", "export", "import",
-    "radialize", "residuals", "torch_residuals", "profile", "skips", "sweep", "results",
+    "torch_models", "radialize", "residuals", "torch_residuals", "profile", "skips", "sweep", "results",
 ]  # fmt: skip
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "radialnet"
