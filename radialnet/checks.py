@@ -234,6 +234,7 @@ def _validate_run(config: Sections) -> None:
     model, absent = config.model, set()
     absent |= set() if model.prelude_layers else {"prelude"}
     absent |= set() if model.coda_layers else {"coda"}
+    absent |= set() if config.router.is_trained else {"router"}
     absent |= set() if model.positions == "learned" else {"positions"}
     absent |= set() if model.norm == "layer" else {"final_norm_bias"}
     for name in optimizer.frozen_parts:

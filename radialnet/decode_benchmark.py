@@ -81,18 +81,23 @@ class Run:
     def __call__(self) -> list[Completion]:
         return self.decoder.run(self.requests)
 
-    def depth(self) -> float:
-        """Mean executed layers of a token."""
-        return float(np.mean([(done.layer_ST[:-1] >= 0).sum(1).mean() for done in self()]))
+    def depths(self) -> np.ndarray:
+        """Layers of the pool that each token executed; not of the last of a text, which is not run any more."""
+        stages = self.decoder.decoding.stages
+        pool = slice(stages.prelude, stages.first_coda)
+        return np.concatenate([(done.layer_ST[:-1, pool] >= 0).sum(1) for done in self()])
+
+    def with_exit_bias(self, bias: float) -> "Run":
+        controllers = self.decoder.controllers.replace(exit_bias=jnp.float32(bias))
+        self.decoder.weights = self.decoder.weights.replace(controllers=controllers)
+        return self
 
     def hold(self, depth: float) -> "Run":
         """Set the exit bias, by bisection, so that the mean depth is `depth`."""
         low, high = -100.0, 100.0
         for _ in range(14):
             bias = (low + high) / 2
-            controllers = self.decoder.controllers.replace(exit_bias=jnp.float32(bias))
-            self.decoder.weights = self.decoder.weights.replace(controllers=controllers)
-            low, high = (bias, high) if self.depth() > depth else (low, bias)
+            low, high = (bias, high) if self.with_exit_bias(bias).depths().mean() > depth else (low, bias)
         return self
 
 
@@ -159,24 +164,32 @@ def _run_folders(runs: Path) -> list[Path]:
 
 def _of_depths(timings: Timings, runs: Path, num_new: int) -> None:
     """Of each run whose tokens choose their depth: the time of the same requests, one at a time, at parts of that."""
-    for folder in _run_folders(runs):
-        trained = load_trained(folder)
+    chosen = {folder: trained for folder in _run_folders(runs) if _chooses_depth(trained := load_trained(folder))}
+    if not chosen:
+        raise ConfigError(f"--runs={runs}: no run in it whose tokens choose their depth yet")
+    for folder, trained in chosen.items():
         model, rows = trained.config.model, prepare(trained.config, RunFolder(folder)).eval
-        if not (trained.config.router.is_trained and model.min_depth < model.max_depth):
-            raise ConfigError(f"--runs={runs}: all tokens of {folder} have the same depth")
-        prompts = [rows[row * len(rows) // TEXTS]["token"][:PROMPT].tolist() for row in range(TEXTS)]
-        full, *parts = (Run(trained, 1, num_new, prompts).hold(share * model.max_depth) for share in (1.0, *DEPTHS))
+        texts = (rows[row * len(rows) // TEXTS]["token"] for row in range(TEXTS))
+        prompts = [text[text != trained.tokenizer.separator_id][:PROMPT].tolist() for text in texts]
+        full = Run(trained, 1, num_new, prompts).with_exit_bias(-100.0)
+        parts = [Run(trained, 1, num_new, prompts).hold(share * model.max_depth) for share in DEPTHS]
         # A text may end; each is written as far as all of them go.
         lengths = np.min([[len(done.tokens) for done in run()] for run in (full, *parts)], axis=0)
         for run in (full, *parts):
             both = zip(run.requests, np.maximum(lengths, 1).tolist(), strict=True)
             run.requests = [dataclasses.replace(request, max_new_tokens=most) for request, most in both]
-        num_layers, tokens = full.depth(), int(lengths.sum())
+        num_layers, tokens = full.depths().mean(), int(lengths.sum())
         for run in parts:
-            told = _depths(run)
-            what = f"{folder.name}, {told['depth']:.4g} layers a token", f"{num_layers:.4g} layers"
+            told, depth = _depths(run), run.depths().mean()
+            what = f"{folder.name}, {depth:.4g} layers a token", f"{num_layers:.4g} layers"
             saved = 1 - timings.add(*what, run, full, name=None, tokens=tokens, **told)
-            timings.rows[-1]["time saved/layers saved"] = round(saved / (1 - run.depth() / num_layers), 3)
+            if depth < num_layers:
+                timings.rows[-1]["time saved/layers saved"] = round(saved / (1 - depth / num_layers), 3)
+
+
+def _chooses_depth(trained: TrainedModel) -> bool:
+    model, router = trained.config.model, trained.config.router
+    return router.is_trained and model.min_depth < model.max_depth and trained.step >= router.exit_warmup_steps
 
 
 def _of_runs(timings: Timings, runs: Path) -> None:
@@ -216,7 +229,7 @@ def _bytes(run: Run) -> dict:
 
 
 def _depths(run: Run) -> dict:
-    depth_S = np.concatenate([(done.layer_ST[:-1] >= 0).sum(1) for done in run()])
+    depth_S = run.depths()
     return {"depth": round(float(depth_S.mean()), 2), "spread": round(float(depth_S.std()), 2)}
 
 

@@ -69,22 +69,29 @@ def _arrive(decoding: Decoding, weights: Weights, rows: Rows, stage_R: jax.Array
     return rows.replace(stage_R=stage_R, choice=choice)
 
 
-def _advance(decoding: Decoding, weights: Weights, rows: Rows) -> Rows:
-    """The rows at the next stage at which any of them has something to do.
+def _next_stage(decoding: Decoding, weights: Weights, rows: Rows) -> Rows:
+    total = decoding.stages.total
+    stage_R = jnp.minimum(rows.stage_R + 1, total)
+    return _arrive(decoding, weights, rows, stage_R, rows.is_live_R & (stage_R < total))
+
+
+def _past_idle_stages(decoding: Decoding, weights: Weights, rows: Rows) -> Rows:
+    """The rows at a stage at which any of them executes something, or samples.
 
     Not each at its own: where rows are at the same stage, they share the weights of its layer.
     """
-    stages = decoding.stages
-
-    def next_stage(rows: Rows) -> Rows:
-        stage_R = jnp.minimum(rows.stage_R + 1, stages.total)
-        return _arrive(decoding, weights, rows, stage_R, rows.is_live_R & (stage_R < stages.total))
 
     def all_idle(rows: Rows) -> jax.Array:
-        has_work_R = (rows.choice.layer_RQ[:, 0] < weights.num_layers) | (rows.stage_R == stages.total)
-        return rows.is_live_R.any() & ~(rows.is_live_R & has_work_R).any()
+        executes_R = rows.is_live_R & (rows.choice.layer_RQ[:, 0] < weights.num_layers)
+        return rows.is_live_R.any() & ~executes_R.any() & ~_emits(decoding, rows)
 
-    return jax.lax.while_loop(all_idle, next_stage, next_stage(rows))
+    return jax.lax.while_loop(all_idle, lambda rows: _next_stage(decoding, weights, rows), rows)
+
+
+def _emits(decoding: Decoding, rows: Rows) -> jax.Array:
+    """Whether it is time to sample: a row is at the output node; in lockstep, all of them."""
+    at_output_R = rows.is_live_R & (rows.stage_R == decoding.stages.total)
+    return jnp.all(at_output_R | ~rows.is_live_R) if decoding.lockstep else jnp.any(at_output_R)
 
 
 def _left(decoding: Decoding, weights: Weights, stage_R, choice: Choice) -> tuple[jax.Array, Choice]:
@@ -113,7 +120,8 @@ def _emit(decoding: Decoding, weights: Weights, rows: Rows, emits_R: jax.Array) 
         seen_RV=rows.seen_RV | is_new_RV,
         is_live_R=is_live_R,
     )
-    return start(decoding, weights, rows, emits_R & is_live_R), jnp.where(adds_R, token_R, -1)
+    rows = _past_idle_stages(decoding, weights, start(decoding, weights, rows, emits_R & is_live_R))
+    return rows, jnp.where(adds_R, token_R, -1)
 
 
 def _iterate(decoding: Decoding, weights: Weights, cache: DecodeCache, rows: Rows) -> tuple[DecodeCache, Rows, Log]:
@@ -124,11 +132,14 @@ def _iterate(decoding: Decoding, weights: Weights, cache: DecodeCache, rows: Row
     layer_R = choice.layer_RQ[:, 0]
     log = Log(rows.place_R, rows.stage_R, jnp.where(layer_R < num_layers, layer_R, -1), jnp.full_like(layer_R, -1))
 
-    rows = _advance(decoding, weights, rows.replace(h_RD=h_RQD[:, 0]))
+    rows = _next_stage(decoding, weights, rows.replace(h_RD=h_RQD[:, 0]))
+    rows = _past_idle_stages(decoding, weights, rows)
     at_output_R = rows.is_live_R & (rows.stage_R == stages.total)
-    emits = jnp.all(at_output_R | ~rows.is_live_R) if decoding.lockstep else jnp.any(at_output_R)
     rows, new_R = jax.lax.cond(
-        emits, lambda rows: _emit(decoding, weights, rows, at_output_R), lambda rows: (rows, log.new_IR), rows
+        _emits(decoding, rows),
+        lambda rows: _emit(decoding, weights, rows, at_output_R),
+        lambda rows: (rows, log.new_IR),
+        rows,
     )
     return cache, rows, log.replace(new_IR=new_R)
 

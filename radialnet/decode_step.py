@@ -136,7 +136,7 @@ def execute(
     cfg, block = model.cfg, model.pool.block
     shape, num_layers = place_RQ.shape, weights.num_layers
     layer_RQ = choice.layer_RQ
-    sizes, num_at_once = None, 1 if decoding.config.router.is_in_order else num_layers
+    sizes, num_at_once = None, model.pool.num_at_once
     if shape[1] == 1:
         # A single row is what most layers have to do for a batch of rows that are each at a place of their own.
         sizes, num_at_once = tuple(size for size in (SMALLEST, 1) if size <= shape[0]), num_layers

@@ -4,11 +4,15 @@ The factors are a part of the optimizer's state, and the weights are the sum at 
 know nothing of it.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+
+# In fp32 on accelerators too, where the default is less: what a step changes is the difference of two products.
+_matmul = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 
 class Factors(NamedTuple):
@@ -29,7 +33,8 @@ def low_rank(inner: optax.GradientTransformation, rank: int, seed: int) -> optax
     """
 
     def init(params) -> LowRankState:
-        matrices = [path for path, w in jax.tree.leaves_with_path(params) if path[0].key == "pool" and w.ndim > 2]
+        paths = (path for path, _ in jax.tree.leaves_with_path(params))
+        matrices = [path for path in paths if path[0].key == "pool" and is_matrix(path)]
         named, factors = _named(params), {}
         for index, path in enumerate(matrices):
             name = jax.tree_util.keystr(path)
@@ -52,18 +57,23 @@ def low_rank(inner: optax.GradientTransformation, rank: int, seed: int) -> optax
     return optax.GradientTransformation(init, update)
 
 
+def is_matrix(path: tuple) -> bool:
+    """Whether the parameter at a path is a matrix or an embedding. By name, for in a pool all are stacks of arrays."""
+    return not jax.tree_util.keystr(path[-1:], simple=True).endswith(("norm", "bias"))
+
+
 def _flat(w_LIX: jax.Array) -> jax.Array:
     return w_LIX.reshape(*w_LIX.shape[:2], -1)
 
 
 def _product(factors: Factors) -> jax.Array:
-    return factors.left_LIr @ factors.right_LrO
+    return _matmul(factors.left_LIr, factors.right_LrO)
 
 
 def _slopes(grad_LIO: jax.Array, factors: Factors) -> Factors:
     """The gradients of the factors by that of their matrix."""
     left, right = factors
-    return Factors(grad_LIO @ right.swapaxes(1, 2), left.swapaxes(1, 2) @ grad_LIO)
+    return Factors(_matmul(grad_LIO, right.swapaxes(1, 2)), _matmul(left.swapaxes(1, 2), grad_LIO))
 
 
 def _named(tree) -> dict[str, jax.Array]:

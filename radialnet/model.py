@@ -17,6 +17,7 @@ from radialnet.metrics import RoutingSums
 from radialnet.peer_routers import make_router
 from radialnet.pool import LayerPool, Positions, clone_groups
 from radialnet.router import Controllers, Schedule, draw, group_of_layer, row_keys
+from radialnet.sections import view_over
 from radialnet.sharding import ALONE, Axes, Parallel, Placement, make_mesh
 
 
@@ -73,7 +74,7 @@ class RadialTransformer(nnx.Module):
             parallel: the part of a device in it, where it runs on several.
         """
         model, self.parallel = config.model, parallel
-        self.config, self.cfg = config, model
+        self.cfg, self.view, self.is_in_order = model, config.cache.view, config.router.is_in_order
         # A fixed route has no probabilities to learn: nothing is gained by running all layers.
         self.estimator = config.router.estimator if config.router.is_trained else "straight_through"
         self.vocab_size = vocab_size
@@ -92,7 +93,7 @@ class RadialTransformer(nnx.Module):
         self.embedding = normal(vocab_size, model.d_model, model.d_model**-0.5, (None, "width"))
         self.prelude = unshared(model.prelude_layers)
         self.router = make_router(model, config.router, rngs, parallel)
-        self.pool = LayerPool(model, model.pool_size, scale, rngs, config.router.is_in_order, "layer", parallel)
+        self.pool = LayerPool(model, model.pool_size, scale, rngs, self.is_in_order, "layer", parallel)
         self.coda = unshared(model.coda_layers)
         self.final_norm = nnx.Param(jnp.ones(model.d_model), axes=(None,))
         self.final_norm_bias = nnx.Param(jnp.zeros(model.d_model), axes=(None,)) if model.norm == "layer" else None
@@ -131,7 +132,7 @@ class RadialTransformer(nnx.Module):
         graph, params = nnx.split((self.router, self.pool))
         loop = DepthLoop(
             graph,
-            self.config.view_over(max_depth),
+            self.view_over(max_depth),
             max_depth,
             self.estimator,
             self.vocab_size,
@@ -167,6 +168,10 @@ class RadialTransformer(nnx.Module):
             residual_ratio_TBS=ratio_TBS,
             read=read,
         )
+
+    def view_over(self, max_depth: int) -> str:
+        """`Sections.view_over`."""
+        return view_over(self.view, self.is_in_order, self.cfg.pool_size, max_depth)
 
     @jax.named_scope("embed")
     def embed(self, token: jax.Array, position: jax.Array) -> jax.Array:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from radialnet.config import Config
-from radialnet.low_rank import low_rank
+from radialnet.low_rank import is_matrix, low_rank
 
 
 def learning_rate(config: Config) -> optax.Schedule:
@@ -77,9 +77,4 @@ def _scale_by_adam(b1: float, b2: float, eps: float) -> optax.GradientTransforma
 
 
 def _decayed(params: dict) -> dict:
-    """Matrices and embeddings. By name, for the norms of a pool are stacked to look like matrices."""
-
-    def is_decayed(path, _):
-        return not jax.tree_util.keystr(path[-1:], simple=True).endswith(("norm", "bias"))
-
-    return jax.tree.map_with_path(is_decayed, params)
+    return jax.tree.map_with_path(lambda path, _: is_matrix(path), params)

@@ -467,9 +467,9 @@ def plot_skips(found: dict, path: Path) -> None:
     limit = found["greedy"][0] * (1 + found["tolerance"])
     axes.axhline(limit, color="0.6", linestyle="--", linewidth=1, label=f"{found['tolerance']:.0%} more loss")
     # Beyond three times the loss nothing is left of the model.
-    axes.set_ylim(
-        0.95 * found["greedy"][0], min(3 * found["greedy"][0], 1.05 * max(map(max, (found["greedy"], found["even"]))))
-    )
+    drawn = [found["greedy"], found["even"], *([ce for _, ce in points] for points in found["runs"].values())]
+    lowest, highest = min(map(min, drawn)), max(map(max, drawn))
+    axes.set_ylim(0.95 * lowest, min(3 * found["greedy"][0], 1.05 * highest))
     axes.invert_xaxis()
     axes.set(xlabel="layers executed", ylabel="loss (nats per token)")
     axes.legend(frameon=False)

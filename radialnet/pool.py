@@ -116,7 +116,7 @@ class LayerPool(nnx.Module):
             layer_axis: the logical name of the axis of layers (`sharding.RULES`).
         """
         self.cfg, self.num_layers, self.parallel = cfg, num_layers, parallel
-        self._num_at_once = 1 if is_in_order else num_layers
+        self.num_at_once = 1 if is_in_order else num_layers
         self.block = Block(cfg, num_layers, residual_scale, rngs, layer_axis, parallel)
 
     def gather_weights(self, dtype: jnp.dtype | None) -> None:
@@ -375,7 +375,7 @@ class LayerPool(nnx.Module):
 
     def groups(self, layer_N: jax.Array) -> Groups:
         """How the tokens of a depth step lie when they are sorted by layer."""
-        return plan(layer_N, self.num_layers, self.grouped_backend, num_at_once=self._num_at_once)
+        return plan(layer_N, self.num_layers, self.grouped_backend, num_at_once=self.num_at_once)
 
     def _orders(self, layer_BS: jax.Array, cache: UnifiedCache) -> _Orders:
         packing = Packing.of(layer_BS < self.num_layers)

@@ -237,5 +237,11 @@ class Sections:
 
     def view_over(self, max_depth: int) -> str:
         """`cache.view` over so many depth steps, or the one that shows the same and has less to look through."""
-        layers_come_once = self.router.is_in_order and max_depth <= self.model.pool_size
-        return "same_step" if self.cache.view == "same_layer" and layers_come_once else self.cache.view
+        return view_over(self.cache.view, self.router.is_in_order, self.model.pool_size, max_depth)
+
+
+def view_over(view: str, is_in_order: bool, pool_size: int, max_depth: int) -> str:
+    """`Sections.view_over` of a model that knows no more of its config."""
+    # Where each layer comes once, all entries of a layer are of one step.
+    comes_once = is_in_order and max_depth <= pool_size
+    return "same_step" if view == "same_layer" and comes_once else view

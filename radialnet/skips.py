@@ -142,6 +142,11 @@ def search(skipping: Skipping, most: int, num_orders: int, tolerance: float) -> 
     }
 
 
+def _check_positions(trained: TrainedModel, seq_len: int, where: str) -> None:
+    if 0 < (most := trained.config.model.max_positions) < seq_len:
+        raise ConfigError(f"--seq_len={seq_len}: {where} knows {most} positions")
+
+
 def _learned(path: Path, plain: TrainedModel, batches: list[Batch], exit_biases: list[float]) -> list[list[float]]:
     """[layers, loss] of a run at each exit bias, the deepest first. Raises ConfigError: it is none of the model."""
     trained = load_trained(path)
@@ -149,6 +154,9 @@ def _learned(path: Path, plain: TrainedModel, batches: list[Batch], exit_biases:
         raise ConfigError(f"--runs={path}: its form is {trained.config.router.form!r}, 'skip' is needed")
     if trained.tokenizer.fingerprint() != plain.tokenizer.fingerprint():
         raise ConfigError(f"--runs={path}: was trained with another tokenizer than that of --workdir")
+    if (layers := trained.config.model.pool_size) != (of_plain := plain.config.model.pool_size):
+        raise ConfigError(f"--runs={path}: has {layers} layers, and --workdir {of_plain}")
+    _check_positions(trained, batches[0]["token"].shape[1], f"--runs={path}")
     skipping = Skipping(trained, batches)
     return sorted(([*skipping.routed(bias)] for bias in exit_biases), reverse=True)
 
@@ -181,12 +189,16 @@ def main() -> None:
     biases = cli.numbers("exit_bias", _EXIT_BIAS.value, float, "numbers")
     source, told = documents(_DATA.value and Path(_DATA.value))
     seq_len = _SEQ_LEN.value or config.train.seq_len
+    _check_positions(trained, seq_len, f"--workdir={_WORKDIR.value}")
+    names = [Path(path).name for path in _RUNS.value]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"--runs={','.join(_RUNS.value)}: their folders need names of their own")
     rows = held_out_rows(source, trained.tokenizer, seq_len)
     num_rows = max(1, min(len(rows), _MAX_TOKENS.value // seq_len))
     # Rows from all over the text.
     rows = [rows[index * len(rows) // num_rows] for index in range(num_rows)]
     batches = list(eval_batches(rows, min(config.train.batch_size, num_rows), 0))
-    runs = {Path(path).name: _learned(Path(path), trained, batches, biases) for path in _RUNS.value}
+    runs = {name: _learned(Path(path), trained, batches, biases) for name, path in zip(names, _RUNS.value, strict=True)}
     found = {"data": told, **search(Skipping(trained, batches), most, _ORDERS.value, _TOLERANCE.value), "runs": runs}
     if out:
         out.mkdir(parents=True, exist_ok=True)

@@ -33,10 +33,13 @@ class Timings:
     def add(
         self, what: str, against: str, first, second, *, name: str | None, tokens: int = 0, **more: object
     ) -> float:
-        """Time two things against each other, their ratio. A figure with a name is one that docs and users rely on.
+        """Time two things against each other. A figure with a name is one that docs and users rely on.
 
         Args:
             tokens: that each of them gives, where it is of interest how many a second that makes.
+
+        Returns:
+            The ratio.
         """
         value, ms, other_ms = ratio(first, second, self.repeats)
         if tokens:

@@ -58,6 +58,9 @@ def trees_of(state: TrainState) -> dict:
 
 def state_shardings(placement: Placement, optimizer: optax.GradientTransformation, state: TrainState) -> TrainState:
     """Where each array of a state lies: what the optimizer knows of a parameter with it, the rest on all devices."""
+    everywhere = jax.tree.map(lambda _: placement.everywhere, state)
+    if placement.parallel.num_devices == 1:
+        return everywhere
     params = placement.shardings()
     moments = optax.tree.map_params(
         optimizer,
@@ -68,8 +71,7 @@ def state_shardings(placement: Placement, optimizer: optax.GradientTransformatio
         transform_non_params=lambda _: placement.everywhere,
         is_leaf=lambda known: isinstance(known, optax.MaskedNode),
     )
-    rest = jax.tree.map(lambda _: placement.everywhere, state)
-    return rest.replace(params=params, optimizer=moments)
+    return everywhere.replace(params=params, optimizer=moments)
 
 
 def forward(
@@ -132,6 +134,8 @@ def _sums(
     """The loss of a batch, with the cross-entropy as a mean over `num_targets`, and its sums.
 
     With a teacher, a part of the loss, or all of it, is the divergence from what that predicts.
+
+    `learns_states`: whether a gradient goes into what the head gets.
 
     On several devices all are those of the whole batch, `batch` and `output` those of this device's rows. Where devices
     have copies of tokens, each of them takes its part of those to the head.

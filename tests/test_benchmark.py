@@ -138,10 +138,14 @@ def test_cache_is_measured_over_views_and_of_trained_runs(tmp_path, monkeypatch)
     benchmark_cache(timings, SIZES, runs=tmp_path)
     (row,) = timings.rows
     assert row["logits_differ_by"] < 1e-5 and row["ce"] > 0 and row["depth"] > 1
+    with pytest.raises(ConfigError, match="no run in it whose tokens choose their depth yet"):
+        benchmark_decode(timings, SIZES, runs=tmp_path)
+    run("train.py", "--config=configs/smoke.py", f"--workdir={tmp_path / 'run'}", "--config.train.num_steps=6")
     timings = Timings(repeats=1)
     benchmark_decode(timings, {**SIZES, "seq_len": 32}, runs=tmp_path)
     depths = [row["depth"] for row in timings.rows]
     assert len(depths) == 3 and depths == sorted(depths, reverse=True) and depths[0] > depths[-1] >= 1
+    assert "time saved/layers saved" in timings.rows[-1]
     for measure in (benchmark_cache, benchmark_decode):
         with pytest.raises(ConfigError, match="--runs="):
             measure(timings, SIZES, runs=tmp_path / "nothing")

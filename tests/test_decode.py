@@ -25,7 +25,7 @@ SEQ, PAGE, CHUNK = 13, 4, 7
 class Decoder:
     """A tiny model with tokens that leave at different depths, and a cache for some rows."""
 
-    def __init__(self, num_rows=2, max_depth=None, exit_bias=-3.0, **overrides):
+    def __init__(self, num_rows=2, max_depth=None, exit_bias=-3.0, is_as_decoded=True, **overrides):
         config = make_config(**{"model__max_depth": 4, "train__seq_len": SEQ, **overrides})
         model = Model(config)
         if config.router.is_trained:
@@ -37,7 +37,8 @@ class Decoder:
         controllers = model.controllers.replace(exit_bias=jnp.float32(exit_bias))
         self.weights = Weights.of(model.graph, model.params, controllers, at)
         sizes = num_rows, 40, 90, PAGE, cfg.num_kv_heads, cfg.head_size
-        self.cache = DecodeCache.empty(config.cache.view, self.stages, *sizes, jnp.dtype(cfg.dtype))
+        view = config.view_over(self.stages.max_depth) if is_as_decoded else config.cache.view
+        self.cache = DecodeCache.empty(view, self.stages, *sizes, jnp.dtype(cfg.dtype))
         self._prefill = jax.jit(partial(prefill, self.decoding))
         self._step = jax.jit(partial(decode_step, self.decoding))
         self._logits = jax.jit(partial(logits, self.decoding))
@@ -79,6 +80,7 @@ CASES = {
     "mod": {"router__form": "mod", "router__estimator": "weighted", "model__min_depth": 4},
     "mod, all": {"router__form": "mod", "router__estimator": "weighted", "model__min_depth": 4, "cache__view": "all"},
     "skip": {"router__form": "skip", "cache__view": "same_layer"},
+    "skip, of the layer": {"router__form": "skip", "cache__view": "same_layer", "is_as_decoded": False},
     "skip, the newest of each token": {"router__form": "skip", "cache__view": "latest"},
     "recursion": {"exit_bias": 0.0, "router__form": "recursion", "train__seed": 1, "model__pool_size": 2},
     "prelude and coda": {"exit_bias": -1.0, "model__prelude_layers": 1, "model__coda_layers": 2},
@@ -290,10 +292,10 @@ def test_a_stage_that_is_sat_out_takes_no_iteration():
     (done,) = alone.run([request])
     written_ST = done.layer_ST[len(request.prompt) :][: len(done.tokens)]
     assert (written_ST < 0).any() and alone.num_iterations == (written_ST >= 0).sum()
-    together = decode.Decoder(model, 2)
-    assert [done.tokens for done in together.run([request, other])] == [
-        decode.Decoder(model).run([one])[0].tokens for one in (request, other)
-    ]
+    expected = [continued(model, one) for one in (request, other)]
+    for lockstep in (False, True):
+        together = decode.Decoder(model, 2, lockstep=lockstep)
+        assert [done.tokens for done in together.run([request, other])] == expected
 
 
 @pytest.mark.parametrize(
@@ -303,6 +305,8 @@ def test_a_stage_that_is_sat_out_takes_no_iteration():
         {"model__min_depth": 0, "router__exit_bias_init": 0.0},
         {"model__prelude_layers": 1, "cache__view": "same_layer"},
         {"cache__view": "all"},
+        {"router__form": "skip", "cache__view": "same_layer", "model__coda_layers": 1},
+        {"router__form": "skip", "cache__view": "same_layer", "model__min_depth": 0, "router__exit_bias_init": 0.0},
     ],
     ids=str,
 )

@@ -233,9 +233,38 @@ def test_a_run_learns_from_a_run_and_goes_on(tmp_path):
     assert not (tmp_path / "other").exists()
 
 
+def test_a_run_of_low_rank_goes_on_bit_for_bit(tmp_path):
+    """Its factors are of the checkpoint, and what is frozen stays."""
+    (tmp_path / "a.txt").write_text("the quick brown fox jumps over the lazy dog " * 60)
+    fields = {
+        "data__source": "text", "data__path": str(tmp_path / "a.txt"), "data__tokenizer": "byte", "log__every_steps": 1,
+        "data__cache_dir": str(tmp_path / "cache"), "log__sample_prompt": "", "train__num_steps": 4,
+        "optimizer__low_rank": 2, "optimizer__frozen": "embedding,head", "checkpoint__every_steps": 2,
+        "model__biases": True, "eval__every_steps": 0,
+    }  # fmt: skip
+    config = make_config(**fields)
+    train(config, tmp_path / "whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "again")
+    shutil.rmtree(tmp_path / "again" / "checkpoints" / "4")
+    train(config, tmp_path / "again")
+    one, other = (load_trained(tmp_path / name) for name in ("whole", "again"))
+    jax.tree.map(np.testing.assert_array_equal, one.params, other.params)
+    begun = init_params(config, one.tokenizer.vocab_size)[1]
+    np.testing.assert_array_equal(one.params["head"], begun["head"])
+    change_LDX = np.asarray(one.params["pool"]["block"]["qkv"] - begun["pool"]["block"]["qkv"]).reshape(5, 24, -1)
+    sizes = np.linalg.svd(change_LDX, compute_uv=False)
+    assert (sizes[:, 2:] < 1e-5).all() and sizes[:, 1].max() > 1e-4
+    with pytest.raises(ConfigError, match="config.optimizer.low_rank=3, but the run in .* was started with 2"):
+        train(make_config(**{**fields, "optimizer__low_rank": 3}), tmp_path / "whole")
+
+
 @pytest.mark.parametrize("overrides, told", [
     ({"train__distill_weight": 0.0}, "config.train.distill_weight=0.0: more than 0"),
     ({"optimizer__frozen": "pool,heads"}, "config.optimizer.frozen='heads': one of embedding"),
+    ({"optimizer__frozen": "pool,coda"}, "config.optimizer.frozen='pool,coda': this model has no coda"),
+    ({"optimizer__low_rank": -1}, "config.optimizer.low_rank=-1"),
+    ({"optimizer__low_rank": 2, "optimizer__frozen": "pool"}, "config.optimizer.low_rank=2 with .*frozen='pool'"),
+    ({"optimizer__low_rank": 2, "mesh__data": 2}, "config.optimizer.low_rank=2: on one device alone"),
 ])  # fmt: skip
 def test_what_can_not_be_learned(overrides, told):
     with pytest.raises(ConfigError, match=told):

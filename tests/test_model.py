@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from radialnet.model import init_params, upcycle
-from radialnet.sections import VIEWS, Sections
+from radialnet.model import RadialTransformer, init_params, upcycle
+from radialnet.sections import VIEWS
 from radialnet.train_step import forward
 from tests.test_cache import brute_force
 from tests.tiny import VOCAB, Model, make_batch, make_config
@@ -388,7 +388,7 @@ def test_where_each_layer_comes_once_the_entries_of_its_step_are_all_of_the_laye
 
     assert [config.view_over(depth) for depth in (4, 5)] == ["same_step", "same_layer"]
     fast = loss_and_grads()
-    monkeypatch.setattr(Sections, "view_over", lambda config, _: config.cache.view)
+    monkeypatch.setattr(RadialTransformer, "view_over", lambda model, _: model.view)
     plain = loss_and_grads()
     assert form == "sequential" or 1 < plain[1].mean() < 3.9
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), fast, plain)
