@@ -93,11 +93,14 @@ class Run:
         return self
 
     def hold(self, depth: float) -> "Run":
-        """Set the exit bias, by bisection, so that the mean depth is `depth`."""
+        """Set the exit bias, by bisection, so that the mean depth is `depth`, up to a hundredth where it can be."""
         low, high = -100.0, 100.0
         for _ in range(14):
             bias = (low + high) / 2
-            low, high = (bias, high) if self.with_exit_bias(bias).depths().mean() > depth else (low, bias)
+            found = self.with_exit_bias(bias).depths().mean()
+            if abs(found - depth) < 0.01 * depth:
+                break
+            low, high = (bias, high) if found > depth else (low, bias)
         return self
 
 

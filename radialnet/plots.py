@@ -472,7 +472,8 @@ def plot_skips(found: dict, path: Path) -> None:
     axes.set_ylim(0.95 * lowest, min(3 * found["greedy"][0], 1.05 * highest))
     axes.invert_xaxis()
     axes.set(xlabel="layers executed", ylabel="loss (nats per token)")
-    axes.legend(frameon=False)
+    # Lines may go behind it.
+    axes.legend(edgecolor="none", framealpha=0.9, fontsize=8)
     _save(plt, figure, path, dpi=100)
 
 
