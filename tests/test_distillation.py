@@ -235,12 +235,14 @@ def test_a_run_learns_from_a_run_and_goes_on(tmp_path):
 
 def test_a_run_of_low_rank_goes_on_bit_for_bit(tmp_path):
     """Its factors are of the checkpoint, and what is frozen stays."""
-    (tmp_path / "a.txt").write_text("the quick brown fox jumps over the lazy dog " * 60)
+    (tmp_path / "texts").mkdir()
+    for index in range(20):
+        (tmp_path / "texts" / f"{index}.txt").write_text(f"document {index}: " + "the quick brown fox " * 9)
     fields = {
-        "data__source": "text", "data__path": str(tmp_path / "a.txt"), "data__tokenizer": "byte", "log__every_steps": 1,
-        "data__cache_dir": str(tmp_path / "cache"), "log__sample_prompt": "", "train__num_steps": 4,
-        "optimizer__low_rank": 2, "optimizer__frozen": "embedding,head", "checkpoint__every_steps": 2,
-        "model__biases": True, "eval__every_steps": 0,
+        "data__source": "text", "data__path": str(tmp_path / "texts"), "data__tokenizer": "byte", "log__every_steps": 1,
+        "data__cache_dir": str(tmp_path / "cache"), "data__eval_fraction": 0.3, "log__sample_prompt": "",
+        "optimizer__low_rank": 2, "optimizer__frozen": "embedding,head", "checkpoint__every_steps": 2, "mesh__data": 1,
+        "model__biases": True, "eval__every_steps": 0, "train__num_steps": 4,
     }  # fmt: skip
     config = make_config(**fields)
     train(config, tmp_path / "whole")
