@@ -9,7 +9,8 @@ do without, by changes of rank 16 (docs/PRETRAINED.md), on one device. With laye
 `--config.optimizer.frozen=embedding,head,final_norm,pool --config.optimizer.low_rank=0` with
 `--config.train.distill_weight=1.0 --config.optimizer.learning_rate=3e-3`.
 
-Cost: 9 s a step of 256 tokens on one core, 50 minutes. Expected: @@EXPECTED@@
+Cost: 9 s a step of 256 tokens on one core, 50 minutes. Expected: held out 3.09 nats at 25.2 layers, of which the
+teacher has 2.85 with 30.
 """
 
 from ml_collections import ConfigDict
