@@ -231,15 +231,17 @@ def _validate_run(config: Sections) -> None:
         0 < train.distill_weight <= 1,
         f"config.train.distill_weight={train.distill_weight}: more than 0 and at most 1 is needed",
     )
-    model, absent = config.model, set()
-    absent |= set() if model.prelude_layers else {"prelude"}
-    absent |= set() if model.coda_layers else {"coda"}
-    absent |= set() if config.router.is_trained else {"router"}
-    absent |= set() if model.positions == "learned" else {"positions"}
-    absent |= set() if model.norm == "layer" else {"final_norm_bias"}
+    model = config.model
+    is_there = {
+        "prelude": model.prelude_layers > 0,
+        "coda": model.coda_layers > 0,
+        "router": config.router.is_trained,
+        "positions": model.positions == "learned",
+        "final_norm_bias": model.norm == "layer",
+    }
     for name in optimizer.frozen_parts:
         _one_of("config.optimizer.frozen", name, PARTS)
-        _require(name not in absent, f"config.optimizer.frozen={optimizer.frozen!r}: this model has no {name}")
+        _require(is_there.get(name, True), f"config.optimizer.frozen={optimizer.frozen!r}: this model has no {name}")
     _at_least("optimizer", optimizer, 0, "low_rank")
     _require(
         not optimizer.low_rank or "pool" not in optimizer.frozen_parts,

@@ -43,8 +43,8 @@ class SkipRouter(Router):
 
     def __call__(self, h_BSD: jax.Array, step: StepInputs, controllers: Controllers, at: Schedule) -> Route:
         """`Router.__call__`; nobody exits."""
-        # It learns to predict, and changes nothing of what it predicts from.
         depth_step, decided = step.depth_step, step.decided
+        # It learns to predict, and changes nothing of what it predicts from.
         x_BSD = self._inputs(jax.lax.stop_gradient(h_BSD), jnp.minimum(depth_step, self.max_depth - 1))
         score_BS = self._logits(x_BSD)[..., 0]
         skip_BS = score_BS + controllers.exit_bias
