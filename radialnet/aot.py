@@ -36,10 +36,10 @@ from ml_collections import config_flags
 
 from radialnet import attention, cli, grouped
 from radialnet.config import Config
+from radialnet.cost import PEAK_FLOPS, WIRE_BYTES_PER_S, flops_by_part, rate
 from radialnet.decode_cache import DecodeCache, Stages
 from radialnet.decode_step import Decoding, Weights, decode_step
 from radialnet.hop_task import make_tokenizer
-from radialnet.metrics import flops_by_part, peak_flops
 from radialnet.model import abstract_params, init_params, place
 from radialnet.optimizer import make_optimizer
 from radialnet.program import work_of
@@ -69,10 +69,6 @@ gpu_device_info {
   l2_cache_size: 52428800 memory_bandwidth: 3352320000000 device_memory_size: 85899345920
 }
 """
-
-
-# What the links of a chip to its neighbours carry together, in both directions, as its maker states it.
-WIRE_BYTES_PER_S = {"TPU v5 lite": 200e9, "TPU v5": 600e9, "TPU v6 lite": 448e9}
 
 
 class DoesNotFitError(RuntimeError):
@@ -253,8 +249,8 @@ def report(config: Config, devices: Sequence) -> dict:
         "flops": work.flops,
         "ideal_flops": ideal,
         "flops_over_ideal": round(work.flops / ideal, 4),
-        "compute_s": _over(work.flops, peak_flops(devices[0])),
-        "wire_s": _over(work.wire, _wire(devices[0])),
+        "compute_s": _over(work.flops, rate(PEAK_FLOPS, devices[0])),
+        "wire_s": _over(work.wire, rate(WIRE_BYTES_PER_S, devices[0])),
         "loops_of_unknown_length": list(work.unknown),
         "collectives": {
             kind: {"count": round(work.counts[kind]), "gb": round(work.collectives[kind] / 1e9, 3)}
@@ -266,10 +262,6 @@ def report(config: Config, devices: Sequence) -> dict:
 
 def _over(amount: float, per_second: float | None) -> float | None:
     return None if per_second is None else round(amount / per_second, 3)
-
-
-def _wire(device) -> float | None:
-    return next((rate for kind, rate in WIRE_BYTES_PER_S.items() if device.device_kind.startswith(kind)), None)
 
 
 def report_decode(config: Config, device) -> dict:

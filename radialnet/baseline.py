@@ -11,10 +11,10 @@ from radialnet.optimizer import clip, make_optimizer
 VOCAB = 512
 
 
-def program_bytes(program: jax.stages.Compiled) -> int:
+def program_mb(program: jax.stages.Compiled) -> float:
     """What a compiled step needs: its state, its batch and its temporaries."""
     memory = program.memory_analysis()
-    return memory.temp_size_in_bytes + memory.argument_size_in_bytes
+    return (memory.temp_size_in_bytes + memory.argument_size_in_bytes) / 1e6
 
 
 def dense_params(config: Config, seed: int = 0) -> dict:
@@ -107,5 +107,5 @@ class DenseStep:
         self.state = self.program(self.state, self.batch)
         return self.state
 
-    def bytes(self) -> int:
-        return program_bytes(self.program)
+    def mb(self) -> float:
+        return program_mb(self.program)

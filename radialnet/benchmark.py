@@ -7,14 +7,13 @@
           of trained runs, their layers saved and the time that it saves.
 `cache`   bytes and time of a token over views and sizes; with --runs of trained runs, with their held-out loss and how
           far the logits of decoding are from those of the parallel pass.
-`router`  the router's share of the step, over its width.
+`router`  a router against the layers that it saves, over its width, at the sizes of OPT.
 `input`   the step on real data, read while it runs, against the step on one batch used again.
 
 Every figure is the median over repeats of (time of one) / (time of the other), the two run one after the other in each
 repeat. Machines are noisy: compare ratios, not milliseconds.
 """
 
-import itertools
 import json
 import os
 import platform
@@ -33,18 +32,20 @@ from flax import nnx
 from configs import base, radial_nano
 from radialnet import cli
 from radialnet.attention import attend_backward, attend_forward
-from radialnet.baseline import VOCAB, DenseStep, program_bytes
+from radialnet.baseline import VOCAB, DenseStep, program_mb
 from radialnet.cache import Packing, UnifiedCache
 from radialnet.config import Config
+from radialnet.cost import flops_per_token
 from radialnet.data import prefetch, prepare, train_batches
 from radialnet.decode_benchmark import benchmark_cache, benchmark_decode
 from radialnet.depth import DepthLoop, Inputs, decide, differentiable
 from radialnet.files import write_whole
-from radialnet.metrics import figures, flops_per_token
+from radialnet.metrics import figures
 from radialnet.model import init_params
 from radialnet.optimizer import make_optimizer
 from radialnet.pool import Positions
-from radialnet.router import Controllers, Router, row_keys, schedule
+from radialnet.router import Controllers, Plan, Router, row_keys, schedule
+from radialnet.router_benchmark import benchmark_router
 from radialnet.run_folder import RunFolder
 from radialnet.sections import ConfigError
 from radialnet.timing import Timings
@@ -128,8 +129,8 @@ class RadialStep:
         self.state, self.sums, _ = self.program(self.state, self.batch, self.bytes_V)
         return self.state
 
-    def bytes(self) -> int:
-        return program_bytes(self.program)
+    def mb(self) -> float:
+        return program_mb(self.program)
 
     def described(self) -> dict:
         found = {name: round(self.figures[name], 3) for name in ("depth", "load_entropy", "padding")}
@@ -172,10 +173,10 @@ def benchmark_train(timings: Timings, sizes: dict) -> None:
     flops = 3 * batch["token"].size * flops_per_token(config, VOCAB, [1] * max_depth)
     timings.add("step, L=8", "product of its FLOPs", full, _product(flops), name="step/matmul limit")
     timings.add("dense step", "product of its FLOPs", dense, _product(flops), name=None)
-    timings.add_bytes("memory, L=8", "dense step", full.bytes(), dense.bytes(), name="memory/dense")
+    timings.add_given("memory, L=8", "dense step", full.mb(), dense.mb(), "mb", name="memory/dense")
     again = make_config(sizes, model__remat="step")
-    radial_bytes, dense_bytes = RadialStep(again, batch).bytes(), DenseStep(again, batch).bytes()
-    timings.add_bytes("memory, L=8, remat", "dense step, remat", radial_bytes, dense_bytes, name=None)
+    radial_mb, dense_mb = RadialStep(again, batch).mb(), DenseStep(again, batch).mb()
+    timings.add_given("memory, L=8, remat", "dense step, remat", radial_mb, dense_mb, "mb")
 
 
 def _product(flops: float) -> Callable[[], jax.Array]:
@@ -234,7 +235,7 @@ def _router(config: Config) -> Callable[[], object]:
         def outputs(params, h_BSD, before_BS, depth_step, decided=None):
             router = nnx.merge(graph, params)
             gate_BS, survival_BS, sums, route = decide(
-                loop, router, h_BSD, before_BS, active_BS, depth_step, inputs, decided=decided
+                loop, router, h_BSD, before_BS, active_BS, depth_step, inputs, Plan(), decided
             )
             return (gate_BS, survival_BS, differentiable(sums)), (route, sums)
 
@@ -255,16 +256,6 @@ def _router(config: Config) -> Callable[[], object]:
         return jax.lax.scan(backward, zeros, (depth_steps, steps), reverse=True)
 
     return lambda: run(params, h_BSD)
-
-
-def benchmark_router(timings: Timings, sizes: dict) -> None:
-    batch = make_batch(make_config(sizes))
-    step = RadialStep(make_config(sizes), batch)
-    for num_layers, part in itertools.product((8, 64), (8, 4, 2, 1)):
-        config = make_config(sizes, model__pool_size=num_layers, router__hidden=max(1, sizes["d_model"] // part))
-        timings.add(
-            f"router, L={num_layers}, hidden {config.router.hidden}", "step, L=8", _router(config), step, name=None
-        )
 
 
 def benchmark_input(timings: Timings, sizes: dict) -> None:

@@ -11,6 +11,7 @@ from radialnet.sections import (
     GROUPED_BACKENDS,
     HOPS_ALPHABET,
     MLPS,
+    NETWORKS,
     NORMS,
     PAGE_SIZE,
     PARTS,
@@ -114,6 +115,7 @@ def _validate_router(config: Sections) -> None:
     _one_of("config.router.form", router.form, TRAINED_FORMS + FIXED_FORMS)
     _one_of("config.router.estimator", router.estimator, ESTIMATORS)
     _one_of("config.router.prior", router.prior, ("none", "sequential", "group", "hash"))
+    _one_of("config.router.network", router.network, NETWORKS)
     _one_of("config.router.exit_training", router.exit_training, ("gate", "benefit"))
     _one_of("config.router.depth_loss", router.depth_loss, ("price", "target"))
     non_negative = (
@@ -128,6 +130,11 @@ def _validate_router(config: Sections) -> None:
         "read_coef",
     )
     _at_least("router", router, 0, *non_negative)
+    _at_least("router", router, 1, "every")
+    _require(
+        router.every == 1 or router.form in ("factored", "flat"),
+        f"config.router.every={router.every} is for the forms factored and flat, config.router.form={router.form!r}",
+    )
     _at_least("router", router, 0, "exit_warmup_steps", "depth_ramp_steps", "exit_bias_rate", "load_bias_rate")
     _require(0 <= router.explore < 1, f"config.router.explore={router.explore}: at least 0 and less than 1 is needed")
     if router.exit_training == "benefit":
@@ -355,7 +362,7 @@ def check_mesh(config: Sections, sizes: Mapping[str, int]) -> None:
         (of("fsdp", "pool", "tensor"), "model.d_model", model.d_model),
         (rows, "train.batch_size", train.batch_size),
     ]
-    if config.router.is_trained:
+    if config.router.is_trained and config.router.network != "linear":
         split.append((of("tensor"), "router.hidden", config.router.hidden_size(model)))
     for factors, field, value in split:
         product = math.prod(factors.values())

@@ -140,7 +140,8 @@ def benchmark_decode(timings: Timings, sizes: dict, runs: Path | None) -> None:
     (done,) = long()
     entries_bytes = int((done.layer_ST >= 0).sum()) * long.decoder.entry_bytes
     what = f"pages of {len(done.layer_ST):,} tokens"
-    timings.add_bytes(what, "their entries", long.decoder.peak_bytes, entries_bytes, name="cache bytes/entries")
+    found_mb = long.decoder.peak_bytes / 1e6, entries_bytes / 1e6
+    timings.add_given(what, "their entries", *found_mb, "mb", name="cache bytes/entries")
 
 
 def benchmark_cache(timings: Timings, sizes: dict, runs: Path | None) -> None:

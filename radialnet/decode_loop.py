@@ -54,7 +54,7 @@ def start(decoding: Decoding, weights: Weights, rows: Rows, starts_R: jax.Array)
     h_RD = jnp.where(starts_R[:, None], model.embed(rows.token_R, rows.place_R), rows.h_RD)
     stage_R = jnp.where(starts_R, 0, rows.stage_R)
     shape = rows.choice.layer_RQ.shape
-    fresh = rows.choice.replace(log_survival_RQ=jnp.zeros(shape), leaves_at_RQ=model.router.no_plan(shape))
+    fresh = rows.choice.replace(log_survival_RQ=jnp.zeros(shape), plan=model.router.no_plan(shape))
     begun = _arrive(decoding, weights, rows.replace(h_RD=h_RD, choice=fresh), stage_R, starts_R)
     choice = jax.tree.map(lambda new, old: jnp.where(starts_R[:, None], new, old), begun.choice, rows.choice)
     return begun.replace(choice=choice)
@@ -64,7 +64,7 @@ def _arrive(decoding: Decoding, weights: Weights, rows: Rows, stage_R: jax.Array
     """The rows with their active tokens at a stage, and what those do there."""
     before = rows.choice
     given = rows.token_R[:, None], rows.place_R[:, None], stage_R, active_R[:, None]
-    choice = route(decoding, weights, rows.h_RD[:, None], *given, before.log_survival_RQ, before.leaves_at_RQ)
+    choice = route(decoding, weights, rows.h_RD[:, None], *given, before.log_survival_RQ, before.plan)
     stage_R, choice = _left(decoding, weights, stage_R, choice)
     return rows.replace(stage_R=stage_R, choice=choice)
 

@@ -22,7 +22,7 @@ from radialnet.decode_cache import DecodeCache, Stages
 from radialnet.grouping import SMALLEST, gather, plan, scatter
 from radialnet.layers import rotation
 from radialnet.model import RadialTransformer
-from radialnet.router import Controllers, Schedule, StepInputs, choice_gate
+from radialnet.router import Controllers, Plan, Schedule, StepInputs, choice_gate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Choice:
     gate_RQ: jax.Array
     exits_RQ: jax.Array
     log_survival_RQ: jax.Array
-    leaves_at_RQ: jax.Array | None
+    plan: Plan
 
 
 def model_of(decoding: Decoding, weights: Weights) -> RadialTransformer:
@@ -88,7 +88,7 @@ def model_of(decoding: Decoding, weights: Weights) -> RadialTransformer:
 
 
 def route(
-    decoding: Decoding, weights: Weights, h_RQD, token_RQ, place_RQ, stage_R, active_RQ, log_survival_RQ, leaves_at_RQ
+    decoding: Decoding, weights: Weights, h_RQD, token_RQ, place_RQ, stage_R, active_RQ, log_survival_RQ, plan
 ) -> Choice:
     """Where each active token goes at its row's stage.
 
@@ -98,16 +98,16 @@ def route(
     num_layers = model.pool.num_layers
     depth_R = jnp.clip(stage_R - stages.prelude, 0, stages.max_depth - 1)
 
-    def of_row(h_QD, token_Q, place_Q, active_Q, depth_step, leaves_at_Q):
+    def of_row(h_QD, token_Q, place_Q, active_Q, depth_step, plan_of_Q):
         rng = jax.random.fold_in(jax.random.key(0), place_Q[0])
-        leaves_at_BS = None if leaves_at_Q is None else leaves_at_Q[None]
+        plan_of_BS = jax.tree.map(lambda x: x[None], plan_of_Q)
         # Of one text a row.
         begins_BS = place_Q[None] == 0
-        step = StepInputs(token_Q[None], begins_BS, active_Q[None], depth_step, rng[None], leaves_at_BS)
+        step = StepInputs(token_Q[None], begins_BS, active_Q[None], depth_step, rng[None], plan_of_BS)
         routed = model.router(h_QD[None], step, weights.controllers, weights.at)
         return jax.tree.map(lambda x: x[0] if jnp.ndim(x) else x, routed)
 
-    route = jax.vmap(of_row)(h_RQD, token_RQ, place_RQ, active_RQ, depth_R, leaves_at_RQ)
+    route = jax.vmap(of_row)(h_RQD, token_RQ, place_RQ, active_RQ, depth_R, plan)
     is_routed_R1 = stages.is_routed(stage_R)[:, None]
     log_survival_RQ = jnp.where(is_routed_R1, log_survival_RQ + route.log_survive_BS, log_survival_RQ)
     gate_RQ = jnp.ones(active_RQ.shape)
@@ -124,7 +124,7 @@ def route(
         gate_RQ=jnp.where(is_routed_R1, gate_RQ, 1),
         exits_RQ=is_routed_R1 & active_RQ & route.exits_BS,
         log_survival_RQ=log_survival_RQ,
-        leaves_at_RQ=leaves_at_RQ if route.decided.leaves_at_BS is None else route.decided.leaves_at_BS,
+        plan=route.plan,
     )
 
 
@@ -176,15 +176,15 @@ def run(
     num_layers = weights.num_layers
 
     def step(stage, carry):
-        h_RQD, stays_RQ, log_survival_RQ, leaves_at_RQ, cache, layer_TRQ = carry
+        h_RQD, stays_RQ, log_survival_RQ, plan, cache, layer_TRQ = carry
         stage_R = jnp.full(len(token_RQ), stage)
         active_RQ = is_real_RQ & (stays_RQ | ~stages.is_routed(stage))
-        given = h_RQD, token_RQ, place_RQ, stage_R, active_RQ, log_survival_RQ, leaves_at_RQ
+        given = h_RQD, token_RQ, place_RQ, stage_R, active_RQ, log_survival_RQ, plan
         choice = route(decoding, weights, *given)
         h_RQD, cache = execute(decoding, weights, h_RQD, choice, place_RQ, stage_R, cache)
         layer_RQ = jnp.where(choice.layer_RQ < num_layers, choice.layer_RQ, -1)
         layer_TRQ = layer_TRQ.at[stage].set(layer_RQ.astype(jnp.int16))
-        return h_RQD, stays_RQ & ~choice.exits_RQ, choice.log_survival_RQ, choice.leaves_at_RQ, cache, layer_TRQ
+        return h_RQD, stays_RQ & ~choice.exits_RQ, choice.log_survival_RQ, choice.plan, cache, layer_TRQ
 
     layer_TRQ = jnp.full((stages.total, *token_RQ.shape), -1, jnp.int16)
     no_plan = model.router.no_plan(token_RQ.shape)

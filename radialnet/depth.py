@@ -19,7 +19,7 @@ from flax import nnx
 
 from radialnet.metrics import StepSums
 from radialnet.pool import Attended, LayerPool, Positions, Products
-from radialnet.router import Controllers, Decision, Router, Schedule, StepInputs, choice_gate
+from radialnet.router import Controllers, Decision, Plan, Router, Schedule, StepInputs, choice_gate
 
 
 @flax.struct.dataclass
@@ -78,18 +78,18 @@ class Trace:
 
 @jax.named_scope("router")
 def decide(
-    loop: DepthLoop, router: Router, h_BSD, log_survival_BS, active_BS, depth_step, inputs, before=None, decided=None
+    loop: DepthLoop, router: Router, h_BSD, log_survival_BS, active_BS, depth_step, inputs, plan: Plan, decided=None
 ):
     """The router's part of a step.
 
     Args:
-        before: `Decision.leaves_at_BS` of the step before.
+        plan: `Route.plan` of the step before.
 
     Returns:
         The gate of the update, the log of the product of (1 - p_exit) so far, the sums, and the route.
     """
     begins_BS = inputs.positions.document_start_BS == jnp.arange(active_BS.shape[1])
-    step = StepInputs(inputs.token_BS, begins_BS, active_BS, depth_step, inputs.rng_B, before, decided)
+    step = StepInputs(inputs.token_BS, begins_BS, active_BS, depth_step, inputs.rng_B, plan, decided)
     route = router(h_BSD, step, inputs.controllers, inputs.at)
     log_survival_BS += route.log_survive_BS
     gate_BS = jnp.ones(active_BS.shape)
@@ -107,11 +107,11 @@ def unrolled(loop: DepthLoop, params, h_BSD: jax.Array, is_real_BS: jax.Array, i
     router, pool = loop.modules(loop.with_all_layers(params))
     active_BS, log_survival_BS = is_real_BS, jnp.zeros(is_real_BS.shape)
     cache = pool.empty_cache(loop.view, loop.max_depth, *is_real_BS.shape)
-    leaves_at_BS, steps = router.no_plan(is_real_BS.shape), []
+    plan, steps = router.no_plan(is_real_BS.shape), []
     for t in range(loop.max_depth):
         depth_step = jnp.int32(t)
         gate_BS, log_survival_BS, sums, route = decide(
-            loop, router, h_BSD, log_survival_BS, active_BS, depth_step, inputs, leaves_at_BS
+            loop, router, h_BSD, log_survival_BS, active_BS, depth_step, inputs, plan
         )
         before_BSD = h_BSD if loop.reads_states else jax.lax.stop_gradient(h_BSD)
         steps.append(Trace(sums, route.executes_BS.sum(), route.layer_BS, before_BSD, route.exit_logit_BS))
@@ -121,7 +121,7 @@ def unrolled(loop: DepthLoop, params, h_BSD: jax.Array, is_real_BS: jax.Array, i
             update_BSD, cache = pool(h_BSD, route.layer_BS, cache, inputs.positions, depth_step)
         # The update of a token that executes nothing is exactly 0: its state stays as it is.
         h_BSD += gate_BS[..., None] * update_BSD
-        active_BS, leaves_at_BS = active_BS & ~route.exits_BS, route.decided.leaves_at_BS
+        active_BS, plan = active_BS & ~route.exits_BS, route.plan
     return h_BSD, jax.tree.map(lambda *xs: jnp.stack(xs), *steps)
 
 
@@ -143,6 +143,7 @@ class _StepState:
 
     log_survival_BS: jax.Array
     active_BS: jax.Array
+    logits_BSN: jax.Array | None  # `Plan.logits_BSN` of the step before.
     decided: Decision
     cache: object  # `UnifiedCache.varying` after the step.
     attended: Attended | None
@@ -158,9 +159,9 @@ def _forward(loop: DepthLoop, params, h_BSD, is_real_BS, inputs):
 
     @jax.named_scope("depth_step")
     def step(carry, depth_step):
-        h_BSD, before_BS, active_BS, leaves_at_BS, cache, products = carry
+        h_BSD, before_BS, active_BS, plan, cache, products = carry
         gate_BS, log_survival_BS, sums, route = decide(
-            loop, router, h_BSD, before_BS, active_BS, depth_step, inputs, leaves_at_BS
+            loop, router, h_BSD, before_BS, active_BS, depth_step, inputs, plan
         )
         update_BSD, cache, attended, products, num_computed = pool.forward(
             h_BSD, route.layer_BS, cache, inputs.positions, depth_step, products, depth_step
@@ -169,6 +170,7 @@ def _forward(loop: DepthLoop, params, h_BSD, is_real_BS, inputs):
         state = _StepState(
             log_survival_BS=before_BS,
             active_BS=active_BS,
+            logits_BSN=plan.logits_BSN,
             decided=route.decided,
             cache=cache.varying(),
             attended=attended if loop.keeps_attended else None,
@@ -176,7 +178,7 @@ def _forward(loop: DepthLoop, params, h_BSD, is_real_BS, inputs):
         # The update of a token that executes nothing is exactly 0: its state stays as it is.
         h_BSD = h_BSD + gate_BS[..., None] * update_BSD
         active_BS = active_BS & ~route.exits_BS
-        return (h_BSD, log_survival_BS, active_BS, route.decided.leaves_at_BS, cache, products), (trace, state)
+        return (h_BSD, log_survival_BS, active_BS, route.plan, cache, products), (trace, state)
 
     carry = (h_BSD, log_survival_BS, active_BS, router.no_plan(is_real_BS.shape), cache, products)
     (h_BSD, *_, cache, products), (trace, states) = jax.lax.scan(step, carry, jnp.arange(loop.max_depth))
@@ -196,19 +198,20 @@ def _scanned_backward(loop: DepthLoop, residuals, d_outputs):
 
     @jax.named_scope("depth_step")
     def step(carry, of_step):
-        d_h_BSD, d_log_survival_BS, d_entries, d_block, d_router = carry
+        d_h_BSD, d_log_survival_BS, d_logits_BSN, d_entries, d_block, d_router = carry
         depth_step, h_BSD, state, d_sums, d_exit_logit_BS, d_read_BSD = of_step
         cache = last_cache.at_step(state.cache)
 
-        def redecide(router_params, h_BSD, log_survival_BS):
-            router = nnx.merge(router_graph, router_params)
+        def redecide(router_params, h_BSD, log_survival_BS, logits_BSN):
+            router, plan = nnx.merge(router_graph, router_params), Plan(logits_BSN=logits_BSN)
             gate_BS, log_survival_BS, sums, route = decide(
-                loop, router, h_BSD, log_survival_BS, state.active_BS, depth_step, inputs, decided=state.decided
+                loop, router, h_BSD, log_survival_BS, state.active_BS, depth_step, inputs, plan, state.decided
             )
-            return (gate_BS, log_survival_BS, differentiable(sums), route.exit_logit_BS), route.layer_BS
+            outputs = gate_BS, log_survival_BS, route.plan.logits_BSN, differentiable(sums), route.exit_logit_BS
+            return outputs, route.layer_BS
 
         (gate_BS, *_), transpose, layer_BS = jax.vjp(
-            redecide, router_params, h_BSD, state.log_survival_BS, has_aux=True
+            redecide, router_params, h_BSD, state.log_survival_BS, state.logits_BSN, has_aux=True
         )
         attended, products, t = state.attended, products_T, depth_step
         if attended is None:
@@ -230,25 +233,26 @@ def _scanned_backward(loop: DepthLoop, residuals, d_outputs):
             d_block,
         )
         d_gate_BS = (d_h_BSD * attended.update_ND.reshape(h_BSD.shape)).sum(-1)
-        d_of_router, d_routed_BSD, d_log_survival_BS = transpose(
-            (d_gate_BS, d_log_survival_BS, d_sums, d_exit_logit_BS)
+        d_of_router, d_routed_BSD, d_log_survival_BS, d_logits_BSN = transpose(
+            (d_gate_BS, d_log_survival_BS, d_logits_BSN, d_sums, d_exit_logit_BS)
         )
         d_router = jax.tree.map(jnp.add, d_router, d_of_router)
         d_h_BSD += d_layer_BSD + d_routed_BSD
         if loop.reads_states:
             d_h_BSD += d_read_BSD
-        return (d_h_BSD, d_log_survival_BS, d_entries, d_block, d_router), None
+        return (d_h_BSD, d_log_survival_BS, d_logits_BSN, d_entries, d_block, d_router), None
 
     d_entries = tuple(jnp.zeros(x.shape, jnp.float32) for x in (last_cache.k_BCGK, last_cache.v_BCGK))
     block = pool.block
     weights = block.weights(block.BEFORE + block.AFTER)
     d_block = {name: jnp.zeros(weight.shape, jnp.float32) for name, weight in weights.items()}
     d_router = jax.tree.map(jnp.zeros_like, router_params)
-    carry = d_h_BSD, jnp.zeros(h_TBSD.shape[1:3]), d_entries, d_block, d_router
+    d_log_survival_BS, d_logits_BSN = jnp.zeros(h_TBSD.shape[1:3]), router.no_plan(h_TBSD.shape[1:3]).logits_BSN
+    carry = d_h_BSD, d_log_survival_BS, d_logits_BSN, d_entries, d_block, d_router
     d_sums = differentiable(d_trace.sums)
     d_reads = d_trace.h_BSD if loop.reads_states else None
     steps = jnp.arange(loop.max_depth), h_TBSD, states, d_sums, d_trace.exit_logit_BS, d_reads
-    (d_h_BSD, _, _, d_block, d_router), _ = jax.lax.scan(step, carry, steps, reverse=True)
+    (d_h_BSD, *_, d_block, d_router), _ = jax.lax.scan(step, carry, steps, reverse=True)
 
     nnx.update(router, d_router)
     pool.scatter_sum(d_block)

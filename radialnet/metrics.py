@@ -3,14 +3,11 @@
 Counts are sums over tokens, so that batches, steps and devices add up; figures are made from them at the end.
 """
 
-from collections.abc import Sequence
-
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from radialnet.config import Config
 from radialnet.router import Route
 
 # Token ids are counted in at most this many buckets (id modulo the number) for `route_mi`, which bounds the memory of
@@ -185,80 +182,3 @@ def figures(sums: BatchSums) -> dict:
         "padding": float(1 - routing.executions_TL.sum() / max(routing.num_computed, 1)),
         "route_mi": route_mutual_information(routing.executions_TKL),
     }
-
-
-def flops_per_token(config: Config, vocab_size: int, executes_T: Sequence[float]) -> float:
-    """FLOPs of a forward pass per token, 2 per multiply-add of matrix products, with attention (`flops_by_part`)."""
-    return float(sum(flops_by_part(config, vocab_size, executes_T).values()))
-
-
-def flops_by_part(config: Config, vocab_size: int, executes_T: Sequence[float]) -> dict[str, float]:
-    """`flops_per_token` of the pool's `layers`, their `attention`, the `unshared` layers of prelude and coda and
-    `unshared_attention`, the `router` and the `head`.
-
-    Attention is counted over the entries that a causal query sees on average: half of those of its row that are filled.
-    In the views `all` and `same_layer` they are those of all steps so far, unless every step has a layer of its own.
-
-    Args:
-        executes_T: share of tokens that execute each depth step.
-    """
-    model, max_depth = config.model, len(executes_T)
-    d_model, q_width = model.d_model, model.num_heads * model.head_size
-    kv_width = model.num_kv_heads * model.head_size
-    layer = 2 * d_model * (q_width + 2 * kv_width) + 2 * q_width * d_model
-    layer += 2 * (3 if model.mlp == "swiglu" else 2) * d_model * model.d_ff
-    # Of one query, over a step whose entries are all there.
-    attention = 4 * q_width * (config.train.seq_len + 1) / 2
-    executes_T = np.asarray(executes_T)
-    if (view := config.view_over(max_depth)) == "same_step":
-        seen_T = executes_T
-    elif view in ("first", "latest"):
-        # One entry of each token that executed any step.
-        seen_T = np.full(max_depth, executes_T[0])
-    else:
-        seen_T = np.cumsum(executes_T)
-    num_unshared = model.prelude_layers + model.coda_layers
-    return {
-        "layers": float(executes_T.sum() * layer),
-        "attention": float((executes_T * attention * seen_T).sum()),
-        "unshared": num_unshared * layer,
-        "unshared_attention": num_unshared * attention,
-        "router": _router_flops(config, executes_T),
-        "head": 2 * d_model * vocab_size,
-    }
-
-
-def _router_flops(config: Config, executes_T: np.ndarray) -> float:
-    model, form = config.model, config.router.form
-    if not config.router.is_trained:
-        return 0.0
-    hidden = config.router.hidden_size(model)
-    if form == "skip":
-        # Whoever skips a layer was asked first.
-        return len(executes_T) * 2 * hidden * (model.d_model + 1)
-    if form == "mod":
-        # At the steps at which tokens compete: a score and its prediction for every token.
-        return len(executes_T) // config.router.capacity_every * 2 * 2 * hidden * (model.d_model + 1)
-    if form == "recursion":
-        return 2 * hidden * (model.d_model + model.max_depth // model.pool_size)
-    # A token that leaves before the last step was routed once more than it executed.
-    num_decisions = 1 + executes_T[:-1].sum()
-    return num_decisions * 2 * hidden * (model.d_model + model.pool_size + 1)
-
-
-# Peak dense bf16 FLOP/s of one device, as its maker states it; the start of `device_kind` as JAX reports it.
-PEAK_FLOPS = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5p": 459e12,
-    "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
-    "NVIDIA A100": 312e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H200": 989e12,
-}
-
-
-def peak_flops(device: jax.Device) -> float | None:
-    """Peak FLOP/s of a device, None where it is unknown (every CPU)."""
-    return next((peak for kind, peak in PEAK_FLOPS.items() if device.device_kind.startswith(kind)), None)

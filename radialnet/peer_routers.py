@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from radialnet.router import Controllers, Decision, Route, Router, Schedule, StepInputs, draw
+from radialnet.router import Controllers, Decision, Plan, Route, Router, Schedule, StepInputs, draw
 from radialnet.sections import ModelConfig, RouterConfig
 from radialnet.sharding import ALONE, Parallel
 
@@ -76,11 +76,7 @@ class CapacityRouter(Router):
 
     def __init__(self, model_cfg: ModelConfig, cfg: RouterConfig, rngs: nnx.Rngs, parallel: Parallel):
         super().__init__(model_cfg, cfg, rngs, parallel, num_outputs=1)
-        d_model, hidden = self.hidden.shape
-        hidden_DH = jax.random.normal(rngs.params(), (d_model, hidden)) * d_model**-0.5
-        self.predictor_hidden = nnx.Param(hidden_DH, axes=("embed", "hidden"))
-        out_H1 = jax.random.normal(rngs.params(), (hidden, 1)) * 0.1 * hidden**-0.5
-        self.predictor_out = nnx.Param(out_H1, axes=("hidden", None))
+        self.predictor_hidden, self.predictor_out = self._new_network(model_cfg, 1, 0.1, rngs)
         self.predictor_bias = nnx.Param(jnp.zeros(1), axes=(None,))
 
     def __call__(self, h_BSD: jax.Array, step: StepInputs, controllers: Controllers, at: Schedule) -> Route:
@@ -89,7 +85,7 @@ class CapacityRouter(Router):
         x_BSD = self._inputs(h_BSD, jnp.minimum(depth_step, self.max_depth - 1))
         score_BS = self._logits(x_BSD)[..., 0]
         # It learns to predict, and changes nothing of what it predicts from.
-        predicted_BS1 = self._mlp(jax.lax.stop_gradient(x_BSD), self.predictor_hidden, self.predictor_out)
+        predicted_BS1 = self._network(jax.lax.stop_gradient(x_BSD), self.predictor_hidden, self.predictor_out)
         predicted_BS = (predicted_BS1 + self.predictor_bias[...])[..., 0]
         every = self.cfg.capacity_every
         is_routed = depth_step % every == every - 1
@@ -132,8 +128,8 @@ class RecursionRouter(Router):
         self.num_rounds = model_cfg.max_depth // model_cfg.pool_size
         super().__init__(model_cfg, cfg, rngs, parallel, num_outputs=self.num_rounds)
 
-    def no_plan(self, shape: tuple[int, ...]) -> jax.Array:
-        return jnp.zeros(shape, jnp.int32)
+    def no_plan(self, shape: tuple[int, ...]) -> Plan:
+        return Plan(leaves_at_BS=jnp.zeros(shape, jnp.int32))
 
     def __call__(self, h_BSD: jax.Array, step: StepInputs, controllers: Controllers, at: Schedule) -> Route:
         """`Router.__call__`; all is chosen at depth step 0."""
@@ -146,7 +142,7 @@ class RecursionRouter(Router):
             all_rounds_BS = jnp.full(active_BS.shape, num_rounds - 1)
             round_BS = jnp.where(at.may_exit, jnp.argmax(biased_BSR, axis=-1), all_rounds_BS)
             chosen_BS = (num_layers * (1 + round_BS)).astype(jnp.int32)
-            leaves_at_BS = jnp.where(is_first, chosen_BS, step.leaves_at_BS)
+            leaves_at_BS = jnp.where(is_first, chosen_BS, step.plan.leaves_at_BS)
             layer_BS = jnp.full(active_BS.shape, depth_step % num_layers, jnp.int32)
             decided = Decision(layer_BS, active_BS & (leaves_at_BS <= depth_step), leaves_at_BS=leaves_at_BS)
         round_BS = decided.leaves_at_BS // num_layers - 1
@@ -162,4 +158,5 @@ class RecursionRouter(Router):
             layer_lse_BS=jnp.where(is_first, jax.nn.logsumexp(logits_BSR, axis=-1), 0),
             leave_logit_BS=shorter_BS + controllers.exit_bias * (num_rounds - 1),
             can_exit=is_first & at.may_exit & (self.min_depth < self.max_depth),
+            plan=Plan(leaves_at_BS=decided.leaves_at_BS),
         )

@@ -1,7 +1,5 @@
-"""Plots of a run, from its metrics.jsonl alone, of the routes of its tokens, and of runs against each other."""
+"""Plots of a run, from its metrics.jsonl alone, and of the routes of its tokens."""
 
-import collections
-import dataclasses
 import html
 import io
 import re
@@ -15,8 +13,10 @@ import numpy as np
 AMOUNT = "#1a5fb4"
 # Of runs, or of training and held out. Told apart by their lines and markers as well.
 SERIES = ("#1f77b4", "#d95f02", "#2a8c3f", "#b3369b", "#8c6d1f", "#7a7a7a")
+# One more than colours, so that no two of many series look the same.
+MARKERS = "osD^vPX<>*h"
 # Inches. At its own size a figure of this width goes onto a phone.
-_SIZE = (5.2, 3.4)
+SIZE = (5.2, 3.4)
 
 # The files of `plot_run`.
 RUN_PLOTS = ("loss.png", "depth.png", "layers.png")
@@ -28,7 +28,7 @@ def plot_run(lines: list[dict], folder: Path) -> list[Path]:
     Args:
         lines: of metrics.jsonl. Without a figure in either split nothing is drawn.
     """
-    plt = _pyplot()
+    plt = pyplot()
     folder.mkdir(parents=True, exist_ok=True)
     # Lines of skipped steps have no figures.
     lines = [line for line in lines if line["bpb"] is not None]
@@ -43,7 +43,7 @@ def plot_run(lines: list[dict], folder: Path) -> list[Path]:
     layers = draw_layers(100 * np.asarray(held_out[-1]["load_by_step"]))
     layers.axes[0].set_title(f"Where held-out tokens are routed, step {held_out[-1]['step']}")
     for name, figure in zip(RUN_PLOTS, (loss, depth, layers), strict=True):
-        _save(plt, figure, folder / name, dpi=170)
+        save(plt, figure, folder / name, dpi=170)
     return [folder / name for name in RUN_PLOTS]
 
 
@@ -60,7 +60,7 @@ def plot_trace(texts: list[str], layer_ST: np.ndarray, num_layers: int, path: Pa
         num_layers: L.
         first_new: where the tokens of the prompt end.
     """
-    plt = _pyplot()
+    plt = pyplot()
     num_tokens, max_depth = layer_ST.shape
     width = min(num_tokens, _TRACE_WIDTH)
     num_lines = -(-num_tokens // width)
@@ -98,7 +98,7 @@ def plot_trace(texts: list[str], layer_ST: np.ndarray, num_layers: int, path: Pa
         f"Black line: the end of the prompt ({first_new} tokens)",
         fontsize=10,
     )
-    _save(plt, figure, path)
+    save(plt, figure, path)
 
 
 def _shown(text: str) -> str:
@@ -107,7 +107,7 @@ def _shown(text: str) -> str:
     return text if len(text) <= _TRACE_CHARACTERS else text[: _TRACE_CHARACTERS - 1] + "…"
 
 
-def _pyplot():
+def pyplot():
     # Here, for it takes a second to import. Agg: no display is needed.
     import matplotlib
 
@@ -120,7 +120,7 @@ def _pyplot():
     return plt
 
 
-def _save(plt, figure, path: Path, dpi: int = 130) -> None:
+def save(plt, figure, path: Path, dpi: int = 130) -> None:
     # Aside, so that a kill leaves the old picture or the new one.
     partial = path.with_name(f".{path.name}")
     figure.savefig(partial, dpi=dpi, bbox_inches="tight", format="png")
@@ -135,7 +135,7 @@ def to_svg(figure, name: str, title: str, description: str) -> str:
         name: what its ids begin with: no other figure of the page may have the same.
         title, description: for those who don't see it.
     """
-    plt, file = _pyplot(), io.StringIO()
+    plt, file = pyplot(), io.StringIO()
     # Text as text. The salt makes the file the same each time.
     style = {"svg.fonttype": "none", "svg.hashsalt": name, "font.sans-serif": ["DejaVu Sans"]}
     with plt.rc_context(style):
@@ -171,7 +171,7 @@ def draw_curves(runs: dict[str, list[dict]], key: str, label: str, from_zero: bo
         runs: lines of metrics.jsonl by the name of the run. That of a single run is not told.
         from_zero: for figures that mean something at 0. The first values of others are cut off if they are far above.
     """
-    figure, axes = _pyplot().subplots(figsize=_SIZE)
+    figure, axes = pyplot().subplots(figsize=SIZE)
     highest, values = [], []
     is_alone = len(runs) == 1
     for index, (name, lines) in enumerate(runs.items()):
@@ -184,7 +184,7 @@ def draw_curves(runs: dict[str, list[dict]], key: str, label: str, from_zero: bo
             axes.plot(*train_2N, color=colours[0], linewidth=1, alpha=0.8, label=told)
         if held_out_2N.size:
             told = "held out" if is_alone else f"{name}: {held_out_2N[1, -1]:.3f}"
-            look = {"marker": _MARKERS[index % len(_MARKERS)], "markersize": 4, "linewidth": 1.5}
+            look = {"marker": MARKERS[index % len(MARKERS)], "markersize": 4, "linewidth": 1.5}
             axes.plot(*held_out_2N, color=colours[1], **look, label=told)
         if held_out_2N.size and is_alone:
             above = {"textcoords": "offset points", "xytext": (-4, 8), "ha": "right"}
@@ -194,7 +194,7 @@ def draw_curves(runs: dict[str, list[dict]], key: str, label: str, from_zero: bo
             # The first steps fall from log V and would leave the rest of the run to a corner.
             highest += [np.quantile(values_N, 0.95), values_N[-1]] if values_N.size else []
     if not values:
-        _pyplot().close(figure)
+        pyplot().close(figure)
         return None
     low, high = min(values), max(values if from_zero else highest)
     axes.set_ylim(*((min(0, low), 1.1 * high or 1) if from_zero else (low - 0.05 * abs(low), high + 0.1 * abs(high))))
@@ -213,9 +213,9 @@ def draw_depth(train: Sequence[dict], held_out: Sequence[dict]):
     Args:
         train, held_out: lines of metrics.jsonl, without those that have no figures. A line of training is needed.
     """
-    plt = _pyplot()
+    plt = pyplot()
     figure, (above, below) = plt.subplots(
-        2, 1, figsize=(_SIZE[0] - 0.9, 4.2), sharex=True, gridspec_kw={"height_ratios": [2, 3]}
+        2, 1, figsize=(SIZE[0] - 0.9, 4.2), sharex=True, gridspec_kw={"height_ratios": [2, 3]}
     )
     above.plot(*_series(train, "depth"), color=SERIES[0], linewidth=1, label="training")
     look = {"color": SERIES[1], "marker": "o", "markersize": 4, "linestyle": "", "clip_on": False}
@@ -239,7 +239,7 @@ def draw_depth(train: Sequence[dict], held_out: Sequence[dict]):
 
 def draw_histogram(percent_D: np.ndarray):
     """The figure of the share of tokens, in percent, that execute 0…T layers."""
-    figure, axes = _pyplot().subplots(figsize=_SIZE)
+    figure, axes = pyplot().subplots(figsize=SIZE)
     bars = axes.bar(range(len(percent_D)), percent_D, color=AMOUNT, width=0.8)
     axes.bar_label(bars, [_percent(percent) for percent in percent_D], fontsize=9)
     axes.set(xticks=range(len(percent_D)), xlabel="executed layers", ylabel="% of tokens", ylim=(0, 106))
@@ -256,7 +256,7 @@ def draw_layers(percent_TL: np.ndarray, most: float = 0.0):
     """
     num_steps, num_layers = percent_TL.shape
     height = max(1.6, 0.9 + (0.36 if num_steps < 8 else 0.26) * num_steps)
-    figure = _draw_table(percent_TL, (_SIZE[0], height), "% of tokens", "auto", most)
+    figure = _draw_table(percent_TL, (SIZE[0], height), "% of tokens", "auto", most)
     axes = figure.axes[0]
     axes.set_xticks(range(num_layers)[:: 1 + num_layers // 24])
     axes.set_yticks(range(num_steps))
@@ -270,7 +270,7 @@ def draw_transitions(counts_FT: np.ndarray):
     total_F1 = counts_FT.sum(1, keepdims=True)
     # Of a layer that nobody comes to nothing is shown.
     percent_FT = np.where(total_F1 > 0, 100 * counts_FT / np.maximum(total_F1, 1), np.nan)
-    figure = _draw_table(percent_FT, (_SIZE[0], 4.4), "% of those that leave the node", "equal")
+    figure = _draw_table(percent_FT, (SIZE[0], 4.4), "% of those that leave the node", "equal")
     axes = figure.axes[0]
     every = 1 + num_layers // 20
     # Where not all of them have room, 0 would stand on the start.
@@ -287,7 +287,7 @@ _MAX_NUMBERED = 17
 
 
 def _draw_table(percent_RC: np.ndarray, size: tuple[float, float], label: str, aspect: str, most: float = 0.0):
-    plt = _pyplot()
+    plt = pyplot()
     figure, axes = plt.subplots(figsize=size)
     most = most or max(np.nan_to_num(percent_RC).max(), 1)
     image = axes.imshow(percent_RC, cmap=_amounts(plt), vmin=0, vmax=most, aspect=aspect, interpolation="none")
@@ -314,175 +314,3 @@ def _amounts(plt):
     from matplotlib.colors import LinearSegmentedColormap, to_rgba
 
     return LinearSegmentedColormap.from_list("amounts", [to_rgba(AMOUNT, 0), to_rgba(AMOUNT, 1)])
-
-
-@dataclasses.dataclass(frozen=True)
-class SweepPoint:
-    """The quality and the cost of one run."""
-
-    series: str  # What shares a colour.
-    depth: str  # Written beside the point; equal ones of a series differ by the seed alone.
-    flops: float  # Executed forward FLOPs per token.
-    ce: float  # Held-out loss, nats per token.
-
-
-def pareto_front(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The points (cost, loss) that no other one beats in both, or in one at the same of the other; by cost."""
-    front = []
-    for cost, loss in sorted(set(points)):
-        if not front or loss < front[-1][1]:
-            front.append((cost, loss))
-    return front
-
-
-def plot_sweep(points: list[SweepPoint], path: Path) -> None:
-    """Draw held-out loss against executed FLOPs: means over seeds, and their Pareto front. Needs a point at least."""
-    plt = _pyplot()
-    seeds = collections.defaultdict(list)
-    for point in points:
-        seeds[point.series, point.depth].append((point.flops, point.ce))
-    means = {key: tuple(np.mean(values, axis=0)) for key, values in seeds.items()}
-    least, most = min(map(len, seeds.values())), max(map(len, seeds.values()))
-    figure, axes = plt.subplots(figsize=(8, 5))
-    for index, series in enumerate(dict.fromkeys(point.series for point in points)):
-        keys = [key for key in seeds if key[0] == series]
-        mean_XP = np.transpose([means[key] for key in keys])
-        low_XP, high_XP = (np.transpose([edge(seeds[key], axis=0) for key in keys]) for edge in (np.min, np.max))
-        axes.errorbar(
-            *mean_XP,
-            # In the order of their arguments. Bars without a length would still be drawn in the legend.
-            *(np.stack([mean_XP - low_XP, high_XP - mean_XP], axis=1)[::-1] if most > 1 else ()),
-            linestyle="",
-            marker=_MARKERS[index % len(_MARKERS)],
-            color=plt.get_cmap("tab10")(index % 10),
-            markersize=6,
-            elinewidth=1,
-            capsize=2,
-            label=series or "runs",
-        )
-        if len(means) <= _MAX_LABELLED:
-            for key, mean in zip(keys, mean_XP.T, strict=True):
-                axes.annotate(key[1], mean, textcoords="offset points", xytext=(6, 5), fontsize=8, color="0.3")
-    front = pareto_front(list(means.values()))
-    axes.plot(*zip(*front, strict=True), color="0.6", linewidth=1.2, linestyle="--", zorder=1, label="Pareto front")
-    _scale_costs(axes, [cost for cost, _ in means.values()])
-    shown = [meaning for sign, meaning in _MEANINGS.items() if any(f"{sign}=" in point.depth for point in points)]
-    axes.set_xlabel("executed forward FLOPs per token" + ("\n" + ", ".join(shown) if shown else ""))
-    axes.set(ylabel="held-out loss (nats per token)", title="Quality against compute")
-    several = f"means of {least if least == most else f'{least} to {most}'} seeds,\nbars from min to max"
-    axes.legend(frameon=False, fontsize=9, title=several if most > 1 else None, title_fontsize=9)
-    _save(plt, figure, path)
-
-
-# One more than colours, so that no two of many series look the same.
-_MARKERS = "osD^vPX<>*h"
-_MEANINGS = {"T": "T: max depth", "d*": "d*: target of the mean depth"}
-# More labels than this are not legible beside their points.
-_MAX_LABELLED = 40
-
-
-def plot_residuals(
-    boxes: dict[str, list[list[float]]], medians: dict[str, float], names: list[str], axis: str, title: str, path: Path
-) -> None:
-    """Draw residual ratios: a panel for each branch, in it a box for each layer or depth step.
-
-    Args:
-        boxes: by branch, five quantiles of each place: the whiskers', the box's and in the midst the median.
-        medians: by branch, that of the whole model.
-        names: of the places, of which `axis` says what they are.
-    """
-    plt = _pyplot()
-    width = max(_SIZE[0], 0.24 * len(names) + 1)
-    figure, panels = plt.subplots(
-        len(boxes), 1, figsize=(width, 0.6 + 1.7 * len(boxes)), sharex=True, squeeze=False, layout="constrained"
-    )
-    for axes, (branch, quantiles) in zip(panels[:, 0], boxes.items(), strict=True):
-        there = [place for place, values in enumerate(quantiles) if np.isfinite(values).all()]
-        labels = "whislo", "q1", "med", "q3", "whishi"
-        axes.bxp(
-            [dict(zip(labels, quantiles[place], strict=True)) for place in there],
-            positions=there,
-            widths=0.6,
-            showfliers=False,
-            patch_artist=True,
-            boxprops={"facecolor": AMOUNT, "alpha": 0.35, "linewidth": 0},
-            medianprops={"color": AMOUNT, "linewidth": 1.6},
-            whiskerprops={"linewidth": 0.8},
-            capprops={"linewidth": 0.8},
-        )
-        axes.axhline(medians[branch], color=SERIES[1], linewidth=1, linestyle="--", zorder=1)
-        axes.set_title(f"{branch}: median {medians[branch]:.3f}", fontsize=10, loc="left")
-        axes.set_ylim(bottom=0)
-        axes.grid(False, axis="x")
-    every = 1 + len(names) // 32
-    panels[-1, 0].set_xticks(range(len(names))[::every], names[::every], rotation=90 if max(map(len, names)) > 2 else 0)
-    panels[-1, 0].set(xlabel=axis, xlim=(-0.7, len(names) - 0.3))
-    figure.supylabel("residual ratio", fontsize=10)
-    figure.suptitle(title, fontsize=11)
-    _save(plt, figure, path, dpi=100)
-
-
-def plot_medians(models: list[tuple[str, int, dict[str, float]]], path: Path) -> None:
-    """Draw the median residual ratios of models, by branch, against their parameters.
-
-    Args:
-        models: name, number of parameters, and median by branch, of each.
-    """
-    plt = _pyplot()
-    figure, axes = plt.subplots(figsize=_SIZE)
-    for index, branch in enumerate(dict.fromkeys(branch for _, _, medians in models for branch in medians)):
-        points = [(size, medians[branch]) for _, size, medians in models if branch in medians]
-        # Without lines: models may be of kinds whose ratios mean different things.
-        look = {"marker": _MARKERS[index], "color": SERIES[index % len(SERIES)], "linestyle": ""}
-        axes.plot(*zip(*points, strict=True), label=branch, **look)
-    for name, size, medians in models:
-        place = {"textcoords": "offset points", "xytext": (0, 7), "ha": "center", "fontsize": 8, "color": "0.3"}
-        axes.annotate(name, (size, max(medians.values())), **place)
-    axes.margins(0.2)
-    axes.set_ylim(bottom=0)
-    axes.set(xlabel="parameters", ylabel="median residual ratio")
-    _scale_costs(axes, [size for _, size, _ in models])
-    axes.legend(frameon=False)
-    _save(plt, figure, path, dpi=100)
-
-
-def plot_skips(found: dict, path: Path) -> None:
-    """Draw the loss of a model against the layers that it executes.
-
-    Args:
-        found: `skips.search`.
-    """
-    plt = _pyplot()
-    figure, axes = plt.subplots(figsize=_SIZE)
-    for index, name in enumerate(("greedy", "even", "random")):
-        if not (losses := found[name]):
-            continue
-        executed = found["layers"] - np.arange(len(losses))
-        look = {"marker": _MARKERS[index], "color": SERIES[index], "markersize": 4, "linewidth": 1}
-        axes.errorbar(executed, losses, yerr=found["random_std"] if name == "random" else None, label=name, **look)
-    for index, (name, points) in enumerate(found["runs"].items(), 3):
-        layers, losses = zip(*points, strict=True)
-        look = {"marker": _MARKERS[index % len(_MARKERS)], "color": SERIES[index % len(SERIES)], "markersize": 5}
-        axes.plot(layers, losses, label=name, linewidth=1.6, **look)
-    limit = found["greedy"][0] * (1 + found["tolerance"])
-    axes.axhline(limit, color="0.6", linestyle="--", linewidth=1, label=f"{found['tolerance']:.0%} more loss")
-    # Beyond three times the loss nothing is left of the model.
-    drawn = [found["greedy"], found["even"], *([ce for _, ce in points] for points in found["runs"].values())]
-    lowest, highest = min(map(min, drawn)), max(map(max, drawn))
-    axes.set_ylim(0.95 * lowest, min(3 * found["greedy"][0], 1.05 * highest))
-    axes.invert_xaxis()
-    axes.set(xlabel="layers executed", ylabel="loss (nats per token)")
-    # Lines may go behind it.
-    axes.legend(edgecolor="none", framealpha=0.9, fontsize=8)
-    _save(plt, figure, path, dpi=100)
-
-
-def _scale_costs(axes, costs: list[float]) -> None:
-    from matplotlib import ticker
-
-    span = max(costs) / min(costs)
-    if span > 4:
-        axes.set_xscale("log")
-        axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5) if span > 30 else (1, 1.5, 2, 3, 4, 6)))
-        axes.xaxis.set_minor_locator(ticker.NullLocator())
-    axes.xaxis.set_major_formatter(ticker.EngFormatter())

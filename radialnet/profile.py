@@ -16,10 +16,10 @@ from absl import flags
 
 from configs import base
 from radialnet import cli
+from radialnet.comparisons import plot_medians, plot_residuals
 from radialnet.config import Config
 from radialnet.evaluate import eval_rows
 from radialnet.files import finite, write_whole
-from radialnet.plots import plot_medians, plot_residuals
 from radialnet.residuals import MEDIAN, Place, Profile, profile_run, quantiles
 from radialnet.run_folder import RunFolder
 from radialnet.sections import ConfigError

@@ -191,13 +191,13 @@ def _ratios(params, controllers: Controllers, step, batch: Batch, *, config: Con
     inputs = Inputs(batch["token"], positions, controllers, at, rng_B)
 
     def depth_step(carry, t):
-        h_BSD, log_survival_BS, active_BS, leaves_at_BS, cache = carry
+        h_BSD, log_survival_BS, active_BS, plan, cache = carry
         gate_BS, log_survival_BS, _, route = decide(
-            loop, model.router, h_BSD, log_survival_BS, active_BS, t, inputs, leaves_at_BS
+            loop, model.router, h_BSD, log_survival_BS, active_BS, t, inputs, plan
         )
         ratio_JBS, h_BSD, cache = _execute(model.pool, h_BSD, route.layer_BS, cache, positions, t, gate_BS[..., None])
         layer_BS = jnp.where(route.executes_BS, cfg.prelude_layers + route.layer_BS, -1)
-        carry = h_BSD, log_survival_BS, active_BS & ~route.exits_BS, route.decided.leaves_at_BS, cache
+        carry = h_BSD, log_survival_BS, active_BS & ~route.exits_BS, route.plan, cache
         return carry, (ratio_JBS, layer_BS)
 
     cache = model.pool.empty_cache(view, cfg.max_depth, *is_real_BS.shape)

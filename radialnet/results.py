@@ -24,12 +24,12 @@ from rich.console import Console
 
 from configs import dense_micro, hops
 from radialnet import cli
+from radialnet.comparisons import SweepPoint, plot_sweep
 from radialnet.data import prepare
 from radialnet.evaluate import evaluate_trained
 from radialnet.files import write_whole
 from radialnet.grid import Cell, Values, parse_axis
 from radialnet.hops import hop_figures
-from radialnet.plots import SweepPoint, plot_sweep
 from radialnet.run_folder import RunFolder
 from radialnet.sections import ConfigError
 from radialnet.study import (

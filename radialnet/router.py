@@ -91,6 +91,14 @@ class Decision:
 
 
 @flax.struct.dataclass
+class Plan:
+    """What of a step is kept for those after it; most forms keep nothing."""
+
+    leaves_at_BS: jax.Array | None = None  # `Decision.leaves_at_BS`.
+    logits_BSN: jax.Array | None = None  # Of the nodes, where `router.every` is more than 1.
+
+
+@flax.struct.dataclass
 class StepInputs:
     """What a router looks at in a depth step, beside the residual stream."""
 
@@ -99,7 +107,7 @@ class StepInputs:
     active_BS: jax.Array
     depth_step: jax.Array
     rng_B: jax.Array  # A key for each row, so that what is drawn for it doesn't depend on the others.
-    leaves_at_BS: jax.Array | None  # `Decision.leaves_at_BS` of the step before, in forms that have it.
+    plan: Plan  # `Route.plan` of the step before.
     # Choices to keep to, made before from the same inputs: a backward pass that computes the probabilities again must
     # not choose again, for the last bit of a logit could choose otherwise.
     decided: Decision | None = None
@@ -113,6 +121,7 @@ class Route:
     executes_BS: jax.Array
     exits_BS: jax.Array
     decided: Decision
+    plan: Plan
     log_p_layer_BS: jax.Array  # Of the chosen layer, given that the token stays.
     log_survive_BS: jax.Array  # log(1 - p_exit); 0 where no exit is allowed.
     p_layer_BSL: jax.Array
@@ -124,7 +133,7 @@ class Route:
     predictor_nats_BS: jax.Array  # Loss of a predictor of the choice that looks at earlier tokens only; else 0.
 
     @classmethod
-    def of(cls, decided: Decision, active_BS: jax.Array, num_layers: int, **more: jax.Array) -> "Route":
+    def of(cls, decided: Decision, active_BS: jax.Array, num_layers: int, **more) -> "Route":
         """The route of a decision; what is not given is as if nothing was learned: log p = 0, logits 0, no exit."""
         zeros_BS, shape = jnp.zeros(active_BS.shape), active_BS.shape
         executes_BS = active_BS & ~decided.exits_BS
@@ -139,7 +148,7 @@ class Route:
             executes_BS=executes_BS,
             exits_BS=decided.exits_BS,
             decided=decided,
-            **{**of_layer, **of_exit, **one_hot, "can_exit": jnp.bool_(False), **more},
+            **{**of_layer, **of_exit, **one_hot, "can_exit": jnp.bool_(False), "plan": Plan(), **more},
         )
 
 
@@ -158,7 +167,8 @@ def prior_logits(kind: str, num_layers: int, max_depth: int, depth_step: jax.Arr
 
 
 class Router(nnx.Module):
-    """RMSNorm, plus a step embedding, then an MLP to the L+1 nodes."""
+    """RMSNorm, plus a step embedding, then an MLP to the L+1 nodes; `router.network`, `sees_step` and `every` make it
+    cheaper."""
 
     def __init__(
         self,
@@ -168,26 +178,32 @@ class Router(nnx.Module):
         parallel: Parallel = ALONE,
         num_outputs: int | None = None,
     ):
-        d_model, hidden, num_layers = model_cfg.d_model, cfg.hidden_size(model_cfg), model_cfg.pool_size
+        d_model, num_layers = model_cfg.d_model, model_cfg.pool_size
         num_outputs = num_outputs or num_layers + 1
-        self.cfg, self.num_layers, self.parallel = cfg, num_layers, parallel
+        self.cfg, self.num_layers, self.num_outputs, self.parallel = cfg, num_layers, num_outputs, parallel
         self.min_depth, self.max_depth = model_cfg.min_depth, model_cfg.max_depth
         self.norm_eps = model_cfg.norm_eps
         if not cfg.is_trained:
             return
 
-        def normal(rows: int, columns: int, scale: float, axes: Axes) -> nnx.Param:
-            return nnx.Param(jax.random.normal(rngs.params(), (rows, columns)) * scale, axes=axes)
-
         self.norm = nnx.Param(jnp.ones(d_model), axes=(None,))
-        self.step_embedding = normal(model_cfg.max_depth, d_model, 1.0, (None, "embed"))
-        self.hidden = normal(d_model, hidden, d_model**-0.5, ("embed", "hidden"))
+        if cfg.sees_step:
+            self.step_embedding = _normal(rngs, model_cfg.max_depth, d_model, 1.0, (None, "embed"))
         # Small: at first all layers are nearly as likely, and a token's exit depends on the exit bias alone.
-        self.out = normal(hidden, num_outputs, 0.1 * hidden**-0.5, ("hidden", None))
+        self.hidden, self.out = self._new_network(model_cfg, num_outputs, 0.1, rngs)
         self.out_bias = nnx.Param(jnp.zeros(num_outputs), axes=(None,))
         if cfg.predicts_benefit:
-            self.exit_hidden = normal(d_model, hidden, d_model**-0.5, ("embed", "hidden"))
-            self.exit_out = nnx.Param(jnp.zeros((hidden, 1)), axes=("hidden", None))
+            self.exit_hidden, self.exit_out = self._new_network(model_cfg, 1, 0.0, rngs)
+
+    def _new_network(
+        self, model_cfg: ModelConfig, num_outputs: int, scale: float, rngs: nnx.Rngs
+    ) -> tuple[nnx.Param | None, nnx.Param]:
+        """Both matrices of a network; of a linear one the second alone. `scale`: of its logits."""
+        d_model, width = model_cfg.d_model, self.cfg.hidden_size(model_cfg)
+        if self.cfg.network == "linear":
+            return None, _normal(rngs, d_model, num_outputs, scale * d_model**-0.5, ("embed", None))
+        hidden = _normal(rngs, d_model, width, d_model**-0.5, ("embed", "hidden"))
+        return hidden, _normal(rngs, width, num_outputs, scale * width**-0.5, ("hidden", None))
 
     def __call__(self, h_BSD: jax.Array, step: StepInputs, controllers: Controllers, at: Schedule) -> Route:
         """Route the active tokens. A depth step beyond the trained max depth is treated as the last trained one.
@@ -202,13 +218,14 @@ class Router(nnx.Module):
         if not self.cfg.is_trained:
             return self._fixed_route(step.token_BS, active_BS, depth_step, rng_B)
         trained_step = jnp.minimum(depth_step, self.max_depth - 1)
-        x_BSD = self._inputs(h_BSD, trained_step)
-        logits_BSN = self._logits(x_BSD)
+        plan = step.plan
+        if self.cfg.every == 1:
+            logits_BSN = self._look(h_BSD, trained_step)
+        else:
+            is_looking = depth_step % self.cfg.every == 0
+            logits_BSN = jax.lax.cond(is_looking, self._look, lambda *_: plan.logits_BSN, h_BSD, trained_step)
+            plan = Plan(logits_BSN=logits_BSN)
         layer_logits_BSL, exit_logit_BS = logits_BSN[..., :-1], logits_BSN[..., -1]
-        if self.cfg.predicts_benefit:
-            # It learns to predict, and changes nothing of what it predicts from.
-            predicted_BS1 = self._mlp(jax.lax.stop_gradient(x_BSD), self.exit_hidden, self.exit_out)
-            exit_logit_BS = predicted_BS1[..., 0] + self.out_bias[...][-1]
         if self.cfg.form == "early_exit":
             # The order of the layers is given, so that there is nothing to learn but when to leave.
             in_turn_L = jnp.arange(self.num_layers) == depth_step % self.num_layers
@@ -242,15 +259,26 @@ class Router(nnx.Module):
             z_exit_BS=jnp.zeros_like(exit_logit_BS) if self.cfg.predicts_benefit else exit_logit_BS,
             leave_logit_BS=leave_BS,
             can_exit=can_exit,
+            plan=plan,
         )
 
-    def no_plan(self, shape: tuple[int, ...]) -> jax.Array | None:
-        """`leaves_at_BS` of the first step."""
-        return None
+    def no_plan(self, shape: tuple[int, ...]) -> Plan:
+        """That of the first step."""
+        return Plan() if self.cfg.every == 1 else Plan(logits_BSN=jnp.zeros((*shape, self.num_outputs)))
+
+    def _look(self, h_BSD: jax.Array, trained_step: jax.Array) -> jax.Array:
+        """The logits of the nodes."""
+        x_BSD = self._inputs(h_BSD, trained_step)
+        logits_BSN = self._logits(x_BSD)
+        if not self.cfg.predicts_benefit:
+            return logits_BSN
+        # It learns to predict, and changes nothing of what it predicts from.
+        predicted_BS1 = self._network(jax.lax.stop_gradient(x_BSD), self.exit_hidden, self.exit_out)
+        return jnp.concatenate([logits_BSN[..., :-1], predicted_BS1 + self.out_bias[...][-1]], axis=-1)
 
     def _inputs(self, h_BSD: jax.Array, trained_step: jax.Array) -> jax.Array:
         normed_BSD = rms_norm(h_BSD.astype(jnp.float32), self.norm[...], self.norm_eps)
-        return normed_BSD + self.step_embedding[...][trained_step]
+        return normed_BSD + self.step_embedding[...][trained_step] if self.cfg.sees_step else normed_BSD
 
     def _prior(self, token_BS: jax.Array, depth_step: jax.Array) -> jax.Array:
         """1 for the layers that the prior favours, else 0: [L], or [B, S, L] where it goes by the token."""
@@ -259,12 +287,17 @@ class Router(nnx.Module):
         return prior_logits(self.cfg.prior, self.num_layers, self.max_depth, depth_step)
 
     def _logits(self, x_BSD: jax.Array) -> jax.Array:
-        return self._mlp(x_BSD, self.hidden, self.out) + self.out_bias[...]
+        return self._network(x_BSD, self.hidden, self.out) + self.out_bias[...]
 
-    def _mlp(self, x_BSD: jax.Array, hidden: nnx.Param, out: nnx.Param) -> jax.Array:
-        """Two products with GELU in between, in fp32 on accelerators too, where the default is less."""
+    def _network(self, x_BSD: jax.Array, hidden: nnx.Param | None, out: nnx.Param) -> jax.Array:
+        """`router.network`, in fp32 on accelerators too, where the default is less."""
         matmul = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
-        return self.parallel.sum_tensor(matmul(jax.nn.gelu(matmul(x_BSD, hidden[...])), out[...]))
+        if hidden is None:
+            return matmul(x_BSD, out[...])
+        hidden_BSF = matmul(x_BSD, hidden[...])
+        if self.cfg.network == "mlp":
+            hidden_BSF = jax.nn.gelu(hidden_BSF)
+        return self.parallel.sum_tensor(matmul(hidden_BSF, out[...]))
 
     def _decide(self, selection_BSL, leave_BS, may_exit_BS, at: Schedule, rng_B) -> Decision:
         """The hard choice, by the logits and the selection noise."""
@@ -287,6 +320,12 @@ class Router(nnx.Module):
         else:
             layer_BS = _hash(token_BS, depth_step, num_layers)
         return Route.of(Decision(layer_BS, jnp.zeros(shape, bool)), active_BS, self.num_layers)
+
+
+def _normal(rngs: nnx.Rngs, rows: int, columns: int, scale: float, axes: Axes) -> nnx.Param:
+    # What begins at 0 draws nothing, so that it takes no number from what is drawn after it.
+    drawn = jax.random.normal(rngs.params(), (rows, columns)) * scale if scale else jnp.zeros((rows, columns))
+    return nnx.Param(drawn, axes=axes)
 
 
 def _hash(token_BS: jax.Array, depth_step: jax.Array, num_layers: int) -> jax.Array:

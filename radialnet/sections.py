@@ -12,6 +12,7 @@ IN_ORDER_FORMS = ("sequential", "cyclic", "early_exit", "skip", "mod", "recursio
 GROUPED_BACKENDS = ("block_loop", "ragged_dot", "pallas", "masked_dense")
 ATTENTION_BACKENDS = ("tiles", "pallas")
 NORMS, MLPS, POSITIONS = ("rms", "layer"), ("swiglu", "relu", "gelu"), ("rotary", "learned")
+NETWORKS = ("mlp", "low_rank", "linear")
 ESTIMATORS = ("straight_through", "score", "weighted", "dense")
 # Of a model's parameters, by name.
 PARTS = (
@@ -65,7 +66,10 @@ class ModelConfig:
 class RouterConfig:
     form: str
     estimator: str
+    network: str
     hidden: int
+    sees_step: bool
+    every: int
     prior: str
     prior_weight: float
     prior_steps: int
@@ -88,7 +92,8 @@ class RouterConfig:
     capacity_every: int
 
     def hidden_size(self, model: ModelConfig) -> int:
-        return self.hidden or model.d_model
+        """Of the router's hidden layer; 0 where it has none."""
+        return 0 if self.network == "linear" else self.hidden or model.d_model
 
     @property
     def is_trained(self) -> bool:

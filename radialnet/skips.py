@@ -23,10 +23,10 @@ from absl import flags
 from flax import nnx
 
 from radialnet import cli
+from radialnet.comparisons import plot_skips
 from radialnet.config import Config
 from radialnet.data import eval_batches, held_out_rows
 from radialnet.files import write_whole
-from radialnet.plots import plot_skips
 from radialnet.profile import documents
 from radialnet.router import Controllers
 from radialnet.sections import ConfigError

@@ -38,10 +38,10 @@ from rich.console import Console
 from rich.table import Table
 
 from radialnet import cli
+from radialnet.comparisons import SweepPoint, plot_sweep
 from radialnet.config import Config
 from radialnet.files import finite, write_whole
 from radialnet.grid import Cell, expand, joined, parse_axis
-from radialnet.plots import SweepPoint, plot_sweep
 from radialnet.run_folder import RunFolder
 from radialnet.sections import ConfigError
 

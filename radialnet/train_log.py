@@ -8,8 +8,9 @@ import numpy as np
 from radialnet.alarms import HISTORY, alarms
 from radialnet.cli import AlarmError, NonFiniteError, warn
 from radialnet.config import Config
+from radialnet.cost import PEAK_FLOPS, flops_per_token, rate
 from radialnet.files import finite
-from radialnet.metrics import BatchSums, add, figures, flops_per_token, peak_flops
+from radialnet.metrics import BatchSums, add, figures
 from radialnet.progress import Clock, Progress
 from radialnet.watchdog import MemoryWatch
 from radialnet.writers import MetricsWriter
@@ -117,7 +118,7 @@ def line_of(
         found: `figures`.
         seconds: that num_steps steps of num_tokens tokens in all took on num_devices devices.
     """
-    peak = peak_flops(jax.devices()[0])
+    peak = rate(PEAK_FLOPS, jax.devices()[0])
     tokens_per_s = num_tokens / seconds
     # A step of training takes three times the products of a forward pass.
     flops = flops_per_token(config, vocab_size, found["executed_by_step"]) * (3 if split == "train" else 1)

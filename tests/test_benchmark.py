@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 
 from configs import smoke
-from radialnet import benchmark, decode_benchmark
+from radialnet import benchmark, decode_benchmark, router_benchmark
+from radialnet.aot import devices_of
 from radialnet.baseline import dense_logits, dense_params
-from radialnet.benchmark import RadialStep, benchmark_input, benchmark_router, make_batch, make_config
+from radialnet.benchmark import RadialStep, benchmark_input, make_batch, make_config
+from radialnet.cost import flops_by_part
 from radialnet.decode_benchmark import benchmark_cache, benchmark_decode
 from radialnet.sections import ConfigError
 from radialnet.timing import Timings
@@ -61,12 +63,33 @@ def test_routes_of_the_timed_step_differ_by_token():
     assert step.figures["load_entropy"] > 0.3
 
 
-def test_router_is_measured_over_its_width_and_the_size_of_the_pool():
+def test_routers_are_measured_against_the_layers_that_they_save(monkeypatch):
+    monkeypatch.setattr(router_benchmark, "OPT", {"1K": (16, 2, 5)})
+    monkeypatch.setattr(router_benchmark, "NETWORKS", {"linear": None, "D/2": 2})
     timings = Timings(repeats=1)
-    benchmark_router(timings, SIZES)
-    hidden = ["hidden 2", "hidden 4", "hidden 8", "hidden 16"]
-    assert [row["what"] for row in timings.rows] == [f"router, L={num}, {size}" for num in (8, 64) for size in hidden]
-    assert all(row["ratio"] > 0 for row in timings.rows)
+    router_benchmark.benchmark_router(timings, SIZES)
+    rows = {(row["use"], row["by"], row["network"]): row for row in timings.rows}
+    assert {use for use, _, _ in rows} == {"training", "decoding"} and len(rows) == len(timings.rows)
+    # By hand: the router's products in training are computed four times, a layer's three times; of 8 tokens a query
+    # sees 4.5.
+    linear, layer, attention = 2 * 16 * 6, 2 * 12 * 16 * 16, 4 * 16 * 4.5
+    row = rows["training", "FLOPs", "linear"]
+    assert row["ratio"] == pytest.approx(4 * linear / (3 * (layer + attention)))
+    assert row["pays_from"] == pytest.approx(6 * row["ratio"] / (1 + row["ratio"]), abs=1e-3)
+    assert rows["decoding", "bytes", "D/2"]["ratio"] == pytest.approx(4 * (16 + 8 * (16 + 6)) / (2 * 12 * 16 * 16))
+    assert all(rows[use, "this machine", "D/2"]["ratio"] > 0 for use in ("training", "decoding"))
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="compiles for a TPU")
+def test_the_best_time_on_a_tpu_is_that_of_flops_and_passes_where_they_bound_it():
+    config = router_benchmark.opt_config(512, 4, 5)
+    device, shape = devices_of(router_benchmark.TPU)[0], (1, 4096)
+    part = router_benchmark.router_part(config, shape)
+    one, six = (router_benchmark.seconds_at_best(part, shape, 512, True, 2, passes, device) for passes in (1, 60))
+    flops = 4 * flops_by_part(config, 0, [1.0])["router"] * shape[1]
+    assert six == pytest.approx(60 * flops / 197e12, rel=0.03)
+    # Its bytes bound it then.
+    assert six / 60 < one < six
 
 
 @pytest.mark.slow

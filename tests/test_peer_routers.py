@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from radialnet.metrics import flops_per_token
+from radialnet.cost import flops_per_token
 from radialnet.sections import ConfigError
 from tests.tiny import VOCAB, Model, make_batch, make_config
 

@@ -8,13 +8,14 @@ ORDER = [
     "files", "sections", "checks", "config", "sharding", "processes", "cli", "grid", "study", "sentencepiece_model",
     "tokenizer", "sources", "shards", "streaming", "hop_task", "grouping", "row_function", "block_loop",
     "grouped_kernels", "grouped", "exchange", "visibility", "attention_kernels", "attention", "cache", "layers",
-    "router", "peer_routers", "metrics", "pool", "depth", "model", "losses", "low_rank", "optimizer", "train_step",
-    "run_folder", "environment", "checkpoint", "data", "trained", "plots", "sampling", "decode_cache",
-    "decode_attention", "decode_step", "decode_loop", "decode", "trackers", "writers", "progress", "profiling",
-    "preemption", "alarms", "watchdog", "prepare", "evaluate", "hops", "generate", "harness", "lm_eval", "routes",
-    "page", "report", "baseline", "timing", "decode_benchmark", "benchmark", "program", "aot", "train_log",
-    "non_finite", "trainer", "pretrained", "llama", "opt", "gguf_file", "interchange", "export", "import",
-    "torch_models", "radialize", "residuals", "torch_residuals", "profile", "skips", "sweep", "results",
+    "router", "peer_routers", "cost", "metrics", "pool", "depth", "model", "losses", "low_rank", "optimizer",
+    "train_step", "run_folder", "environment", "checkpoint", "data", "trained", "plots", "comparisons", "sampling",
+    "decode_cache", "decode_attention", "decode_step", "decode_loop", "decode", "trackers", "writers", "progress",
+    "profiling", "preemption", "alarms", "watchdog", "prepare", "evaluate", "hops", "generate", "harness",
+    "lm_eval", "routes", "page", "report", "program", "aot", "baseline", "timing", "decode_benchmark",
+    "router_benchmark", "benchmark", "train_log", "non_finite", "trainer", "pretrained", "llama", "opt",
+    "gguf_file", "interchange", "export", "import", "torch_models", "radialize", "residuals", "torch_residuals",
+    "profile", "skips", "sweep", "results",
 ]  # fmt: skip
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "radialnet"

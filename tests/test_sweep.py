@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from configs import smoke
+from radialnet.comparisons import SweepPoint, pareto_front, plot_sweep
 from radialnet.grid import expand, parse_axis
-from radialnet.plots import SweepPoint, pareto_front, plot_sweep
 from radialnet.run_folder import RunFolder
 from radialnet.sections import ConfigError
 from radialnet.sweep import check_same, command_of, row_of, run_all, train_grid

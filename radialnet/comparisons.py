@@ -1,0 +1,179 @@
+"""Plots of models against each other."""
+
+import collections
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+
+from radialnet.plots import AMOUNT, MARKERS, SERIES, SIZE, pyplot, save
+
+
+@dataclasses.dataclass(frozen=True)
+class SweepPoint:
+    """The quality and the cost of one run."""
+
+    series: str  # What shares a colour.
+    depth: str  # Written beside the point; equal ones of a series differ by the seed alone.
+    flops: float  # Executed forward FLOPs per token.
+    ce: float  # Held-out loss, nats per token.
+
+
+def pareto_front(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The points (cost, loss) that no other one beats in both, or in one at the same of the other; by cost."""
+    front = []
+    for cost, loss in sorted(set(points)):
+        if not front or loss < front[-1][1]:
+            front.append((cost, loss))
+    return front
+
+
+def plot_sweep(points: list[SweepPoint], path: Path) -> None:
+    """Draw held-out loss against executed FLOPs: means over seeds, and their Pareto front. Needs a point at least."""
+    plt = pyplot()
+    seeds = collections.defaultdict(list)
+    for point in points:
+        seeds[point.series, point.depth].append((point.flops, point.ce))
+    means = {key: tuple(np.mean(values, axis=0)) for key, values in seeds.items()}
+    least, most = min(map(len, seeds.values())), max(map(len, seeds.values()))
+    figure, axes = plt.subplots(figsize=(8, 5))
+    for index, series in enumerate(dict.fromkeys(point.series for point in points)):
+        keys = [key for key in seeds if key[0] == series]
+        mean_XP = np.transpose([means[key] for key in keys])
+        low_XP, high_XP = (np.transpose([edge(seeds[key], axis=0) for key in keys]) for edge in (np.min, np.max))
+        axes.errorbar(
+            *mean_XP,
+            # In the order of their arguments. Bars without a length would still be drawn in the legend.
+            *(np.stack([mean_XP - low_XP, high_XP - mean_XP], axis=1)[::-1] if most > 1 else ()),
+            linestyle="",
+            marker=MARKERS[index % len(MARKERS)],
+            color=plt.get_cmap("tab10")(index % 10),
+            markersize=6,
+            elinewidth=1,
+            capsize=2,
+            label=series or "runs",
+        )
+        if len(means) <= _MAX_LABELLED:
+            for key, mean in zip(keys, mean_XP.T, strict=True):
+                axes.annotate(key[1], mean, textcoords="offset points", xytext=(6, 5), fontsize=8, color="0.3")
+    front = pareto_front(list(means.values()))
+    axes.plot(*zip(*front, strict=True), color="0.6", linewidth=1.2, linestyle="--", zorder=1, label="Pareto front")
+    _scale_costs(axes, [cost for cost, _ in means.values()])
+    shown = [meaning for sign, meaning in _MEANINGS.items() if any(f"{sign}=" in point.depth for point in points)]
+    axes.set_xlabel("executed forward FLOPs per token" + ("\n" + ", ".join(shown) if shown else ""))
+    axes.set(ylabel="held-out loss (nats per token)", title="Quality against compute")
+    several = f"means of {least if least == most else f'{least} to {most}'} seeds,\nbars from min to max"
+    axes.legend(frameon=False, fontsize=9, title=several if most > 1 else None, title_fontsize=9)
+    save(plt, figure, path)
+
+
+_MEANINGS = {"T": "T: max depth", "d*": "d*: target of the mean depth"}
+# More labels than this are not legible beside their points.
+_MAX_LABELLED = 40
+
+
+def plot_residuals(
+    boxes: dict[str, list[list[float]]], medians: dict[str, float], names: list[str], axis: str, title: str, path: Path
+) -> None:
+    """Draw residual ratios: a panel for each branch, in it a box for each layer or depth step.
+
+    Args:
+        boxes: by branch, five quantiles of each place: the whiskers', the box's and in the midst the median.
+        medians: by branch, that of the whole model.
+        names: of the places, of which `axis` says what they are.
+    """
+    plt = pyplot()
+    width = max(SIZE[0], 0.24 * len(names) + 1)
+    figure, panels = plt.subplots(
+        len(boxes), 1, figsize=(width, 0.6 + 1.7 * len(boxes)), sharex=True, squeeze=False, layout="constrained"
+    )
+    for axes, (branch, quantiles) in zip(panels[:, 0], boxes.items(), strict=True):
+        there = [place for place, values in enumerate(quantiles) if np.isfinite(values).all()]
+        labels = "whislo", "q1", "med", "q3", "whishi"
+        axes.bxp(
+            [dict(zip(labels, quantiles[place], strict=True)) for place in there],
+            positions=there,
+            widths=0.6,
+            showfliers=False,
+            patch_artist=True,
+            boxprops={"facecolor": AMOUNT, "alpha": 0.35, "linewidth": 0},
+            medianprops={"color": AMOUNT, "linewidth": 1.6},
+            whiskerprops={"linewidth": 0.8},
+            capprops={"linewidth": 0.8},
+        )
+        axes.axhline(medians[branch], color=SERIES[1], linewidth=1, linestyle="--", zorder=1)
+        axes.set_title(f"{branch}: median {medians[branch]:.3f}", fontsize=10, loc="left")
+        axes.set_ylim(bottom=0)
+        axes.grid(False, axis="x")
+    every = 1 + len(names) // 32
+    panels[-1, 0].set_xticks(range(len(names))[::every], names[::every], rotation=90 if max(map(len, names)) > 2 else 0)
+    panels[-1, 0].set(xlabel=axis, xlim=(-0.7, len(names) - 0.3))
+    figure.supylabel("residual ratio", fontsize=10)
+    figure.suptitle(title, fontsize=11)
+    save(plt, figure, path, dpi=100)
+
+
+def plot_medians(models: list[tuple[str, int, dict[str, float]]], path: Path) -> None:
+    """Draw the median residual ratios of models, by branch, against their parameters.
+
+    Args:
+        models: name, number of parameters, and median by branch, of each.
+    """
+    plt = pyplot()
+    figure, axes = plt.subplots(figsize=SIZE)
+    for index, branch in enumerate(dict.fromkeys(branch for _, _, medians in models for branch in medians)):
+        points = [(size, medians[branch]) for _, size, medians in models if branch in medians]
+        # Without lines: models may be of kinds whose ratios mean different things.
+        look = {"marker": MARKERS[index], "color": SERIES[index % len(SERIES)], "linestyle": ""}
+        axes.plot(*zip(*points, strict=True), label=branch, **look)
+    for name, size, medians in models:
+        place = {"textcoords": "offset points", "xytext": (0, 7), "ha": "center", "fontsize": 8, "color": "0.3"}
+        axes.annotate(name, (size, max(medians.values())), **place)
+    axes.margins(0.2)
+    axes.set_ylim(bottom=0)
+    axes.set(xlabel="parameters", ylabel="median residual ratio")
+    _scale_costs(axes, [size for _, size, _ in models])
+    axes.legend(frameon=False)
+    save(plt, figure, path, dpi=100)
+
+
+def plot_skips(found: dict, path: Path) -> None:
+    """Draw the loss of a model against the layers that it executes.
+
+    Args:
+        found: `skips.search`.
+    """
+    plt = pyplot()
+    figure, axes = plt.subplots(figsize=SIZE)
+    for index, name in enumerate(("greedy", "even", "random")):
+        if not (losses := found[name]):
+            continue
+        executed = found["layers"] - np.arange(len(losses))
+        look = {"marker": MARKERS[index], "color": SERIES[index], "markersize": 4, "linewidth": 1}
+        axes.errorbar(executed, losses, yerr=found["random_std"] if name == "random" else None, label=name, **look)
+    for index, (name, points) in enumerate(found["runs"].items(), 3):
+        layers, losses = zip(*points, strict=True)
+        look = {"marker": MARKERS[index % len(MARKERS)], "color": SERIES[index % len(SERIES)], "markersize": 5}
+        axes.plot(layers, losses, label=name, linewidth=1.6, **look)
+    limit = found["greedy"][0] * (1 + found["tolerance"])
+    axes.axhline(limit, color="0.6", linestyle="--", linewidth=1, label=f"{found['tolerance']:.0%} more loss")
+    # Beyond three times the loss nothing is left of the model.
+    drawn = [found["greedy"], found["even"], *([ce for _, ce in points] for points in found["runs"].values())]
+    lowest, highest = min(map(min, drawn)), max(map(max, drawn))
+    axes.set_ylim(0.95 * lowest, min(3 * found["greedy"][0], 1.05 * highest))
+    axes.invert_xaxis()
+    axes.set(xlabel="layers executed", ylabel="loss (nats per token)")
+    # Lines may go behind it.
+    axes.legend(edgecolor="none", framealpha=0.9, fontsize=8)
+    save(plt, figure, path, dpi=100)
+
+
+def _scale_costs(axes, costs: list[float]) -> None:
+    from matplotlib import ticker
+
+    span = max(costs) / min(costs)
+    if span > 4:
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5) if span > 30 else (1, 1.5, 2, 3, 4, 6)))
+        axes.xaxis.set_minor_locator(ticker.NullLocator())
+    axes.xaxis.set_major_formatter(ticker.EngFormatter())
