@@ -2,7 +2,7 @@
 
 What: 64 layers of width 2048 in the pool, at most 24 per token and 20 on average; bf16 products. 3.0B parameters in
 the pool, 0.9B of them used by a token. Give it your own text by --config.data.source=jsonl --config.data.path=FILE.
-Cost: 40 GB for parameters and optimizer, split over 64 chips; memory and FLOPs of a device on pods in docs/SCALING.md.
+Cost: 40 GB for parameters and optimizer, split over 64 chips; memory and FLOPs of a device on pods in docs/DEVICES.md.
 Compiled for them, not run.
 Expected: not measured.
 Command: python train.py --config=configs/radial_base.py --workdir=runs/radial_base

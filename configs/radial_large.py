@@ -3,7 +3,7 @@
 What: 320 layers of width 4096 in the pool, at most 48 per token and 40 on average, routes by the token's hash (all
 layers are used at every step, so that tokens can go to the devices that have them). bf16 products. 56.7B parameters in
 the pool, 7.1B of them used by a token. Give it your own text by --config.data.source=jsonl --config.data.path=FILE.
-Cost: 8.4 million tokens a step; memory and FLOPs of a device on pods in docs/SCALING.md. Compiled for them, not run.
+Cost: 8.4 million tokens a step; memory and FLOPs of a device on pods in docs/DEVICES.md. Compiled for them, not run.
 Expected: not measured.
 Command: python train.py --config=configs/radial_large.py --workdir=runs/radial_large
 """

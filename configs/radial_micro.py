@@ -2,7 +2,7 @@
 
 What: a pool of 48 layers of width 64. A token's layer at each step is given by its hash, so that it never moves; when
 to leave is learned, after 2 to 6 steps, and a controller holds the mean at 4. docs/LOG.md tells how it came to that.
-Cost: 0.65 MFLOP per token forward; 6.1 million tokens, 10 minutes on one CPU core (10,000 tokens/s). 3.2M parameters,
+Cost: 0.66 MFLOP per token forward; 6.1 million tokens, 10 minutes on one CPU core (10,000 tokens/s). 3.2M parameters,
 0.3M of them used by a token.
 Expected: 1.211 nats per byte held out at mean depth 4.09 (dense_micro: 1.299; 6 dense layers: 1.258).
 Command: python train.py --config=configs/radial_micro.py --workdir=runs/radial_micro

@@ -250,6 +250,7 @@ def report(config: Config, devices: Sequence) -> dict:
         "ideal_flops": ideal,
         "flops_over_ideal": round(work.flops / ideal, 4),
         "compute_s": _over(work.flops, rate(PEAK_FLOPS, devices[0])),
+        "wire_gb": round(work.wire / 1e9, 3),
         "wire_s": _over(work.wire, rate(WIRE_BYTES_PER_S, devices[0])),
         "loops_of_unknown_length": list(work.unknown),
         "collectives": {

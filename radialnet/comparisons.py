@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -165,6 +166,61 @@ def plot_skips(found: dict, path: Path) -> None:
     axes.set(xlabel="layers executed", ylabel="loss (nats per token)")
     # Lines may go behind it.
     axes.legend(edgecolor="none", framealpha=0.9, fontsize=8)
+    save(plt, figure, path, dpi=100)
+
+
+def plot_fit(points: list[tuple[str, float, float]], band: list[tuple[float, ...]], largest: float, path: Path) -> None:
+    """Draw residual ratios against parameters, with a fit.
+
+    Args:
+        points: name, number of parameters, ratio.
+        band: parameters, and the fit's ratio, its lower and its upper end.
+        largest: parameters beyond which it is an extrapolation.
+    """
+    plt = pyplot()
+    figure, axes = plt.subplots(figsize=SIZE)
+    size_P, middle_P, low_P, high_P = np.transpose(band)
+    axes.fill_between(size_P, low_P, high_P, color=AMOUNT, alpha=0.15, linewidth=0, label="90 % of models")
+    known_P = size_P <= largest
+    axes.plot(size_P[known_P], middle_P[known_P], color=AMOUNT, label="fit")
+    axes.plot(size_P[~known_P], middle_P[~known_P], color=AMOUNT, linestyle=":", label="extrapolation")
+    for index, (name, size, ratio) in enumerate(points):
+        axes.plot(size, ratio, MARKERS[index % len(MARKERS)], color=SERIES[index % len(SERIES)], label=name)
+    axes.set(xlabel="parameters", ylabel="median residual ratio", xscale="log", yscale="log", ylim=(0.003, 1.5))
+    axes.legend(frameon=False, fontsize=8, loc="lower left")
+    save(plt, figure, path, dpi=100)
+
+
+def plot_lines(
+    panels: dict[str, dict[str, list[tuple[float, float]]]],
+    x: str,
+    title: str,
+    path: Path,
+    dashed: Sequence[str] = (),
+) -> None:
+    """Draw amounts over many orders of magnitude: panels side by side, by what is on their y axes; lines in them.
+
+    Args:
+        dashed: names of lines that are, as estimates beside what was measured.
+    """
+    plt = pyplot()
+    rows = -(-len(panels) // 2)
+    figure, axes_RC = plt.subplots(
+        rows, 2, figsize=(7.6, 0.5 + 2.7 * rows), sharex=True, squeeze=False, layout="constrained"
+    )
+    solid = list(dict.fromkeys(name for lines in panels.values() for name in lines))
+    for axes, (y, lines) in zip(axes_RC.flat, panels.items(), strict=False):
+        for name, line in lines.items():
+            index = solid.index(name)
+            look = {"marker": MARKERS[index % len(MARKERS)], "color": SERIES[index % len(SERIES)], "markersize": 3}
+            style = "--" if name in dashed else "-"
+            axes.plot(*zip(*line, strict=True), label=name, linewidth=1.2, linestyle=style, **look)
+        axes.set(xscale="log", yscale="log")
+        axes.set_title(y, fontsize=10, loc="left")
+    for axes in axes_RC[-1]:
+        axes.set_xlabel(x)
+    axes_RC[0, 0].legend(frameon=False, fontsize=8)
+    figure.suptitle(title, fontsize=11)
     save(plt, figure, path, dpi=100)
 
 

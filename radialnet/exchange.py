@@ -192,26 +192,11 @@ def default_kind(device: jax.Device) -> str:
 
 
 def choose_dispatch(config: Config, sizes: dict[str, int]) -> tuple[bool, str]:
-    """Whether a training step exchanges tokens or gathers layers, and why.
-
-    By the bytes that a device gets in a training step. Layers: once for all depth steps in the precision of the
-    products, and their gradient in fp32. Tokens: at each step, forwards and backwards, the residual stream eight times
-    in fp32, what attention gets twice and what it gives three times. (With tensors split, a part of the latter two.)
-    """
-    model, mesh, router = config.model, config.mesh, config.router
-    fsdp, pool, tensor = sizes["fsdp"], sizes["pool"], sizes["tensor"]
-    if pool == 1:
+    """Whether a training step exchanges tokens or gathers layers, and why: by `wire_bytes`."""
+    mesh, router = config.mesh, config.router
+    if sizes["pool"] == 1:
         return False, "config.mesh.pool=1"
-    kv_width = model.num_kv_heads * model.head_size
-    num_weights = model.pool_size * model.d_model * (2 * model.d_model + 2 * kv_width + 3 * model.d_ff) / tensor
-    size = 2 if model.dtype == "bfloat16" else 4
-    layers = num_weights * (size + 4) * config.train.accumulate_steps
-    qkv, mixed = (model.d_model + 2 * kv_width) / tensor, model.d_model / tensor
-    token = 8 * 4 * model.d_model + size * (2 * qkv + 3 * mixed)
-    depth = router.depth_target if router.is_trained and model.min_depth < model.max_depth else model.max_depth
-    num_tokens = config.train.batch_size * config.train.seq_len / (sizes["data"] * fsdp * pool)
-    gather_gb = layers * (1 - 1 / (fsdp * pool)) / 1e9
-    exchange_gb = (layers / pool * (1 - 1 / fsdp) + num_tokens * depth * token * (1 - 1 / pool)) / 1e9
+    gather_gb, exchange_gb = (num_bytes / 1e9 for num_bytes in wire_bytes(config, sizes))
     told = f"{gather_gb:.2f} GB of layers to a device and step, {exchange_gb:.2f} GB of tokens"
     if mesh.pool_dispatch != "auto":
         return mesh.pool_dispatch == "exchange", f"config.mesh.pool_dispatch; {told}"
@@ -220,6 +205,27 @@ def choose_dispatch(config: Config, sizes: dict[str, int]) -> tuple[bool, str]:
     if _goes_by_step(config.router):
         return False, f"a depth step uses few layers, and so few devices; {told}"
     return exchange_gb < gather_gb, told
+
+
+def wire_bytes(config: Config, sizes: dict[str, int]) -> tuple[float, float]:
+    """Bytes that a device gets for the pool in a training step: if layers are gathered, and if tokens are exchanged.
+
+    Layers: once for all depth steps in the precision of the products, and their gradient in fp32. Tokens: at each step,
+    forwards and backwards, the residual stream eight times in fp32, what attention gets twice and what it gives three
+    times. (With tensors split, a part of the latter two.)
+    """
+    model, router = config.model, config.router
+    fsdp, pool, tensor = sizes["fsdp"], sizes["pool"], sizes["tensor"]
+    kv_width = model.num_kv_heads * model.head_size
+    num_weights = model.pool_size * model.d_model * (2 * model.d_model + 2 * kv_width + 3 * model.d_ff) / tensor
+    size = 2 if model.dtype == "bfloat16" else 4
+    layers = num_weights * (size + 4) * config.train.accumulate_steps
+    qkv, mixed = (model.d_model + 2 * kv_width) / tensor, model.d_model / tensor
+    token = 8 * 4 * model.d_model + size * (2 * qkv + 3 * mixed)
+    depth = router.depth_target if router.is_trained and model.min_depth < model.max_depth else model.max_depth
+    num_tokens = config.train.batch_size * config.train.seq_len / (sizes["data"] * fsdp * pool)
+    gathered = layers * (1 - 1 / (fsdp * pool))
+    return gathered, layers / pool * (1 - 1 / fsdp) + num_tokens * depth * token * (1 - 1 / pool)
 
 
 def _goes_by_step(router: RouterConfig) -> bool:
