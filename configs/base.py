@@ -105,7 +105,7 @@ def get_config() -> ConfigDict:
     train.num_steps = 1000  # Optimizer steps.
     train.batch_size = 16  # B: rows a step.
     train.seq_len = 128  # S: tokens a row.
-    train.teacher = ""  # Run folder of a model whose predictions are learned; empty = none.
+    train.teacher = ""  # Run folder of a model whose predictions are learned, by its newest checkpoint; empty = none.
     train.distill_weight = 1.0  # Of KL(teacher, model) in the loss; the cross-entropy of the text has the rest, of 1.
     train.accumulate_steps = 1  # Parts of a batch, one after the other to save memory; router losses: means over parts.
     train.seed = 0  # Of initialisation, data order and selection noise.

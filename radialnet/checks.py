@@ -104,6 +104,12 @@ def _validate_model(config: Sections) -> None:
         "a run folder goes with 'upcycle' and with nothing else",
     )
     _require(
+        model.init != "upcycle" or not config.router.is_in_order or model.pool_size == model.max_depth,
+        f"config.model.init='upcycle' gives each step a group of layers, of which config.router.form="
+        f"{config.router.form!r} executes one: config.model.pool_size={model.pool_size} must equal "
+        f"config.model.max_depth={model.max_depth}",
+    )
+    _require(
         model.init == "distinct" or model.pool_size >= model.max_depth,
         f"config.model.init={model.init!r} needs a group of layers for each step, but "
         f"config.model.pool_size={model.pool_size} is less than config.model.max_depth={model.max_depth}",

@@ -3,6 +3,7 @@
 import errno
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable
 
@@ -15,7 +16,8 @@ EXIT_BAD_INPUT = 2
 EXIT_NON_FINITE = 3
 EXIT_ALARM = 4
 EXIT_PREEMPTED = 75
-EXIT_INTERRUPTED = 130  # By SIGINT, where nothing was to be saved; what shells expect.
+# Where nothing was to be saved, by SIGINT and SIGTERM; what shells expect.
+EXIT_INTERRUPTED, EXIT_TERMINATED = 130, 143
 
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 
@@ -119,6 +121,8 @@ def _guarded(main: Callable[[], None]) -> None:
     if not flags.FLAGS["verbosity"].present:
         # JAX and Orbax report every detail at level INFO; --verbosity=0 shows it.
         logging.set_verbosity(logging.WARNING)
+    # What is half written is taken away. A run that saves its state has a handler of its own (`preemption`).
+    signal.signal(signal.SIGTERM, _end)
     try:
         main()
     except ConfigError as error:
@@ -141,6 +145,12 @@ def _guarded(main: Callable[[], None]) -> None:
     except PreemptedError as error:
         print(error, file=sys.stderr)
         sys.exit(EXIT_PREEMPTED)
+
+
+def _end(*_) -> None:
+    # A second one ends a program at once that is deep in a library's code.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    sys.exit(EXIT_TERMINATED)
 
 
 def _fail(error: Exception, code: int) -> None:

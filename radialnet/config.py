@@ -55,6 +55,8 @@ class Config(Sections):
             raise ConfigError(f"{path}: not JSON ({error})") from None
         if not isinstance(fields, dict):
             raise ConfigError(f"{path}: a JSON object is needed")
+        if "model_type" in fields:
+            raise ConfigError(f"{path}: of transformers, and of no run; radialnet.radialize makes one of it")
         for section, defaults in base.get_config().to_dict().items():
             if isinstance(found := fields.setdefault(section, {}), dict):
                 fields[section] = {**defaults, **found}

@@ -37,9 +37,11 @@ def flops_by_part(config: Config, vocab_size: int, executes_T: Sequence[float]) 
     executes_T = np.asarray(executes_T)
     if (view := config.view_over(max_depth)) == "same_step":
         seen_T = executes_T
-    elif view in ("first", "latest"):
-        # One entry of each token that executed any step.
+    elif view == "first":
         seen_T = np.full(max_depth, executes_T[0])
+    elif view == "latest":
+        # One entry of each token that executed any step so far: at least of as many as executed one of them.
+        seen_T = np.maximum.accumulate(executes_T)
     else:
         seen_T = np.cumsum(executes_T)
     num_unshared = model.prelude_layers + model.coda_layers

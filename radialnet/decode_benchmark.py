@@ -160,7 +160,9 @@ def benchmark_cache(timings: Timings, sizes: dict, runs: Path | None) -> None:
 
 
 def _run_folders(runs: Path) -> list[Path]:
-    folders = sorted(path.parent for path in runs.glob("**/config.json"))
+    # Not those that are half written.
+    found = (path.parent for path in runs.glob("**/config.json"))
+    folders = sorted(folder for folder in found if not folder.name.startswith("."))
     if not folders:
         raise ConfigError(f"--runs={runs}: no run folder in it")
     return folders

@@ -198,7 +198,10 @@ if __name__ == "__main__":
     _DATA = flags.DEFINE_string("data", None, "A folder of text or a .jsonl file in place of the held-out split.")
     _PATH = flags.DEFINE_enum("path", "forward", ["forward", "decode"], "In parallel, or token by token.")
     _MAX_TOKENS = flags.DEFINE_integer(
-        "max_tokens", 0, "Evaluate the first rows alone, as many as have so many tokens; 0 = all.", lower_bound=0
+        "max_tokens",
+        0,
+        "The first rows alone, as many as have so many tokens; 0 = config.eval.num_batches of them, as in training.",
+        lower_bound=0,
     )
     _JSON = flags.DEFINE_bool("json", False, "Print the JSON line alone.")
     cli.run(main)

@@ -67,7 +67,9 @@ def read_gguf(path: Path) -> tuple[dict, dict[str, np.ndarray], Tokenizer]:
     for name, key in (("rope_theta", "rope.freq_base"), ("rms_norm_eps", "attention.layer_norm_rms_epsilon")):
         if (value := get(f"llama.{key}")) is not None:
             fields[name] = float(str(np.float32(value)))
-    for name in ("num_attention_heads", "hidden_size"):
+    for name in ("num_attention_heads", "hidden_size", "num_key_value_heads"):
+        if name == "num_key_value_heads" and fields[name] is None:
+            continue
         if not isinstance(fields[name], int) or fields[name] < 1:
             raise ConfigError(f"{path}: llama.{_FIELDS[name]}={fields[name]!r}, a whole number of at least 1 is needed")
     if "model.embed_tokens.weight" not in tensors:

@@ -189,6 +189,7 @@ def _new_folder(path: Path, flag: str) -> Iterator[Path]:
     """A folder that gets its name when all is in it, and otherwise goes."""
     if path.exists() or path.is_symlink():
         raise ConfigError(f"{flag}={path}: is there already; a new folder is needed")
+    new_parents = [parent for parent in path.parents if not parent.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     partial.mkdir()
@@ -197,6 +198,9 @@ def _new_folder(path: Path, flag: str) -> Iterator[Path]:
         partial.rename(path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        if not path.exists():
+            for parent in new_parents:
+                parent.rmdir()
 
 
 def _flat(tree: dict) -> Tensors:

@@ -9,31 +9,20 @@ of several models, their medians against their parameters. docs/PROFILES.md has 
 """
 
 import json
-import platform
 from pathlib import Path
 
 from absl import flags
 
-from configs import base
 from radialnet import cli
 from radialnet.comparisons import plot_medians, plot_residuals
-from radialnet.config import Config
 from radialnet.evaluate import eval_rows
 from radialnet.files import finite, write_whole
 from radialnet.residuals import MEDIAN, Place, Profile, profile_run, quantiles
 from radialnet.run_folder import RunFolder
 from radialnet.sections import ConfigError
-from radialnet.sources import Source, held_out_documents, open_held_out
+from radialnet.sources import documents
 from radialnet.torch_residuals import check_kind, kind_of, profile_torch
 from radialnet.trained import load_trained
-
-
-def documents(data: Path | None) -> tuple[Source, str]:
-    """What models of text read, and what it is: the held-out part of the standard library if there is no `data`."""
-    cfg = Config.from_dict(base.get_config()).data
-    if data is not None:
-        return open_held_out(data, cfg.text_key), f"text of {data}"
-    return held_out_documents(cfg), f"held-out part of the standard library of Python {platform.python_version()}"
 
 
 def profile(path: Path, kind: str | None, data: Path | None, max_tokens: int, skip_first: int) -> Profile:
@@ -113,7 +102,8 @@ def checked_kinds(paths: list[Path], data: Path | None, out: Path | None) -> lis
 
 
 def main() -> None:
-    paths = [Path(path) for path in _MODEL.value]
+    if not (paths := [Path(path) for path in _MODEL.value if path]):
+        raise ConfigError("--model=: run folders, folders of transformers or .gguf files are needed")
     data, out = _DATA.value and Path(_DATA.value), _OUT.value and Path(_OUT.value)
     kinds, limits = checked_kinds(paths, data, out), (_MAX_TOKENS.value, _SKIP_FIRST.value)
     profiles = [profile(path, kind, data, *limits) for path, kind in zip(paths, kinds, strict=True)]

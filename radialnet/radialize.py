@@ -19,13 +19,13 @@ import optax
 from absl import flags
 from flax import nnx
 
-from configs import base
 from radialnet import cli
 from radialnet.config import Config
 from radialnet.interchange import import_pretrained
 from radialnet.router import Controllers
+from radialnet.sections import ConfigError
 from radialnet.shards import Batch
-from radialnet.sources import evenly, held_out_documents, open_held_out
+from radialnet.sources import Document, Source, documents, evenly
 from radialnet.torch_models import check_installed, load
 from radialnet.train_step import forward_as_evaluated
 from radialnet.trained import TrainedModel, load_trained
@@ -85,24 +85,27 @@ def logits_of_transformers(path: Path) -> Callable[[list[int]], np.ndarray]:
     return logits_of
 
 
-def text_rows(trained: TrainedModel, data: Path | None, max_tokens: int) -> list[list[int]]:
-    """The beginnings of held-out documents, or of those of `data`, as long as a row of evaluation."""
-    documents = open_held_out(data, "text") if data else held_out_documents(Config.from_dict(base.get_config()).data)
+def text_rows(trained: TrainedModel, texts: Source | list[Document], max_tokens: int) -> list[list[int]]:
+    """The beginnings of documents, as long as a row of evaluation. Raises ConfigError: there is nothing to score."""
     tokenizer, seq_len = trained.tokenizer, trained.config.train.seq_len
-    chosen = [documents[index].content for index in evenly(len(documents), -(-max_tokens // seq_len))]
+    chosen = [texts[index].content for index in evenly(len(texts), -(-max_tokens // seq_len))]
     rows = [[tokenizer.separator_id, *tokenizer.encode(text)][:seq_len] for text in chosen]
-    return [row for row in rows if len(row) > 1]
+    if not (rows := [row for row in rows if len(row) > 1]):
+        raise ConfigError(f"--check: no text that rows of {seq_len} tokens can tell the next token of")
+    return rows
 
 
 def main() -> None:
     model, workdir = Path(_MODEL.value), Path(_WORKDIR.value)
     # Before the work: what is needed for the comparison.
-    their_logits = logits_of_transformers(model) if _CHECK.value else None
+    if _CHECK.value:
+        texts, _ = documents(_DATA.value and Path(_DATA.value))
+        their_logits = logits_of_transformers(model)
     found = {"workdir": str(workdir), **import_pretrained(model, workdir)}
     told = ["{workdir}: {format}, {parameters:,} parameters in {tensors} tensors"]
-    if their_logits:
+    if _CHECK.value:
         trained = load_trained(workdir)
-        rows = text_rows(trained, _DATA.value and Path(_DATA.value), _MAX_TOKENS.value)
+        rows = text_rows(trained, texts, _MAX_TOKENS.value)
         found |= compare(trained, their_logits, rows)
         told += [
             "{tokens:,} tokens: perplexity {perplexity:.4f}, of the model itself {their_perplexity:.4f}",

@@ -12,6 +12,7 @@ is one JSON object; --out gets it as skips.json, and a plot.
 """
 
 import json
+import math
 from functools import partial
 from pathlib import Path
 
@@ -27,10 +28,10 @@ from radialnet.comparisons import plot_skips
 from radialnet.config import Config
 from radialnet.data import eval_batches, held_out_rows
 from radialnet.files import write_whole
-from radialnet.profile import documents
 from radialnet.router import Controllers
 from radialnet.sections import ConfigError
 from radialnet.shards import Batch
+from radialnet.sources import documents
 from radialnet.train_step import forward_as_evaluated
 from radialnet.trained import TrainedModel, load_trained
 
@@ -142,11 +143,6 @@ def search(skipping: Skipping, most: int, num_orders: int, tolerance: float) -> 
     }
 
 
-def _check_positions(trained: TrainedModel, seq_len: int, where: str) -> None:
-    if 0 < (most := trained.config.model.max_positions) < seq_len:
-        raise ConfigError(f"--seq_len={seq_len}: {where} knows {most} positions")
-
-
 def _learned(path: Path, plain: TrainedModel, batches: list[Batch], exit_biases: list[float]) -> list[list[float]]:
     """[layers, loss] of a run at each exit bias, the deepest first. Raises ConfigError: it is none of the model."""
     trained = load_trained(path)
@@ -156,7 +152,7 @@ def _learned(path: Path, plain: TrainedModel, batches: list[Batch], exit_biases:
         raise ConfigError(f"--runs={path}: was trained with another tokenizer than that of --workdir")
     if (layers := trained.config.model.pool_size) != (of_plain := plain.config.model.pool_size):
         raise ConfigError(f"--runs={path}: has {layers} layers, and --workdir {of_plain}")
-    _check_positions(trained, batches[0]["token"].shape[1], f"--runs={path}")
+    trained.check_length(batches[0]["token"].shape[1], "--seq_len", f"--runs={path}")
     skipping = Skipping(trained, batches)
     return sorted(([*skipping.routed(bias)] for bias in exit_biases), reverse=True)
 
@@ -183,13 +179,19 @@ def main() -> None:
     config = trained.config
     if config.router.form != "sequential":
         raise ConfigError(f"--workdir={_WORKDIR.value}: its form is {config.router.form!r}, 'sequential' is needed")
-    most = _MOST.value or config.model.pool_size - 1
+    if config.model.pool_size == 1:
+        raise ConfigError(f"--workdir={_WORKDIR.value}: has a single layer, and none can go")
+    if out and out.exists() and not out.is_dir():
+        raise ConfigError(f"--out={out}: not a folder")
+    if not math.isfinite(_TOLERANCE.value):
+        raise ConfigError(f"--tolerance={_TOLERANCE.value}: a number of at least 0 is needed")
+    most = config.model.pool_size - 1 if _MOST.value is None else _MOST.value
     if not 0 < most < config.model.pool_size:
         raise ConfigError(f"--most={most}: 1 to {config.model.pool_size - 1} of its layers can go")
     biases = cli.numbers("exit_bias", _EXIT_BIAS.value, float, "numbers")
     source, told = documents(_DATA.value and Path(_DATA.value))
     seq_len = _SEQ_LEN.value or config.train.seq_len
-    _check_positions(trained, seq_len, f"--workdir={_WORKDIR.value}")
+    trained.check_length(seq_len, "--seq_len", f"--workdir={_WORKDIR.value}")
     names = [Path(path).name for path in _RUNS.value]
     if len(set(names)) < len(names):
         raise ConfigError(f"--runs={','.join(_RUNS.value)}: their folders need names of their own")

@@ -9,6 +9,7 @@ import functools
 import hashlib
 import json
 import os
+import platform
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,8 @@ from typing import Protocol
 import numpy as np
 import psutil
 
+from configs import base
+from radialnet.config import Config
 from radialnet.sections import ConfigError, DataConfig
 
 # Folders of the standard library that hold tests or are not part of it.
@@ -65,6 +68,8 @@ def open_source(cfg: DataConfig) -> Source:
 
 def open_held_out(path: Path, text_key: str) -> Source:
     """A folder of text, a file of text, or a .jsonl file. Raises ConfigError as `open_source`."""
+    if not path.exists():
+        raise ConfigError(f"--data={path}: no such file or folder")
     if path.suffix == ".jsonl" and not path.is_dir():
         source = JsonLines(path.parent, _regular_files(path), text_key)
     else:
@@ -72,6 +77,15 @@ def open_held_out(path: Path, text_key: str) -> Source:
     if not len(source):
         raise ConfigError(f"{path}: no text in it")
     return source
+
+
+def documents(data: Path | None) -> tuple[Source | list[Document], str]:
+    """Text for a model that was trained elsewhere, and what it is: that of `data`, or the held-out part of the standard
+    library. Raises ConfigError as `open_source`."""
+    cfg = Config.from_dict(base.get_config()).data
+    if data is not None:
+        return open_held_out(data, cfg.text_key), f"text of {data}"
+    return held_out_documents(cfg), f"held-out part of the standard library of Python {platform.python_version()}"
 
 
 def held_out_documents(cfg: DataConfig) -> list[Document]:

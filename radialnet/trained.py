@@ -26,6 +26,11 @@ class TrainedModel:
     tokenizer: Tokenizer
     step: int
 
+    def check_length(self, seq_len: int, field: str, whose: str) -> None:
+        """Raises ConfigError: rows of that `field` are longer than the positions that the model learned, if it did."""
+        if 0 < (most := self.config.model.max_positions) < seq_len:
+            raise ConfigError(f"{field}={seq_len}: {whose} knows {most} positions")
+
 
 def load_trained(workdir: Path) -> TrainedModel:
     """Restore the newest whole checkpoint of a run, by the run's own config and tokenizer.
@@ -33,7 +38,7 @@ def load_trained(workdir: Path) -> TrainedModel:
     Raises:
         ConfigError: the folder is not a run folder, or holds no checkpoint, or none that is whole.
     """
-    folder = RunFolder(workdir)
+    folder = RunFolder(workdir.expanduser())
     config = Config.load(folder.config)
     keep_programs(config)
     tokenizer = tokenizer_of_run(folder)

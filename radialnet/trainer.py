@@ -250,10 +250,7 @@ def _teacher(config: Config, placement: Placement, tokenizer: Tokenizer) -> Teac
         raise ConfigError(f"config.train.teacher={path!r}: {error}") from None
     if trained.tokenizer.fingerprint() != tokenizer.fingerprint():
         raise ConfigError(f"config.train.teacher={path!r} was trained with another tokenizer")
-    if 0 < (most := trained.config.model.max_positions) < config.train.seq_len:
-        raise ConfigError(
-            f"config.train.seq_len={config.train.seq_len}: config.train.teacher={path!r} knows {most} positions"
-        )
+    trained.check_length(config.train.seq_len, "config.train.seq_len", f"config.train.teacher={path!r}")
     known = {"params": trained.params, "controllers": trained.controllers, "step": np.int32(trained.step)}
     return Teacher(**placement.put_everywhere(known), config=trained.config, graph=trained.graph)
 

@@ -407,6 +407,9 @@ def test_bad_input_after_the_start_is_one_line_too(trained, tmp_path):
 def test_a_folder_that_is_no_run(tmp_path, module):
     _, stderr = run("-m", f"radialnet.{module}", f"--workdir={tmp_path}", code=2)
     assert stderr.count("\n") == 1 and "config.json" in stderr
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    _, stderr = run("-m", f"radialnet.{module}", f"--workdir={tmp_path}", code=2)
+    assert "config.json: of transformers, and of no run" in stderr
 
 
 def test_heavy_packages_are_not_imported_at_the_start():

@@ -33,6 +33,10 @@ CONFIGS = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "base
         ({"router__load_coef": -1.0}, ("load_coef=-1.0", "at least 0")),
         ({"model__init": "clones", "model__pool_size": 2}, ("init='clones'", "pool_size=2", "max_depth=3")),
         ({"model__init": "upcycle"}, ("init='upcycle'", "upcycle_from=''")),
+        (
+            {"model__init": "upcycle", "model__upcycle_from": "run", "router__form": "skip"},
+            ("form='skip'", "pool_size=5 must equal", "max_depth=3"),
+        ),
         ({"model__dtype": "float16"}, ("dtype='float16'", "bfloat16")),
         ({"cache__view": "some"}, ("view='some'", "same_layer")),
         ({"cache__capacity": 15}, ("capacity=15", "at least 16")),

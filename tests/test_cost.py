@@ -62,6 +62,14 @@ def test_flops_follow_the_depth():
         assert found == pytest.approx(2 * layer + entries * attention + 2.5 * router + head), view
 
 
+def test_a_token_that_skipped_the_first_step_is_seen_in_latest_once_it_executed_another():
+    config = make_config(router__form="skip", model__min_depth=0, cache__view="latest")
+    late, early = (flops_per_token(config, VOCAB, executes_T) for executes_T in ([0.1, 0.9, 0.9], [0.9, 0.9, 0.1]))
+    attention = 4 * 24 * 14 / 2
+    # By the tokens that have an entry at each step: 0.1, 0.9, 0.9, and 0.9 at all three.
+    assert late - early == pytest.approx(attention * (0.1 * 0.1 - 0.9 * 0.9 + 0.9 * 0.9 - 0.1 * 0.9))
+
+
 def test_flop_model_against_what_xla_counts():
     """Of a dense transformer of realistic width, written plainly: within 2 %. XLA counts all of S x S."""
     config = make_config(

@@ -2,6 +2,7 @@
 
 import json
 import re
+import textwrap
 from pathlib import Path
 
 import jax
@@ -377,6 +378,23 @@ def test_gguf(tmp_path):
 
 
 @pytest.mark.slow
+def test_asked_to_end_it_leaves_no_part_of_a_folder(tmp_path):
+    script = f"""
+        import os, signal
+        from pathlib import Path
+        from radialnet import cli, interchange
+
+        def main():
+            with interchange._new_folder(Path({str(tmp_path / "new")!r}), "--out") as partial:
+                (partial / "half").write_text("")
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        cli.run(main)
+    """
+    run("-c", textwrap.dedent(script), code=143)
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_commands(tmp_path):
     workdir = make_run(tmp_path / "run", make_config(**FORMS["hash"]))
     flags = [f"--workdir={workdir}", f"--out={tmp_path / 'out'}"]

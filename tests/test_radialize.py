@@ -9,6 +9,7 @@ import pytest
 from radialnet.interchange import import_pretrained
 from radialnet.radialize import compare, logits_of_transformers, text_rows
 from radialnet.sections import ConfigError
+from radialnet.sources import Document, documents
 from radialnet.trained import load_trained
 from tests.test_cli import run
 from tests.test_opt import by_hand, tensors_of, write
@@ -42,14 +43,16 @@ def test_other_kinds_are_refused_with_a_list(opt, tmp_path, kind):
         import_pretrained(folder, tmp_path / "run")
     with pytest.raises(ConfigError, match=r"--model=.*none: no such file"):
         import_pretrained(tmp_path / "none", tmp_path / "run")
-    assert not (tmp_path / "run").exists()
+    with pytest.raises(ConfigError, match=f"model_type={kind!r}"):
+        import_pretrained(folder, tmp_path / "new" / "folders" / "run")
+    assert [path.name for path in tmp_path.iterdir()] == ["other"]
 
 
 def test_a_run_predicts_what_its_model_does(opt, tmp_path):
     tensors, model, text = opt
     import_pretrained(model, tmp_path / "run")
     trained = load_trained(tmp_path / "run")
-    rows = text_rows(trained, text, 100)
+    rows = text_rows(trained, documents(text)[0], 100)
     assert [len(row) for row in rows] == [40] and rows[0][0] == trained.tokenizer.separator_id
     found = compare(trained, lambda row: by_hand(tensors, np.array(row)), rows)
     assert found["tokens"] == 39 and found["logits_differ_by"] < 1e-4 < found["largest_logit"]
@@ -67,6 +70,8 @@ def test_a_run_predicts_what_its_model_does(opt, tmp_path):
         rows,
     )
     assert other["logits_differ_by"] > 0.01
+    with pytest.raises(ConfigError, match="--check: no text that rows of 40 tokens"):
+        text_rows(trained, [Document("empty", "")], 100)
 
 
 def test_transformers_gives_the_same(opt, tmp_path):

@@ -8,11 +8,11 @@ import jax
 import numpy as np
 import pytest
 
-from radialnet.profile import checked_kinds, documents, profile, show, write
+from radialnet.profile import checked_kinds, profile, show, write
 from radialnet.residuals import BRANCHES, Place, Profile, profile_run, quantiles
 from radialnet.sections import ConfigError
 from radialnet.shards import PackedRows, Stream
-from radialnet.sources import Document
+from radialnet.sources import Document, documents
 from radialnet.tokenizer import BYTE_VOCAB_SIZE, Tokenizer
 from radialnet.torch_residuals import check_kind, kind_of
 from radialnet.train_step import forward_as_evaluated
@@ -207,6 +207,8 @@ def test_documents(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "one"}\n')
     source, told = documents(tmp_path / "a.jsonl")
     assert source[0].content == "one" and told == f"text of {tmp_path / 'a.jsonl'}"
+    with pytest.raises(ConfigError, match=f"--data={tmp_path}/none: no such file or folder"):
+        documents(tmp_path / "none")
 
 
 @pytest.fixture(scope="module")
@@ -254,3 +256,5 @@ def test_no_token_is_left(tmp_path, workdir):
 def test_an_error_of_the_command(tmp_path):
     _, stderr = run("-m", "radialnet.profile", f"--model={tmp_path}/no", "--json", code=2)
     assert stderr == f"error: --model={tmp_path}/no: no such file or folder\n"
+    _, stderr = run("-m", "radialnet.profile", "--model=", code=2)
+    assert stderr.startswith("error: --model=: run folders") and stderr.count("\n") == 1

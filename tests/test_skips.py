@@ -117,5 +117,12 @@ def test_the_command(tmp_path):
     assert len(found["order"]) == 3 and (tmp_path / "out" / "skips.png").stat().st_size > 5000
     _, stderr = run("-m", "radialnet.skips", f"--workdir={tmp_path / 'run'}", "--most=4", code=2)
     assert stderr == "error: --most=4: 1 to 3 of its layers can go\n"
+    for flag, told in (
+        ("--most=0", "--most=0: 1 to 3 of its layers can go"),
+        (f"--out={tmp_path / 'a.txt'}", f"--out={tmp_path / 'a.txt'}: not a folder"),
+        ("--tolerance=nan", "--tolerance=nan: a number of at least 0 is needed"),
+    ):
+        _, stderr = run("-m", "radialnet.skips", f"--workdir={tmp_path / 'run'}", flag, code=2)
+        assert stderr == f"error: {told}\n"
     _, stderr = run("-m", "radialnet.skips", f"--workdir={tmp_path / 'run'}", f"--runs={tmp_path / 'run'}", code=2)
     assert stderr == f"error: --runs={tmp_path / 'run'}: its form is 'sequential', 'skip' is needed\n"
