@@ -7,7 +7,7 @@
           of trained runs, their layers saved and the time that it saves.
 `cache`   bytes and time of a token over views and sizes; with --runs of trained runs, with their held-out loss and how
           far the logits of decoding are from those of the parallel pass.
-`router`  a router against the layers that it saves, over its width, at the sizes of OPT.
+`router`  a router against the layers that it saves, over its width, at the sizes of OPT; S is --seq_len.
 `input`   the step on real data, read while it runs, against the step on one batch used again.
 
 Every figure is the median over repeats of (time of one) / (time of the other), the two run one after the other in each
@@ -45,7 +45,7 @@ from radialnet.model import init_params
 from radialnet.optimizer import make_optimizer
 from radialnet.pool import Positions
 from radialnet.router import Controllers, Plan, Router, row_keys, schedule
-from radialnet.router_benchmark import benchmark_router
+from radialnet.router_benchmark import benchmark_router, plot_routers
 from radialnet.run_folder import RunFolder
 from radialnet.sections import ConfigError
 from radialnet.timing import Timings
@@ -317,12 +317,14 @@ def main() -> None:
     result = {"figures": timings.figures, "rows": timings.rows, "machine": machine, "sizes": sizes}
     if _JSON.value:
         write_whole(Path(_JSON.value), json.dumps(result, indent=1) + "\n")
+        if _COMMAND == "router":
+            plot_routers(timings.rows, Path(_JSON.value).with_suffix(".png"))
     print(json.dumps(result["figures"]))
 
 
 if __name__ == "__main__":
     _COMMAND = cli.command("train", "decode", "cache", "router", "input")
-    _JSON = flags.DEFINE_string("json", None, "File that the figures are written to.")
+    _JSON = flags.DEFINE_string("json", None, "File that the figures are written to; of `router`, a plot beside it.")
     _RUNS = flags.DEFINE_string("runs", "", "Of `cache` and `decode`: a folder with run folders in it.")
     _SIZES = {
         name: flags.DEFINE_integer(

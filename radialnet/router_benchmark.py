@@ -10,6 +10,7 @@ import dataclasses
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from flax import nnx
 
 from configs import base
 from radialnet.aot import devices_of
+from radialnet.comparisons import plot_lines
 from radialnet.config import Config
 from radialnet.cost import MEMORY_BYTES_PER_S, PEAK_FLOPS, flops_by_part, rate, weights_by_part
 from radialnet.pool import LayerPool, Positions
@@ -39,6 +41,8 @@ OPT = {
 # The width of the hidden layer as a part of D; without one the router is linear.
 NETWORKS = {"linear": None, "D/8": 8, "D/4": 4, "D/2": 2, "D": 1}
 TPU = "v5e:2x2"
+# What a row may be by; the last stands for the name of a device.
+MEASURES = ("FLOPs", "bytes", "this machine", "device")
 # Passes of a TPU's matrix unit for one product: of bfloat16, and of float32 at the highest precision.
 LAYER_PASSES, ROUTER_PASSES = 1, 6
 # Of a single layer the reference is a plain product.
@@ -209,6 +213,19 @@ def _compare(timings: Timings, size: str, dimensions: tuple[int, int, int], use:
             best_s = seconds_at_best(router, shape, d_model, trains, 2, ROUTER_PASSES, device)
             both = 1e6 * best_s, 1e6 * layer_best_s
             timings.add_given(what, against, *both, "us", **described(device.device_kind, both[0] / both[1]))
+
+
+def plot_routers(rows: list[dict], path: Path) -> None:
+    """Draw the rows of `benchmark_router`: a panel for each use and measure."""
+    panels = {}
+    for row in sorted(rows, key=lambda row: (MEASURES.index(_measure(row)), row["use"] != "training")):
+        lines = panels.setdefault(f"{row['use']}: {row['by']}", {})
+        lines.setdefault(row["network"], []).append((row["d_model"], row["ratio"]))
+    plot_lines(panels, "D", "One router over one layer of OPT, by the router's width", path)
+
+
+def _measure(row: dict) -> str:
+    return row["by"] if row["by"] in MEASURES else MEASURES[-1]
 
 
 def _tpu():

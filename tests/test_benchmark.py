@@ -63,7 +63,7 @@ def test_routes_of_the_timed_step_differ_by_token():
     assert step.figures["load_entropy"] > 0.3
 
 
-def test_routers_are_measured_against_the_layers_that_they_save(monkeypatch):
+def test_routers_are_measured_against_the_layers_that_they_save(monkeypatch, tmp_path):
     monkeypatch.setattr(router_benchmark, "OPT", {"1K": (16, 2, 5)})
     monkeypatch.setattr(router_benchmark, "NETWORKS", {"linear": None, "D/2": 2})
     timings = Timings(repeats=1)
@@ -78,6 +78,8 @@ def test_routers_are_measured_against_the_layers_that_they_save(monkeypatch):
     assert row["pays_from"] == pytest.approx(6 * row["ratio"] / (1 + row["ratio"]), abs=1e-3)
     assert rows["decoding", "bytes", "D/2"]["ratio"] == pytest.approx(4 * (16 + 8 * (16 + 6)) / (2 * 12 * 16 * 16))
     assert all(rows[use, "this machine", "D/2"]["ratio"] > 0 for use in ("training", "decoding"))
+    router_benchmark.plot_routers(timings.rows, tmp_path / "router.png")
+    assert (tmp_path / "router.png").stat().st_size > 5000
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="compiles for a TPU")
