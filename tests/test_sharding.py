@@ -43,8 +43,10 @@ RECIPES = {
         "train__accumulate_steps": 2,
         "train__batch_size": 16,
     },
-    "remat, prelude and coda, score": {
+    "remat, prelude and coda, score, a linear router at every second step": {
         "model__remat": "step",
+        "router__network": "linear",
+        "router__every": 2,
         "model__prelude_layers": 1,
         "model__coda_layers": 1,
         "router__estimator": "score",
