@@ -22,6 +22,8 @@ from radialnet.sections import (
     WRITERS,
     ConfigError,
     DataConfig,
+    ModelConfig,
+    RouterConfig,
     Sections,
 )
 
@@ -144,67 +146,13 @@ def _validate_router(config: Sections) -> None:
     _at_least("router", router, 0, "exit_warmup_steps", "depth_ramp_steps", "exit_bias_rate", "load_bias_rate")
     _require(0 <= router.explore < 1, f"config.router.explore={router.explore}: at least 0 and less than 1 is needed")
     if router.exit_training == "benefit":
-        of_benefit = "config.router.exit_training='benefit'"
-        _require(
-            router.form in ("factored", "early_exit") or not router.is_trained,
-            f"{of_benefit} is for the forms factored and early_exit, config.router.form={router.form!r}",
-        )
-        _require(
-            model.coda_layers == 0,
-            f"{of_benefit} reads states as the head would: config.model.coda_layers={model.coda_layers}, 0 is needed",
-        )
-        _require(
-            router.depth_coef == 0,
-            f"{of_benefit} has no expected depth: config.router.depth_coef={router.depth_coef}, 0 is needed",
-        )
-    if router.form == "recursion":
-        _require(
-            model.max_depth % model.pool_size == 0,
-            f"config.router.form='recursion' goes through the pool in whole rounds: config.model.max_depth="
-            f"{model.max_depth} must be a multiple of config.model.pool_size={model.pool_size}",
-        )
-        _require(
-            router.depth_coef == 0,
-            f"config.router.depth_coef={router.depth_coef}: config.router.form='recursion' holds its depth by "
-            "config.router.exit_bias_rate alone, 0 is needed",
-        )
-    if router.form == "mod":
-        _require(
-            2 <= router.capacity_every <= model.max_depth,
-            f"config.router.capacity_every={router.capacity_every}: at least 2, for all tokens execute the first step, "
-            f"and at most config.model.max_depth={model.max_depth} is needed",
-        )
-        _require(
-            0 < router.capacity <= 1,
-            f"config.router.capacity={router.capacity}: more than 0 and at most 1 is needed",
-        )
-        _require(
-            model.min_depth == model.max_depth,
-            f"config.router.form='mod' has no exits: config.model.min_depth={model.min_depth} must equal "
-            f"config.model.max_depth={model.max_depth}",
-        )
-    if router.form == "skip":
-        of_skip = "config.router.form='skip'"
-        _require(
-            model.max_depth <= model.pool_size,
-            f"{of_skip} has a layer for each step: config.model.max_depth={model.max_depth} is more than "
-            f"config.model.pool_size={model.pool_size}",
-        )
-        _require(
-            router.depth_coef == 0 and router.explore == 0,
-            f"{of_skip} holds its depth by config.router.exit_bias_rate alone: config.router.depth_coef="
-            f"{router.depth_coef} and explore={router.explore}, 0 is needed",
-        )
+        _validate_benefit(model, router)
+    if validate := _OF_FORM.get(router.form):
+        validate(model, router)
     if router.form in ("early_exit", "skip", "mod", "recursion"):
         _require(
             router.estimator != "dense",
             f"config.router.estimator='dense' is for forms that choose a layer, config.router.form={router.form!r}",
-        )
-    if router.form == "sequential":
-        _require(
-            model.pool_size == model.max_depth,
-            f"config.router.form='sequential' is a plain dense run: config.model.pool_size={model.pool_size} "
-            f"must equal config.model.max_depth={model.max_depth} (form='cyclic' repeats a smaller pool)",
         )
     if not router.is_trained:
         return
@@ -222,6 +170,82 @@ def _validate_router(config: Sections) -> None:
         f"config.router.depth_target={router.depth_target} is not between config.model.min_depth={model.min_depth} "
         f"and config.model.max_depth={model.max_depth}",
     )
+
+
+def _validate_benefit(model: ModelConfig, router: RouterConfig) -> None:
+    of_benefit = "config.router.exit_training='benefit'"
+    _require(
+        router.form in ("factored", "early_exit") or not router.is_trained,
+        f"{of_benefit} is for the forms factored and early_exit, config.router.form={router.form!r}",
+    )
+    _require(
+        model.coda_layers == 0,
+        f"{of_benefit} reads states as the head would: config.model.coda_layers={model.coda_layers}, 0 is needed",
+    )
+    _require(
+        router.depth_coef == 0,
+        f"{of_benefit} has no expected depth: config.router.depth_coef={router.depth_coef}, 0 is needed",
+    )
+
+
+def _validate_recursion(model: ModelConfig, router: RouterConfig) -> None:
+    _require(
+        model.max_depth % model.pool_size == 0,
+        f"config.router.form='recursion' goes through the pool in whole rounds: config.model.max_depth="
+        f"{model.max_depth} must be a multiple of config.model.pool_size={model.pool_size}",
+    )
+    _require(
+        router.depth_coef == 0,
+        f"config.router.depth_coef={router.depth_coef}: config.router.form='recursion' holds its depth by "
+        "config.router.exit_bias_rate alone, 0 is needed",
+    )
+
+
+def _validate_mod(model: ModelConfig, router: RouterConfig) -> None:
+    _require(
+        2 <= router.capacity_every <= model.max_depth,
+        f"config.router.capacity_every={router.capacity_every}: at least 2, for all tokens execute the first step, "
+        f"and at most config.model.max_depth={model.max_depth} is needed",
+    )
+    _require(
+        0 < router.capacity <= 1,
+        f"config.router.capacity={router.capacity}: more than 0 and at most 1 is needed",
+    )
+    _require(
+        model.min_depth == model.max_depth,
+        f"config.router.form='mod' has no exits: config.model.min_depth={model.min_depth} must equal "
+        f"config.model.max_depth={model.max_depth}",
+    )
+
+
+def _validate_skip(model: ModelConfig, router: RouterConfig) -> None:
+    of_skip = "config.router.form='skip'"
+    _require(
+        model.max_depth <= model.pool_size,
+        f"{of_skip} has a layer for each step: config.model.max_depth={model.max_depth} is more than "
+        f"config.model.pool_size={model.pool_size}",
+    )
+    _require(
+        router.depth_coef == 0 and router.explore == 0,
+        f"{of_skip} holds its depth by config.router.exit_bias_rate alone: config.router.depth_coef="
+        f"{router.depth_coef} and explore={router.explore}, 0 is needed",
+    )
+
+
+def _validate_sequential(model: ModelConfig, router: RouterConfig) -> None:
+    _require(
+        model.pool_size == model.max_depth,
+        f"config.router.form='sequential' is a plain dense run: config.model.pool_size={model.pool_size} "
+        f"must equal config.model.max_depth={model.max_depth} (form='cyclic' repeats a smaller pool)",
+    )
+
+
+_OF_FORM = {
+    "recursion": _validate_recursion,
+    "mod": _validate_mod,
+    "skip": _validate_skip,
+    "sequential": _validate_sequential,
+}
 
 
 def _validate_run(config: Sections) -> None:
