@@ -2,7 +2,6 @@
 
 import collections
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -191,30 +190,21 @@ def plot_fit(points: list[tuple[str, float, float]], band: list[tuple[float, ...
     save(plt, figure, path, dpi=100)
 
 
-def plot_lines(
-    panels: dict[str, dict[str, list[tuple[float, float]]]],
-    x: str,
-    title: str,
-    path: Path,
-    dashed: Sequence[str] = (),
-) -> None:
-    """Draw amounts over many orders of magnitude: panels side by side, by what is on their y axes; lines in them.
-
-    Args:
-        dashed: names of lines that are, as estimates beside what was measured.
-    """
+def plot_lines(panels: dict[str, dict[str, list[tuple[float, float]]]], x: str, title: str, path: Path) -> None:
+    """Draw amounts over orders of magnitude: panels side by side, by what is on their y axes; lines in them by name."""
     plt = pyplot()
     rows = -(-len(panels) // 2)
     figure, axes_RC = plt.subplots(
         rows, 2, figsize=(7.6, 0.5 + 2.7 * rows), sharex=True, squeeze=False, layout="constrained"
     )
-    solid = list(dict.fromkeys(name for lines in panels.values() for name in lines))
+    names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
     for axes, (y, lines) in zip(axes_RC.flat, panels.items(), strict=False):
         for name, line in lines.items():
-            index = solid.index(name)
+            index = names.index(name)
             look = {"marker": MARKERS[index % len(MARKERS)], "color": SERIES[index % len(SERIES)], "markersize": 3}
-            style = "--" if name in dashed else "-"
-            axes.plot(*zip(*line, strict=True), label=name, linewidth=1.2, linestyle=style, **look)
+            # So that lines one upon the other are seen.
+            style = ("-", "--", "-.", ":")[index % 4]
+            axes.plot(*zip(*line, strict=True), label=name, linewidth=1.5, linestyle=style, **look)
         axes.set(xscale="log", yscale="log")
         axes.set_title(y, fontsize=10, loc="left")
     for axes in axes_RC[-1]:
