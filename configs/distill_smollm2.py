@@ -10,7 +10,7 @@ do without, by changes of rank 16 (docs/PRETRAINED.md), on one device. With laye
 `--config.train.distill_weight=1.0 --config.optimizer.learning_rate=3e-3`.
 
 Cost: 9 s a step of 256 tokens on one core, 50 minutes. Expected: held out 3.09 nats at 25.2 layers, of which the
-teacher has 2.85 with 30.
+teacher has 2.85 with 30; and 2.92 at 25.7 when the run goes on to 680 steps (`--config.train.num_steps=680`).
 """
 
 from ml_collections import ConfigDict

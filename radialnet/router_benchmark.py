@@ -47,6 +47,8 @@ MEASURES = ("FLOPs", "bytes", "this machine", "device")
 LAYER_PASSES, ROUTER_PASSES = 1, 6
 # Of a single layer the reference is a plain product.
 ON_TPU = {"model__dtype": "bfloat16", "model__grouped_backend": "masked_dense"}
+# Rows that a TPU trains on, of as many tokens as this machine's single one: with fewer, memory bounds all of it.
+TPU_ROWS = 16
 
 
 def opt_config(d_model: int, num_heads: int, num_layers: int, part: int | None = 1, **overrides: object) -> Config:
@@ -121,6 +123,11 @@ def layer_part(config: Config, shape: tuple[int, int]) -> Part:
     def make() -> LayerPool:
         return LayerPool(config.model, 1, 0.1, nnx.Rngs(0), is_in_order=True)
 
+    def init() -> dict:
+        # Matrices in the precision that they are multiplied in, as they come to a training step and to decoding.
+        dtype = jnp.dtype(config.model.dtype)
+        return jax.tree.map(lambda x: x.astype(dtype) if x.ndim > 2 else x, nnx.state(make()))
+
     graph = nnx.graphdef(nnx.eval_shape(make))
 
     def value(params, h_BSD):
@@ -129,7 +136,7 @@ def layer_part(config: Config, shape: tuple[int, int]) -> Part:
         positions = Positions.of(zeros_BS, position_BS, config.model)
         return pool(h_BSD, zeros_BS, pool.empty_cache("all", 1, *shape), positions, jnp.int32(0))[0]
 
-    return Part(value, lambda: nnx.state(make()))
+    return Part(value, init)
 
 
 def timed(part: Part, shape: tuple[int, int], d_model: int, trains: bool, passes_forward: int) -> Callable:
@@ -172,24 +179,29 @@ def skipped_layers_that_pay(ratio: float, num_layers: int) -> float:
 def benchmark_router(timings: Timings, sizes: dict) -> None:
     """
     Args:
-        sizes: S of the row in training, `seq_len`.
+        sizes: S of a row in training, `seq_len`.
     """
     device = _tpu()
     for size, dimensions in OPT.items():
-        for use, trains, shape in (("training", True, (1, sizes["seq_len"])), ("decoding", False, (1, 1))):
-            _compare(timings, size, dimensions, use, trains, shape, device)
+        for use, seq_len in (("training", sizes["seq_len"]), ("decoding", 1)):
+            _compare(timings, size, dimensions, use, seq_len, device)
 
 
-def _compare(timings: Timings, size: str, dimensions: tuple[int, int, int], use: str, trains, shape, device) -> None:
+def _compare(
+    timings: Timings, size: str, dimensions: tuple[int, int, int], use: str, seq_len: int, device: jax.Device | None
+) -> None:
     """Rows of the routers of all widths against a layer of one size, in one use."""
     d_model, _, num_layers = dimensions
+    trains = use == "training"
+    shape, on_tpu = (1, seq_len), (TPU_ROWS if trains else 1, seq_len)
     config, in_bf16 = (opt_config(*dimensions, **model) for model in ({}, ON_TPU))
     layer = timed(layer_part(config, shape), shape, d_model, trains, 1) if fits(config) else None
     if device:
-        layer_best_s = seconds_at_best(layer_part(in_bf16, shape), shape, d_model, trains, 1, LAYER_PASSES, device)
+        part = layer_part(in_bf16, on_tpu)
+        layer_best_s = seconds_at_best(part, on_tpu, d_model, trains, 1, LAYER_PASSES, device)
     for network, part in NETWORKS.items():
-        config = opt_config(*dimensions, part, train__seq_len=shape[1])
-        router, what, against = router_part(config, shape), f"router {network}", f"layer of OPT-{size}, {use}"
+        config = opt_config(*dimensions, part, train__seq_len=seq_len)
+        what, against = f"router {network}", f"layer of OPT-{size}, {use}"
 
         def described(by: str, ratio: float, network=network) -> dict:
             pays = round(skipped_layers_that_pay(ratio, num_layers), 3)
@@ -206,11 +218,12 @@ def _compare(timings: Timings, size: str, dimensions: tuple[int, int, int], use:
             both = 4 * weights["router"] / 1e6, 2 * weights["layer"] / 1e6
             timings.add_given(what, against, *both, "mb", **described("bytes", both[0] / both[1]))
         if layer:
-            run = timed(router, shape, d_model, trains, 2)
+            run = timed(router_part(config, shape), shape, d_model, trains, 2)
             row = timings.add(what, against, run, layer, name=None)
             row |= described("this machine", row["ratio"])
         if device:
-            best_s = seconds_at_best(router, shape, d_model, trains, 2, ROUTER_PASSES, device)
+            router = router_part(config, on_tpu)
+            best_s = seconds_at_best(router, on_tpu, d_model, trains, 2, ROUTER_PASSES, device)
             both = 1e6 * best_s, 1e6 * layer_best_s
             timings.add_given(what, against, *both, "us", **described(device.device_kind, both[0] / both[1]))
 

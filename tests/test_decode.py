@@ -75,7 +75,7 @@ CASES = {
     "bf16": {"model__dtype": "bfloat16"},
     "weighted": {"router__estimator": "weighted"},
     "flat": {"router__form": "flat"},
-    "linear router at every second step": {"router__network": "linear", "router__every": 2},
+    "linear router at every second step": {"exit_bias": 0.0, "router__network": "linear", "router__every": 2},
     "hash": {"router__form": "hash", "cache__view": "all"},
     "early exit by benefit": {"router__form": "early_exit", "router__exit_training": "benefit"},
     "mod": {"router__form": "mod", "router__estimator": "weighted", "model__min_depth": 4},
