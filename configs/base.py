@@ -45,7 +45,9 @@ def get_config() -> ConfigDict:
     router.network = "mlp"  # mlp (with GELU) | low_rank (two products, nothing between) | linear (one product).
     router.hidden = 0  # Width of the router's hidden layer, or its rank; 0 = d_model.
     router.sees_step = True  # Whether it adds an embedding of the depth step to the state that it looks at.
-    router.every = 1  # It looks at every this many-th step, and keeps its logits for those between. T: once per token.
+    # It looks at every this many-th step, and keeps its logits for those between; T: once per token. In decoding, where
+    # rows are at steps of their own, they are computed at all.
+    router.every = 1
     # none | sequential (layer t mod L) | group (the L/T layers of step t's own group) | hash (one by token and step).
     router.prior = "group"
     router.prior_weight = 8.0  # Added to the layer logits that the prior favours.

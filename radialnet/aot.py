@@ -11,8 +11,8 @@ decoding, which one device does, for one of them.
 It prints what the program takes and does on each device, and as the last line one JSON object: `peak_memory_gb`;
 `flops` and `flops_over_ideal`, what it computes against what the layers that are executed, head, router and attention
 come to (every token at full depth, each device its part); `collectives` by kind, how often and how many GB;
-`compute_s` and `wire_s`, what both would take at the chip's peak and with all of its links busy, also between slices;
-`compile_s`. Exit code 1 if the program does not fit into memory.
+`wire_gb`, what a device sends for them at best; `compute_s` and `wire_s`, what both would take at the chip's peak and
+with all of its links busy, also between slices; `compile_s`. Exit code 1 if the program does not fit into memory.
 """
 
 import dataclasses

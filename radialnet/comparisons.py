@@ -179,13 +179,13 @@ def plot_fit(points: list[tuple[str, float, float]], band: list[tuple[float, ...
     plt = pyplot()
     figure, axes = plt.subplots(figsize=SIZE)
     size_P, middle_P, low_P, high_P = np.transpose(band)
-    axes.fill_between(size_P, low_P, high_P, color=AMOUNT, alpha=0.15, linewidth=0, label="90 % of models")
+    axes.fill_between(size_P, low_P, high_P, color=AMOUNT, alpha=0.15, linewidth=0, label="90 % band, nominal")
     known_P = size_P <= largest
     axes.plot(size_P[known_P], middle_P[known_P], color=AMOUNT, label="fit")
     axes.plot(size_P[~known_P], middle_P[~known_P], color=AMOUNT, linestyle=":", label="extrapolation")
     for index, (name, size, ratio) in enumerate(points):
         axes.plot(size, ratio, MARKERS[index % len(MARKERS)], color=SERIES[index % len(SERIES)], label=name)
-    axes.set(xlabel="parameters", ylabel="median residual ratio", xscale="log", yscale="log", ylim=(0.003, 1.5))
+    axes.set(xlabel="parameters", ylabel="median residual ratio", xscale="log", yscale="log", ylim=(0.001, 1.5))
     axes.legend(frameon=False, fontsize=8, loc="lower left")
     save(plt, figure, path, dpi=100)
 
@@ -204,7 +204,8 @@ def plot_lines(panels: dict[str, dict[str, list[tuple[float, float]]]], x: str, 
             look = {"marker": MARKERS[index % len(MARKERS)], "color": SERIES[index % len(SERIES)], "markersize": 3}
             # So that lines one upon the other are seen.
             style = ("-", "--", "-.", ":")[index % 4]
-            axes.plot(*zip(*line, strict=True), label=name, linewidth=1.5, linestyle=style, **look)
+            shown = [(x, y) for x, y in line if y > 0]
+            axes.plot(*zip(*shown, strict=True), label=name, linewidth=1.5, linestyle=style, **look)
         axes.set(xscale="log", yscale="log")
         axes.set_title(y, fontsize=10, loc="left")
     for axes in axes_RC[-1]:

@@ -126,8 +126,8 @@ PEAK_FLOPS = {
 }
 
 
-# Bytes/s as their makers state it: of the memory, and of all links of a chip to its neighbours, in both directions.
-MEMORY_BYTES_PER_S = {"TPU v5 lite": 819e9, "TPU v5": 2765e9, "TPU v6 lite": 1640e9, "NVIDIA H100": 3352e9}
+# Bytes/s of TPUs as their maker states it: of the memory; of all links of a chip to its neighbours, in both directions.
+MEMORY_BYTES_PER_S = {"TPU v5 lite": 819e9, "TPU v5": 2765e9, "TPU v6 lite": 1640e9}
 WIRE_BYTES_PER_S = {"TPU v5 lite": 200e9, "TPU v5": 600e9, "TPU v6 lite": 448e9}
 
 

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from radialnet.cost import entry_bytes
 from radialnet.decode_cache import DecodeCache, Stages
 from radialnet.decode_loop import Log, Rows, decode, start
 from radialnet.decode_step import Choice, Decoding, Weights, logits, prefill, read
@@ -142,9 +143,7 @@ class Decoder:
 
     @property
     def entry_bytes(self) -> int:
-        """Key and value of an entry."""
-        model = self.trained.config.model
-        return 2 * model.num_kv_heads * model.head_size * jnp.dtype(model.dtype).itemsize
+        return entry_bytes(self.trained.config)
 
     @property
     def peak_bytes(self) -> int:

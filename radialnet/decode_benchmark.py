@@ -188,7 +188,7 @@ def _of_depths(timings: Timings, runs: Path, num_new: int) -> None:
         for run in parts:
             told, depth = _depths(run), run.depths().mean()
             what = f"{folder.name}, {depth:.4g} layers a token", f"{num_layers:.4g} layers"
-            saved = 1 - timings.add(*what, run, full, name=None, tokens=tokens, **told)
+            saved = 1 - timings.add(*what, run, full, name=None, tokens=tokens, **told)["ratio"]
             if depth < num_layers:
                 timings.rows[-1]["time saved/layers saved"] = round(saved / (1 - depth / num_layers), 3)
 

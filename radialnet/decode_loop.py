@@ -56,7 +56,11 @@ def start(decoding: Decoding, weights: Weights, rows: Rows, starts_R: jax.Array)
     shape = rows.choice.layer_RQ.shape
     fresh = rows.choice.replace(log_survival_RQ=jnp.zeros(shape), plan=model.router.no_plan(shape))
     begun = _arrive(decoding, weights, rows.replace(h_RD=h_RD, choice=fresh), stage_R, starts_R)
-    choice = jax.tree.map(lambda new, old: jnp.where(starts_R[:, None], new, old), begun.choice, rows.choice)
+
+    def of_starting(new: jax.Array, old: jax.Array) -> jax.Array:
+        return jnp.where(starts_R.reshape(-1, *[1] * (new.ndim - 1)), new, old)
+
+    choice = jax.tree.map(of_starting, begun.choice, rows.choice)
     return begun.replace(choice=choice)
 
 

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 
 from radialnet import grouped
 from radialnet.config import Config
+from radialnet.cost import weights_by_part
 from radialnet.grouping import Groups, gather, plan, scatter
 from radialnet.row_function import RowFunction, compute, layer_of
 from radialnet.sections import RouterConfig
@@ -196,7 +197,9 @@ def choose_dispatch(config: Config, sizes: dict[str, int]) -> tuple[bool, str]:
     mesh, router = config.mesh, config.router
     if sizes["pool"] == 1:
         return False, "config.mesh.pool=1"
-    gather_gb, exchange_gb = (num_bytes / 1e9 for num_bytes in wire_bytes(config, sizes))
+    model = config.model
+    depth = router.depth_target if router.is_trained and model.min_depth < model.max_depth else model.max_depth
+    gather_gb, exchange_gb = (num_bytes / 1e9 for num_bytes in wire_bytes(config, sizes, depth))
     told = f"{gather_gb:.2f} GB of layers to a device and step, {exchange_gb:.2f} GB of tokens"
     if mesh.pool_dispatch != "auto":
         return mesh.pool_dispatch == "exchange", f"config.mesh.pool_dispatch; {told}"
@@ -207,22 +210,24 @@ def choose_dispatch(config: Config, sizes: dict[str, int]) -> tuple[bool, str]:
     return exchange_gb < gather_gb, told
 
 
-def wire_bytes(config: Config, sizes: dict[str, int]) -> tuple[float, float]:
+def wire_bytes(config: Config, sizes: dict[str, int], depth: float) -> tuple[float, float]:
     """Bytes that a device gets for the pool in a training step: if layers are gathered, and if tokens are exchanged.
 
     Layers: once for all depth steps in the precision of the products, and their gradient in fp32. Tokens: at each step,
     forwards and backwards, the residual stream eight times in fp32, what attention gets twice and what it gives three
     times. (With tensors split, a part of the latter two.)
+
+    Args:
+        depth: executed layers of a token.
     """
-    model, router = config.model, config.router
+    model = config.model
     fsdp, pool, tensor = sizes["fsdp"], sizes["pool"], sizes["tensor"]
     kv_width = model.num_kv_heads * model.head_size
-    num_weights = model.pool_size * model.d_model * (2 * model.d_model + 2 * kv_width + 3 * model.d_ff) / tensor
+    num_weights = model.pool_size * weights_by_part(config, 0)["layer"] / tensor
     size = 2 if model.dtype == "bfloat16" else 4
     layers = num_weights * (size + 4) * config.train.accumulate_steps
     qkv, mixed = (model.d_model + 2 * kv_width) / tensor, model.d_model / tensor
     token = 8 * 4 * model.d_model + size * (2 * qkv + 3 * mixed)
-    depth = router.depth_target if router.is_trained and model.min_depth < model.max_depth else model.max_depth
     num_tokens = config.train.batch_size * config.train.seq_len / (sizes["data"] * fsdp * pool)
     gathered = layers * (1 - 1 / (fsdp * pool))
     return gathered, layers / pool * (1 - 1 / fsdp) + num_tokens * depth * token * (1 - 1 / pool)

@@ -1,7 +1,8 @@
 """What routing costs against the layers that it saves: `benchmark router`.
 
 Of one depth step, the router and a layer, at the sizes of OPT (arXiv 2205.01068), whose layers make up the pool, for
-routers of several widths; in training, of a row of tokens, and in decoding, of a single token. By FLOPs, by bytes, by
+routers of several widths; in training, of a row of tokens, and in decoding, of a single token that sees nothing but
+itself (what a layer reads of a cache is left out, so that it costs rather more than here). By FLOPs, by bytes, by
 the time of this machine as far as a layer fits into it, and by that of a TPU v5e at best, compiled ahead of time:
 FLOPs over its peak, or bytes over what its memory gives, whichever takes longer.
 """
@@ -38,10 +39,10 @@ OPT = {
     "30B": (7168, 56, 48),
     "66B": (9216, 72, 64),
 }
-# The width of the hidden layer as a part of D; without one the router is linear.
+# D over the width of the hidden layer; without one the router is linear.
 NETWORKS = {"linear": None, "D/8": 8, "D/4": 4, "D/2": 2, "D": 1}
 TPU = "v5e:2x2"
-# What a row may be by; the last stands for the name of a device.
+# Of a row; that of a device that is compiled for is told by its name.
 MEASURES = ("FLOPs", "bytes", "this machine", "device")
 # Passes of a TPU's matrix unit for one product: of bfloat16, and of float32 at the highest precision.
 LAYER_PASSES, ROUTER_PASSES = 1, 6
@@ -51,18 +52,19 @@ ON_TPU = {"model__dtype": "bfloat16", "model__grouped_backend": "masked_dense"}
 TPU_ROWS = 16
 
 
-def opt_config(d_model: int, num_heads: int, num_layers: int, part: int | None = 1, **overrides: object) -> Config:
+def opt_config(d_model: int, num_heads: int, num_layers: int, divisor: int | None = 1, **overrides: object) -> Config:
     """A radial network whose pool is the layers of an OPT, of one depth step.
 
     Args:
-        part: D over the width of the router's hidden layer; None for a linear router.
+        divisor: D over the width of the router's hidden layer; None for a linear router.
     """
     config = base.get_config()
     config.model.update(pool_size=num_layers, max_depth=1, min_depth=0, init="distinct", d_model=d_model)
     config.model.update(num_heads=num_heads, num_kv_heads=num_heads, d_ff=4 * d_model, qk_norm=False)
     config.model.update(norm="layer", mlp="relu", biases=True, attention_backend="tiles")
     config.router.update(prior="none", depth_target=1.0)
-    config.router.update(network="linear") if part is None else config.router.update(hidden=max(1, d_model // part))
+    config.router.network = "mlp" if divisor else "linear"
+    config.router.hidden = max(1, d_model // divisor) if divisor else 0
     for name, value in overrides.items():
         section, field = name.split("__")
         config[section][field] = value
@@ -98,7 +100,8 @@ class Part:
                 # Or the compiler would find that both are the same.
                 given = jax.lax.optimization_barrier(given)
             value, transpose = jax.vjp(self.value, *given)
-            return first, transpose(jax.tree.map(jnp.ones_like, value))
+            # What is not asked for, the compiler leaves out.
+            return first, value, transpose(jax.tree.map(jnp.ones_like, value))
 
         return run
 
@@ -163,7 +166,7 @@ def seconds_at_best(
 
 
 def fits(config: Config) -> bool:
-    """Whether a layer, its gradient and what a training step holds besides fit into half of this machine's memory."""
+    """Whether a layer's weights, their gradient and one more copy on its way fit into half of this machine's memory."""
     needed = 3 * 4 * weights_by_part(config, 0)["layer"]
     return needed < os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2
 
@@ -194,18 +197,25 @@ def _compare(
     d_model, _, num_layers = dimensions
     trains = use == "training"
     shape, on_tpu = (1, seq_len), (TPU_ROWS if trains else 1, seq_len)
-    config, in_bf16 = (opt_config(*dimensions, **model) for model in ({}, ON_TPU))
+    config, in_bf16 = opt_config(*dimensions), opt_config(*dimensions, **ON_TPU)
     layer = timed(layer_part(config, shape), shape, d_model, trains, 1) if fits(config) else None
     if device:
-        part = layer_part(in_bf16, on_tpu)
-        layer_best_s = seconds_at_best(part, on_tpu, d_model, trains, 1, LAYER_PASSES, device)
-    for network, part in NETWORKS.items():
-        config = opt_config(*dimensions, part, train__seq_len=seq_len)
+        layer_best_s = seconds_at_best(layer_part(in_bf16, on_tpu), on_tpu, d_model, trains, 1, LAYER_PASSES, device)
+    for network, divisor in NETWORKS.items():
+        config = opt_config(*dimensions, divisor, train__seq_len=seq_len)
         what, against = f"router {network}", f"layer of OPT-{size}, {use}"
 
-        def described(by: str, ratio: float, network=network) -> dict:
+        def described(measure: str, ratio: float, by: str = "", network=network) -> dict:
             pays = round(skipped_layers_that_pay(ratio, num_layers), 3)
-            return {"by": by, "size": size, "d_model": d_model, "network": network, "use": use, "pays_from": pays}
+            return {
+                "measure": measure,
+                "by": by or measure,
+                "size": size,
+                "d_model": d_model,
+                "network": network,
+                "use": use,
+                "pays_from": pays,
+            }
 
         if trains:
             flops = flops_by_part(config, 0, [1.0])
@@ -225,20 +235,18 @@ def _compare(
             router = router_part(config, on_tpu)
             best_s = seconds_at_best(router, on_tpu, d_model, trains, 2, ROUTER_PASSES, device)
             both = 1e6 * best_s, 1e6 * layer_best_s
-            timings.add_given(what, against, *both, "us", **described(device.device_kind, both[0] / both[1]))
+            timings.add_given(
+                what, against, *both, "us", **described("device", both[0] / both[1], by=device.device_kind)
+            )
 
 
 def plot_routers(rows: list[dict], path: Path) -> None:
     """Draw the rows of `benchmark_router`: a panel for each use and measure."""
     panels = {}
-    for row in sorted(rows, key=lambda row: (MEASURES.index(_measure(row)), row["use"] != "training")):
+    for row in sorted(rows, key=lambda row: (MEASURES.index(row["measure"]), row["use"] != "training")):
         lines = panels.setdefault(f"{row['use']}: {row['by']}", {})
         lines.setdefault(row["network"], []).append((row["d_model"], row["ratio"]))
     plot_lines(panels, "D", "One router over one layer of OPT, by the router's width", path)
-
-
-def _measure(row: dict) -> str:
-    return row["by"] if row["by"] in MEASURES else MEASURES[-1]
 
 
 def _tpu():

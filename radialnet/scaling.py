@@ -1,7 +1,8 @@
 """How residual ratios fall with the size of a model, and what a radial network costs against a dense one and a mixture
 of experts, up to a trillion parameters.
 
-    python -m radialnet.scaling --out=DIR [--profile=FILE[,FILE2…]] [--check=CONFIG@TOPOLOGY[,…]] [--json]
+    python -m radialnet.scaling --out=DIR [--profile=FILE[,FILE2…]] [--check=CONFIG@TOPOLOGY[,…]]
+                                [--active=SHARE] [--rows=N] [--json]
 
 DIR gets scaling.json and the plots. FILE is a profile.json of `radialnet.profile`: its models of pre-norm are fitted
 together with the points that papers tell. `--check` compiles training steps ahead of time and sets the model of FLOPs
@@ -27,7 +28,7 @@ from scipy import stats
 from radialnet import aot, cli
 from radialnet.comparisons import plot_fit, plot_lines
 from radialnet.config import Config
-from radialnet.cost import flops_per_token, weights_by_part
+from radialnet.cost import weights_by_part
 from radialnet.exchange import wire_bytes
 from radialnet.files import write_whole
 from radialnet.sections import ConfigError
@@ -37,6 +38,9 @@ PUBLISHED = (("OPT-125M, low", 125e6, 0.20), ("OPT-125M, high", 125e6, 0.50), ("
 
 ASPECT = 128  # D over the number of layers, of dense models from 1 to 500 billion parameters.
 KV_PART = 1 / 8  # Key and value heads over query heads.
+# Weights of a layer over D²: of attention; of the MLP, which has the rest of 12.
+ATTENTION = 2 + 2 * KV_PART
+MLP = 12 - ATTENTION
 NUM_CHOSEN = 2  # Experts that a token goes through in a layer.
 TENSOR = (1, 2, 4, 8, 16)  # Devices that may share a layer's heads and hidden units.
 FSDP = 8  # Devices that share the weights of a layer, where tokens go to the devices of their layers.
@@ -47,7 +51,7 @@ class Use:
     """What the costs are of.
 
     Attributes:
-        context: tokens that a query sees.
+        context: entries that a query sees: one of each token, as in the views `latest` and `same_step`.
         rows: that decode side by side.
         tokens: of a training step, on each device.
         devices_at: devices that a trillion parameters are trained on; fewer parameters have fewer.
@@ -70,7 +74,7 @@ class Cost:
         flops: of the forward pass.
         cache_bytes: that it writes.
         read_bytes: of weights and cache that are read to decode it, side by side with those of other rows.
-        wire_bytes: that a device gets for each of its tokens in a training step.
+        wire_bytes: that a device gets in a training step, over the number of its tokens.
     """
 
     flops: float
@@ -97,7 +101,7 @@ def dense(num_weights: float, use: Use) -> Cost:
         flops=2 * num_weights + attention,
         cache_bytes=cache,
         read_bytes=2 * num_weights / use.rows + cache * use.context,
-        wire_bytes=_gathered(num_weights, d_model, depth, use),
+        wire_bytes=_gathered(num_weights, d_model, depth, use, use.devices(num_weights)),
     )
 
 
@@ -113,38 +117,39 @@ def radial(num_weights: float, active: float, use: Use, is_grouped: bool) -> Cos
     depth, layer = d_model / ASPECT, 12 * d_model**2
     num_layers = num_weights / layer
     attention, cache = _token(d_model, depth, use)
-    # Linear: wide routers cost what they do (docs/ROUTER.md).
+    # Linear, the cheapest that routes; docs/ROUTER.md has the others.
     router = 2 * (depth + 1) * d_model * (num_layers + 1)
     choices = num_layers / depth if is_grouped else num_layers
     read = 2 * depth * layer * _distinct(choices, 1, use.rows) / use.rows
-    gathered = _gathered(num_weights, d_model, depth, use)
+    devices = use.devices(num_weights)
+    gathered = _gathered(num_weights, d_model, depth, use, devices)
     return Cost(
         flops=2 * active * num_weights + attention + router,
         cache_bytes=cache,
         read_bytes=read + cache * use.context,
         # Tokens of a step that has few layers would all go to the few devices that have those.
-        wire_bytes=gathered if is_grouped else min(gathered, _exchanged(num_weights, d_model, depth, use)),
+        wire_bytes=gathered if is_grouped else min(gathered, _exchanged(num_weights, d_model, depth, use, devices)),
     )
 
 
 def mixture(num_weights: float, active: float, use: Use) -> Cost:
     """The MLPs of a layer are experts, each half as wide as a dense model's; attention is shared."""
     d_model = width(active * num_weights)
-    depth, expert = d_model / ASPECT, 8 * d_model**2 / NUM_CHOSEN
-    attention_weights = depth * 4 * d_model**2
+    depth, expert = d_model / ASPECT, MLP * d_model**2 / NUM_CHOSEN
+    attention_weights, devices = depth * ATTENTION * d_model**2, use.devices(num_weights)
     num_experts = (num_weights - attention_weights) / depth / expert
     attention, cache = _token(d_model, depth, use)
     read = 2 * (attention_weights + depth * expert * _distinct(num_experts, NUM_CHOSEN, use.rows)) / use.rows
-    # To the experts and back, forwards and backwards, in bfloat16.
+    # To the experts and back, forwards and backwards, in bfloat16: the best that can be.
     tokens = depth * 4 * NUM_CHOSEN * 2 * d_model
-    of_experts = _split(num_weights - attention_weights, use)
+    of_experts = _gathered_of_parts(num_weights - attention_weights, use, devices)
     return Cost(
         flops=2 * active * num_weights + attention + 2 * depth * d_model * num_experts,
         cache_bytes=cache,
         read_bytes=read + cache * use.context,
         wire_bytes=min(
-            _gathered(num_weights, d_model, depth, use),
-            tokens + of_experts + _gathered(attention_weights, d_model, depth, use),
+            _gathered(num_weights, d_model, depth, use, devices),
+            tokens + of_experts + _gathered(attention_weights, d_model, depth, use, devices),
         ),
     )
 
@@ -154,29 +159,30 @@ def _distinct(number: float, chosen: int, rows: int) -> float:
     return number * -math.expm1(rows * math.log1p(-min(chosen / number, 1 - 1e-12)))
 
 
-def _gathered(num_weights: float, d_model: float, depth: float, use: Use) -> float:
-    """Bytes of weights that come to the tokens, 2 of each, and of their gradients, 4; shared by the number of devices
-    of `TENSOR` that makes it least, which send sums of states, twice forwards and twice backwards."""
-    devices = use.devices(num_weights)
+def _gathered(num_weights: float, d_model: float, depth: float, use: Use, devices: float) -> float:
+    """Bytes of weights that come to the tokens a layer at a time, forwards and again backwards, 2 of each, and of their
+    gradients, 4; shared by the number of devices of `TENSOR` that makes it least, which send sums of states, twice
+    forwards and twice backwards."""
 
     def of(shared: int) -> float:
-        weights = 6 * num_weights / shared * (1 - 1 / max(devices / shared, 1)) / use.tokens
+        weights = 8 * num_weights / shared * (1 - 1 / max(devices / shared, 1)) / use.tokens
         return weights + depth * 4 * 2 * 2 * d_model * (shared - 1)
 
     return min(of(shared) for shared in TENSOR if shared <= devices)
 
 
-def _split(num_weights: float, use: Use) -> float:
-    """`_gathered` of weights that lie where they are used, but for their parts on `FSDP` devices."""
-    devices = use.devices(num_weights)
+def _gathered_of_parts(num_weights: float, use: Use, devices: float) -> float:
+    """Bytes of weights that lie where they are used, but for their parts on `FSDP` devices: gathered once a step, and
+    their gradients."""
     shared = min(FSDP, devices)
     return 6 * num_weights / (devices / shared) * (1 - 1 / shared) / use.tokens
 
 
-def _exchanged(num_weights: float, d_model: float, depth: float, use: Use) -> float:
-    """Bytes of tokens that go to the devices of their layers (`exchange.wire_bytes`)."""
+def _exchanged(num_weights: float, d_model: float, depth: float, use: Use, devices: float) -> float:
+    """Bytes of tokens that go to the devices of their layers, as they do here (`exchange.wire_bytes`): in float32, and
+    once more where the backward pass computes again."""
     token = 8 * 4 * d_model + 2 * (2 * (1 + 2 * KV_PART) + 3) * d_model
-    return depth * token + _split(num_weights, use)
+    return depth * token + _gathered_of_parts(num_weights, use, devices)
 
 
 # Residual ratios
@@ -200,7 +206,7 @@ class Fit:
         return cls(float(slope), float(intercept), std, tuple(x))
 
     def ratio(self, size: float) -> tuple[float, float, float]:
-        """The ratio at a size, and between what another model's lies with 90 %."""
+        """The ratio at a size, and the ends of the band that another point of the line's lies in with 90 %."""
         x, known = math.log(size), np.asarray(self.log_sizes)
         spread = ((x - known.mean()) ** 2) / ((known - known.mean()) ** 2).sum()
         off = stats.t.ppf(0.95, len(known) - 2) * self.residual_std * math.sqrt(1 + 1 / len(known) + spread)
@@ -236,16 +242,12 @@ def check(name: str, topology: str) -> dict:
     config = aot.for_platform(Config.from_dict(module.get_config()), "tpu")
     found = aot.report(config, aot.devices_of(topology))
     vocab_size = config.data.vocab_size
-    flops = flops_per_token(config, vocab_size, [1.0] * config.model.max_depth)
-    tokens = config.train.batch_size * config.train.seq_len / found["num_devices"]
     wire_gb = wire_of(config, found["mesh"], vocab_size, exchanges=found["dispatch"] == "exchange") / 1e9
     return {
         "config": name,
         "topology": topology,
         "tflops": found["flops"] / 1e12,
-        # Twice as much backwards as forwards; what is rematerialised is beside it.
-        "model_tflops": 3 * flops * tokens / 1e12,
-        "flops_over_ideal": found["flops_over_ideal"],
+        "flops_over_model": found["flops_over_ideal"],
         "wire_gb": found["wire_gb"],
         "model_wire_gb": wire_gb,
         "wire_over_model": found["wire_gb"] / wire_gb,
@@ -264,7 +266,7 @@ def wire_of(config: Config, sizes: dict[str, int], vocab_size: int, exchanges: b
     size = jnp.dtype(model.dtype).itemsize
     sums = 4 * 2 * (1 - 1 / sizes["tensor"]) * model.max_depth * tokens * model.d_model * size
     copies = 2 * 4 * (pool + whole) / split * (1 - 1 / sizes["data"])
-    return wire_bytes(config, sizes)[exchanges] + 8 * whole * (1 - 1 / split) + copies + sums
+    return wire_bytes(config, sizes, model.max_depth)[exchanges] + 8 * whole * (1 - 1 / split) + copies + sums
 
 
 def costs(use: Use, active: float) -> dict[str, list[tuple[float, Cost]]]:
@@ -280,7 +282,7 @@ def costs(use: Use, active: float) -> dict[str, list[tuple[float, Cost]]]:
 
 
 def main() -> None:
-    out, use, active = Path(_OUT.value), Use(), _ACTIVE.value
+    out, use, active = Path(_OUT.value), Use(rows=_ROWS.value), _ACTIVE.value
     if not 0 < active < 1:
         raise ConfigError(f"--active={active}: more than 0 and less than 1 is needed")
     asked = [entry.partition("@") for entry in _CHECK.value]
@@ -321,7 +323,7 @@ def main() -> None:
 
 
 def _told(found: dict) -> str:
-    lines = ["median residual ratio (90 % of other models between)"]
+    lines = ["median residual ratio (nominal 90 % band)"]
     lines += [f"{size:>8}  {mid:.3f} ({low:.3f}–{high:.3f})" for size, (mid, low, high) in found["ratio"].items()]
     lines.append(f"{'family':>20}  parameters      GFLOP    read MB   cache kB    wire MB")
     for name, line in found["costs"].items():
@@ -330,8 +332,8 @@ def _told(found: dict) -> str:
             lines.append(f"{name:>20}  {cost['parameters']:>10.0e}" + "".join(f" {x:>10.3g}" for x in amounts))
     for row in found["checks"]:
         lines.append(
-            f"{row['config']} on {row['topology']}: compiled / model: FLOPs {row['tflops'] / row['model_tflops']:.3f} "
-            f"(ideal {row['flops_over_ideal']:.3f}), wire {row['wire_over_model']:.3f}"
+            f"{row['config']} on {row['topology']}, compiled / model: FLOPs {row['flops_over_model']:.3f}, "
+            f"wire {row['wire_over_model']:.3f} of {row['model_wire_gb']:.1f} GB"
         )
     return "\n".join(lines)
 
@@ -341,5 +343,6 @@ if __name__ == "__main__":
     _PROFILE = flags.DEFINE_list("profile", [], "Files profile.json of radialnet.profile.")
     _CHECK = flags.DEFINE_list("check", [], "Training steps to be compiled, as CONFIG@TOPOLOGY.")
     _ACTIVE = flags.DEFINE_float("active", 1 / 8, "The part of a sparse model's weights that a token executes.")
+    _ROWS = flags.DEFINE_integer("rows", 64, "Rows that decode side by side.", lower_bound=1)
     _JSON = flags.DEFINE_bool("json", False, "Print a JSON line alone.")
     cli.run(main)

@@ -68,7 +68,8 @@ class Timings:
             table.add_column(column, justify=justify)
         for row in self.rows:
             unit = next(unit for unit in UNITS if unit in row)
-            sizes = f"{row[unit]:.4g} / {row['against_' + unit]:.4g} {UNITS[unit]}"
+            first, second = (f"{x:,.0f}" if x >= 1000 else f"{x:.4g}" for x in (row[unit], row[f"against_{unit}"]))
+            sizes = f"{first} / {second} {UNITS[unit]}"
             known = {"what", "against", "ratio", unit, f"against_{unit}"}
             more = ", ".join(f"{key} {value}" for key, value in row.items() if key not in known)
             table.add_row(row["what"], row["against"], f"{row['ratio']:.4g}", sizes, more)

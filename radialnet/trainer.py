@@ -54,7 +54,9 @@ from radialnet.writers import MetricsWriter
 _FIXED_SECTIONS = ("model", "cache", "data")
 _FIXED_FIELDS = {
     ("router", "form"),
+    ("router", "network"),
     ("router", "hidden"),
+    ("router", "sees_step"),
     ("router", "exit_training"),
     ("train", "batch_size"),
     ("train", "seq_len"),

@@ -306,6 +306,7 @@ def test_a_stage_that_is_sat_out_takes_no_iteration():
         {"model__min_depth": 0, "router__exit_bias_init": 0.0},
         {"model__prelude_layers": 1, "cache__view": "same_layer"},
         {"cache__view": "all"},
+        {"router__every": 2, "router__exit_bias_init": 0.0},
         {"router__form": "skip", "cache__view": "same_layer", "model__coda_layers": 1},
         {"router__form": "skip", "cache__view": "same_layer", "model__min_depth": 0, "router__exit_bias_init": 0.0},
     ],

@@ -5,10 +5,10 @@ import re
 from pathlib import Path
 
 ORDER = [
-    "files", "sections", "checks", "config", "sharding", "processes", "cli", "grid", "study", "sentencepiece_model",
-    "tokenizer", "sources", "shards", "streaming", "hop_task", "grouping", "row_function", "block_loop",
-    "grouped_kernels", "grouped", "exchange", "visibility", "attention_kernels", "attention", "cache", "layers",
-    "router", "peer_routers", "cost", "metrics", "pool", "depth", "model", "losses", "low_rank", "optimizer",
+    "files", "sections", "checks", "config", "cost", "sharding", "processes", "cli", "grid", "study",
+    "sentencepiece_model", "tokenizer", "sources", "shards", "streaming", "hop_task", "grouping", "row_function",
+    "block_loop", "grouped_kernels", "grouped", "exchange", "visibility", "attention_kernels", "attention", "cache",
+    "layers", "router", "peer_routers", "metrics", "pool", "depth", "model", "losses", "low_rank", "optimizer",
     "train_step", "run_folder", "environment", "checkpoint", "data", "trained", "plots", "comparisons", "sampling",
     "decode_cache", "decode_attention", "decode_step", "decode_loop", "decode", "trackers", "writers", "progress",
     "profiling", "preemption", "alarms", "watchdog", "prepare", "evaluate", "hops", "generate", "harness",
