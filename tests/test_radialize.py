@@ -56,7 +56,6 @@ def test_a_run_predicts_what_its_model_does(opt, tmp_path):
     assert [len(row) for row in rows] == [40] and rows[0][0] == trained.tokenizer.separator_id
     found = compare(trained, lambda row: by_hand(tensors, np.array(row)), rows)
     assert found["tokens"] == 39 and found["logits_differ_by"] < 1e-4 < found["largest_logit"]
-    assert 0 < found["logits_differ_after_first_by"] <= found["logits_differ_by"]
     # Of theirs, three are of no token.
     assert found["perplexity"] == pytest.approx(found["their_perplexity"], rel=0.05)
     logits_SV = by_hand(tensors, np.array(rows[0]))[:-1]
