@@ -41,8 +41,8 @@ def test_sparse_models_cost_what_they_execute():
 def test_bytes_over_the_wire_by_hand():
     """At a trillion parameters, on 4,096 devices of 8,192 tokens."""
     d_model = width(1e12)
-    # Sixteen devices share a layer: 256 parts of the weights, and 15 sums of each state for each of them.
-    gathered = 8 * 1e12 / 16 * (1 - 1 / 256) / 8192 + d_model / 128 * 16 * d_model * 15
+    # It is least where four devices share a layer: 1,024 parts of a quarter, and each state goes to the three others.
+    gathered = 8 * 1e12 / 4 * (1 - 1 / 1024) / 8192 + d_model / 128 * 16 * d_model * 3
     assert dense(1e12, USE).wire_bytes == pytest.approx(gathered)
     d_model = width(1.25e11)
     # Tokens as in `exchange.wire_bytes`; weights of the pool lie on 512 groups of eight.
