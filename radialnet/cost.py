@@ -27,13 +27,10 @@ def flops_by_part(config: Config, vocab_size: int, executes_T: Sequence[float]) 
     Args:
         executes_T: share of tokens that execute each depth step.
     """
-    model, max_depth = config.model, len(executes_T)
-    d_model, q_width = model.d_model, model.num_heads * model.head_size
-    kv_width = model.num_kv_heads * model.head_size
-    layer = 2 * d_model * (q_width + 2 * kv_width) + 2 * q_width * d_model
-    layer += 2 * (3 if model.mlp == "swiglu" else 2) * d_model * model.d_ff
+    model, max_depth, weights = config.model, len(executes_T), weights_by_part(config, vocab_size)
     # Of one query, over a step whose entries are all there.
-    attention = 4 * q_width * (config.train.seq_len + 1) / 2
+    attention = 4 * model.num_heads * model.head_size * (config.train.seq_len + 1) / 2
+    layer = 2 * weights["layer"]
     executes_T = np.asarray(executes_T)
     if (view := config.view_over(max_depth)) == "same_step":
         seen_T = executes_T
@@ -51,7 +48,7 @@ def flops_by_part(config: Config, vocab_size: int, executes_T: Sequence[float]) 
         "unshared": num_unshared * layer,
         "unshared_attention": num_unshared * attention,
         "router": _router_flops(config, executes_T),
-        "head": 2 * d_model * vocab_size,
+        "head": 2 * weights["head"],
     }
 
 
@@ -80,8 +77,10 @@ def _outputs(config: Config) -> tuple[int, ...]:
     if router.form == "mod":
         # A score and its prediction.
         return (1, 1)
-    if router.form in ("skip", "recursion"):
-        return (1,) if router.form == "skip" else (model.max_depth // model.pool_size,)
+    if router.form == "skip":
+        return (1,)
+    if router.form == "recursion":
+        return (model.max_depth // model.pool_size,)
     return (model.pool_size + 1, 1) if router.predicts_benefit else (model.pool_size + 1,)
 
 

@@ -88,7 +88,7 @@ def width(num_weights: float) -> float:
     return (num_weights * ASPECT / 12) ** (1 / 3)
 
 
-def _token(d_model: float, depth: float, use: Use) -> tuple[float, float]:
+def _attention(d_model: float, depth: float, use: Use) -> tuple[float, float]:
     """FLOPs of attention, and bytes of cache, of a token that executes `depth` layers."""
     return depth * 4 * d_model * use.context, depth * 2 * 2 * KV_PART * d_model
 
@@ -96,7 +96,7 @@ def _token(d_model: float, depth: float, use: Use) -> tuple[float, float]:
 def dense(num_weights: float, use: Use) -> Cost:
     d_model = width(num_weights)
     depth = d_model / ASPECT
-    attention, cache = _token(d_model, depth, use)
+    attention, cache = _attention(d_model, depth, use)
     return Cost(
         flops=2 * num_weights + attention,
         cache_bytes=cache,
@@ -116,7 +116,7 @@ def radial(num_weights: float, active: float, use: Use, is_grouped: bool) -> Cos
     d_model = width(active * num_weights)
     depth, layer = d_model / ASPECT, 12 * d_model**2
     num_layers = num_weights / layer
-    attention, cache = _token(d_model, depth, use)
+    attention, cache = _attention(d_model, depth, use)
     # Linear, the cheapest that routes; docs/ROUTER.md has the others.
     router = 2 * (depth + 1) * d_model * (num_layers + 1)
     choices = num_layers / depth if is_grouped else num_layers
@@ -138,7 +138,7 @@ def mixture(num_weights: float, active: float, use: Use) -> Cost:
     depth, expert = d_model / ASPECT, MLP * d_model**2 / NUM_CHOSEN
     attention_weights, devices = depth * ATTENTION * d_model**2, use.devices(num_weights)
     num_experts = (num_weights - attention_weights) / depth / expert
-    attention, cache = _token(d_model, depth, use)
+    attention, cache = _attention(d_model, depth, use)
     read = 2 * (attention_weights + depth * expert * _distinct(num_experts, NUM_CHOSEN, use.rows)) / use.rows
     # To the experts and back, forwards and backwards, in bfloat16: the best that can be.
     tokens = depth * 4 * NUM_CHOSEN * 2 * d_model
