@@ -5,8 +5,8 @@
 `train`   the step against a plain dense transformer, over pool sizes, depths and views; attention; memory.
 `decode`  tokens per second over depths, against lockstep, and against `transformers` where it is installed; with --runs
           of trained runs, their layers saved and the time that it saves.
-`cache`   bytes and time of a token over views and sizes; with --runs of trained runs, with their held-out loss and how
-          far the logits of decoding are from those of the parallel pass.
+`cache`   bytes and time of a token over views and sizes; with --runs of trained runs, with their held-out loss, how far
+          the logits of decoding are from those of the parallel pass, and what it costs to give up the oldest tokens.
 `router`  a router against the layers that it saves, over its width, at the sizes of OPT; S is --seq_len.
 `input`   the step on real data, read while it runs, against the step on one batch used again.
 
@@ -37,7 +37,7 @@ from radialnet.cache import Packing, UnifiedCache
 from radialnet.config import Config
 from radialnet.cost import flops_per_token
 from radialnet.data import prefetch, prepare, train_batches
-from radialnet.decode_benchmark import benchmark_cache, benchmark_decode
+from radialnet.decode_benchmark import benchmark_cache, benchmark_decode, plot_windows
 from radialnet.depth import DepthLoop, Inputs, decide, differentiable
 from radialnet.files import write_whole
 from radialnet.metrics import figures
@@ -317,14 +317,17 @@ def main() -> None:
     result = {"figures": timings.figures, "rows": timings.rows, "machine": machine, "sizes": sizes}
     if _JSON.value:
         write_whole(Path(_JSON.value), json.dumps(result, indent=1) + "\n")
+        picture = Path(_JSON.value).with_suffix(".png")
         if _COMMAND == "router":
-            plot_routers(timings.rows, Path(_JSON.value).with_suffix(".png"))
+            plot_routers(timings.rows, picture)
+        if _COMMAND == "cache" and runs:
+            plot_windows(timings.rows, picture)
     print(json.dumps(result["figures"]))
 
 
 if __name__ == "__main__":
     _COMMAND = cli.command("train", "decode", "cache", "router", "input")
-    _JSON = flags.DEFINE_string("json", None, "File that the figures are written to; of `router`, a plot beside it.")
+    _JSON = flags.DEFINE_string("json", None, "File for the figures; of `router` and `cache --runs` a plot beside it.")
     _RUNS = flags.DEFINE_string("runs", "", "Of `cache` and `decode`: a folder with run folders in it.")
     _SIZES = {
         name: flags.DEFINE_integer(

@@ -168,6 +168,53 @@ def plot_skips(found: dict, path: Path) -> None:
     save(plt, figure, path, dpi=100)
 
 
+def plot_sparsity(points: list[dict], others: list[dict], path: Path) -> None:
+    """Draw the loss of sparse models against their FLOPs, each method a line, beside other models.
+
+    Args:
+        points: `sparsity.over_seeds`.
+        others: `sparsity.peers`.
+    """
+    plt = pyplot()
+    figure, axes = plt.subplots(figsize=(7.6, 4.6))
+    methods = list(dict.fromkeys(point["method"] for point in points))
+    for index, method in enumerate(methods):
+        of = [point for point in points if point["method"] == method]
+        of.sort(key=lambda point: point["flops_per_token"])
+        look = {"marker": MARKERS[index % len(MARKERS)], "color": SERIES[index % len(SERIES)], "markersize": 5}
+        spread = [point["ce_std"] or 0 for point in of] if any(point["ce_std"] for point in of) else None
+        x, y = ([point[name] for point in of] for name in ("flops_per_token", "ce"))
+        axes.errorbar(x, y, yerr=spread, label=method, linewidth=1.2, elinewidth=1, capsize=2, **look)
+    for point in others:
+        place = point["flops_per_token"], point["ce"]
+        axes.plot(*place, ".", color="0.5", markersize=5)
+        axes.annotate(point["method"], place, textcoords="offset points", xytext=(4, 3), fontsize=7, color="0.4")
+    # What has lost everything says no more than that.
+    as_it_is = points[0]["ce"]
+    worst = max(point["ce"] for point in points)
+    axes.set_ylim(top=min(worst * 1.02, 2 * as_it_is))
+    _scale_costs(axes, [point["flops_per_token"] for point in [*points, *others]])
+    axes.set(xlabel="executed forward FLOPs per token", ylabel="held-out loss (nats per token)")
+    axes.legend(edgecolor="none", framealpha=0.9, fontsize=8)
+    save(plt, figure, path, dpi=100)
+
+
+def plot_tradeoffs(panels: dict[str, dict[str, list[tuple[float, float]]]], x: str, y: str, path: Path) -> None:
+    """Draw what a cost buys: panels side by side, by their titles; lines in them by name."""
+    plt = pyplot()
+    figure, axes_1P = plt.subplots(1, len(panels), figsize=(3.9 * len(panels), 3.6), sharey=True, squeeze=False)
+    for axes, (title, lines) in zip(axes_1P[0], panels.items(), strict=True):
+        for index, (name, line) in enumerate(lines.items()):
+            look = {"marker": MARKERS[index % len(MARKERS)], "color": SERIES[index % len(SERIES)], "markersize": 5}
+            axes.plot(*zip(*line, strict=True), label=name, linewidth=1.3, **look)
+        axes.set_title(title, fontsize=10, loc="left")
+        axes.set_xlabel(x)
+        _scale_costs(axes, [cost for line in lines.values() for cost, _ in line])
+    axes_1P[0, 0].set_ylabel(y)
+    axes_1P[0, -1].legend(edgecolor="none", framealpha=0.9, fontsize=8)
+    save(plt, figure, path, dpi=100)
+
+
 def plot_fit(points: list[tuple[str, float, float]], band: list[tuple[float, ...]], largest: float, path: Path) -> None:
     """Draw residual ratios against parameters, with a fit.
 

@@ -190,7 +190,8 @@ class Decoder:
             for row in range(self.num_rows):
                 if row not in at_work and queue and self._has_room(at_work.values(), queue[0][1]):
                     at_work[row] = self._admit(row, *queue.pop(0))
-            self._find_pages(int(np.asarray(self.cache.is_page_full_R())[list(at_work)].sum()))
+            needed = int(np.asarray(self.cache.is_page_full_R())[list(at_work)].sum())
+            self.cache = self._with_room(self.cache, needed)
             given = self.decoding, self.weights, self.cache, self.rows, every, bool(queue)
             self.cache, self.rows, log, num_iterations = _decode(*given)
             self.num_iterations += int(num_iterations)
@@ -200,17 +201,38 @@ class Decoder:
     def read(self, token_RS: np.ndarray, is_real_RS: np.ndarray) -> tuple[jax.Array, np.ndarray]:
         """Run given texts token by token, each a row from its beginning, as if they had been sampled.
 
+        With a capacity, what has no room is given up as `when_full` says, before every few tokens.
+
         Args:
             is_real_RS: False for what fills a row up.
 
         Returns:
             Logits [R, S, V] of what follows each token, and the layer that it executed at each stage [R, S, T], -1 for
             none.
+
+        Raises:
+            CacheFullError: the texts fill the cache and `when_full` is "error"; or it hasn't room for a few tokens.
         """
-        num_pages = -(-token_RS.shape[1] * self.decoding.stages.total // PAGE_SIZE) * self.num_rows
-        cache = self._empty_cache(token_RS.shape[1], num_pages)
-        cache, h_RSD, layer_RST = _read(self.decoding, self.weights, cache, token_RS, is_real_RS)
-        self.peak_pages = max(self.peak_pages, num_pages - int(cache.num_free))
+        num_tokens = token_RS.shape[1]
+        most = -(-num_tokens * self.decoding.stages.total // PAGE_SIZE) * self.num_rows
+        num_pages = self._num_pages_allowed(most)
+        cache = self._empty_cache(num_tokens, num_pages)
+        at_a_time = num_tokens
+        if num_pages < most:
+            # What they may need at most is asked for beforehand: of a quarter of the room.
+            of_token = 4 * self.num_rows * self.decoding.stages.total
+            at_a_time = max(1, min(CHUNKS[0], num_pages * PAGE_SIZE // of_token))
+        found = []
+        for begin in range(0, num_tokens, at_a_time):
+            part_RS, is_real_part_RS = (x[:, begin : begin + at_a_time] for x in (token_RS, is_real_RS))
+            if num_pages < most:
+                num_R = np.asarray(cache.num_R) + part_RS.shape[1] * self.decoding.stages.total
+                needed = -(-num_R // PAGE_SIZE) - np.asarray(cache.num_pages_R())
+                cache = self._with_room(cache, int(needed[is_real_part_RS.any(1)].sum()))
+            cache, *parts = _read(self.decoding, self.weights, cache, part_RS, is_real_part_RS, begin)
+            found.append(parts)
+            self.peak_pages = max(self.peak_pages, num_pages - int(cache.num_free))
+        h_RSD, layer_RST = (jnp.concatenate(parts, axis=1) for parts in zip(*found, strict=True))
         return _logits(self.decoding, self.weights, h_RSD), np.asarray(layer_RST)
 
     def _make_room(self, max_tokens: int) -> None:
@@ -261,25 +283,26 @@ class Decoder:
             return True
         return sum(pages) + most_pages(request) <= self.capacity // PAGE_SIZE
 
-    def _find_pages(self, num_needed: int) -> None:
-        """Make sure that so many pages are free: more memory, up to the capacity; then what `when_full` says."""
-        while (num_free := int(self.cache.num_free)) < num_needed:
-            num_pages = self.cache.num_pages
+    def _with_room(self, cache: DecodeCache, num_needed: int) -> DecodeCache:
+        """The cache with so many free pages: more memory, up to the capacity; then what `when_full` says."""
+        while (num_free := int(cache.num_free)) < num_needed:
+            num_pages = cache.num_pages
             more = self._num_pages_allowed(max(2 * num_pages, num_pages + num_needed - num_free))
             if more > num_pages:
-                self.cache = self.cache.grown(more)
+                cache = cache.grown(more)
                 continue
             if self.when_full == "slide":
-                fullest = int(self.cache.num_R.argmax())
-                if int(self.cache.num_R[fullest]) > PAGE_SIZE:
-                    self.cache = _slide(self.cache, fullest)
+                fullest = int(cache.num_R.argmax())
+                if int(cache.num_R[fullest]) > PAGE_SIZE:
+                    cache = _slide(cache, fullest)
                     continue
-            entries = int(self.cache.num_R.sum())
+            entries = int(cache.num_R.sum())
             raise CacheFullError(
                 f"config.cache.capacity={self.capacity}: {entries} entries of {self.num_rows} rows are there and the "
                 f"next ones have no room; give it more or decode fewer rows at a time"
                 f"{'' if self.when_full == 'slide' else _OR_SLIDE}"
             )
+        return cache
 
     def _finish(self, row: int) -> None:
         self.cache, self.rows = _finish(self.cache, self.rows, row)
@@ -301,7 +324,7 @@ class Decoder:
             room = -int(self.cache.num_R[row]) % PAGE_SIZE
             num = max(min(last - begin, largest, (free * PAGE_SIZE + room) // worst), 1)
             chunk = next(size for size in CHUNKS if size >= num)
-            self._find_pages(-(-(num * worst - room) // PAGE_SIZE))
+            self.cache = self._with_room(self.cache, -(-(num * worst - room) // PAGE_SIZE))
             part = np.zeros(chunk, np.int32)
             part[:num] = tokens[begin : begin + num]
             self.cache, _, layer_QT = _prefill(self.decoding, self.weights, self.cache, row, part, begin, num)

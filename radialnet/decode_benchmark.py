@@ -6,6 +6,7 @@ a trained one takes.
 
 import dataclasses
 import importlib.util
+import math
 import os
 import sys
 from functools import partial
@@ -14,16 +15,18 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from configs import base
+from radialnet.comparisons import plot_tradeoffs
 from radialnet.config import Config
-from radialnet.data import prepare
+from radialnet.data import Rows, prepare
 from radialnet.decode import Completion, Decoder, Request
 from radialnet.evaluate import evaluate_trained
 from radialnet.model import init_params
 from radialnet.router import Controllers
 from radialnet.run_folder import RunFolder
-from radialnet.sections import VIEWS, ConfigError
+from radialnet.sections import PAGE_SIZE, VIEWS, ConfigError
 from radialnet.timing import Timings
 from radialnet.tokenizer import Tokenizer
 from radialnet.train_step import forward
@@ -33,6 +36,7 @@ VOCAB = 512
 PROMPT = 8  # Tokens.
 LONG = 1000  # New tokens of the request that `cache bytes/entries` is of.
 TEXTS, LENGTH = 4, 256  # Held-out texts that trained runs are read on.
+WINDOWS, WINDOW_TEXTS = (1, 0.5, 0.25, 0.125), 16  # Shares of a text's entries that its row has room for.
 DEPTHS = (0.9, 0.75, 0.5)  # Shares of the layers that tokens of trained runs are held at.
 
 
@@ -145,7 +149,8 @@ def benchmark_decode(timings: Timings, sizes: dict, runs: Path | None) -> None:
 
 
 def benchmark_cache(timings: Timings, sizes: dict, runs: Path | None) -> None:
-    """Each view: bytes and time of a token, over sizes; of trained runs their held-out loss and what decoding gives."""
+    """Each view: bytes and time of a token, over sizes; of trained runs their held-out loss, what decoding gives, and
+    what it costs to give up the oldest tokens."""
     if runs is not None:
         return _of_runs(timings, runs)
     max_depth, new = sizes["max_depth"], sizes["seq_len"] - PROMPT - 1
@@ -205,7 +210,7 @@ def _of_runs(timings: Timings, runs: Path) -> None:
         config, rows = trained.config, prepare(trained.config, RunFolder(folder)).eval
         stream = np.concatenate([rows[row]["token"] for row in range(-(-TEXTS * LENGTH // config.train.seq_len))])
         token_RS = stream[: TEXTS * LENGTH].reshape(TEXTS, LENGTH)
-        decoder = Decoder(trained, TEXTS)
+        decoder = Decoder(trained, TEXTS, capacity=0)
         stages = decoder.decoding.stages
         read = partial(decoder.read, token_RS, np.ones_like(token_RS, bool))
         logits_RSV, layer_RST = read()
@@ -219,6 +224,43 @@ def _of_runs(timings: Timings, runs: Path) -> None:
         what = f"{folder.name}: view {config.cache.view}"
         found = {key: float(f"{value:.4g}") for key, value in found.items()}
         timings.add(what, folders[0].name, read, against, name=None, tokens=token_RS.size, **found)
+        for length in (config.train.seq_len, 4 * config.train.seq_len):
+            _of_windows(timings, what, trained, rows, length)
+
+
+def _of_windows(timings: Timings, what: str, trained: TrainedModel, rows: Rows, length: int) -> None:
+    """The loss on texts of a length, by the share of their entries that the cache has room for."""
+    num_rows = -(-WINDOW_TEXTS * length // trained.config.train.seq_len)
+    stream = np.concatenate([rows[row]["token"] for row in range(min(len(rows), num_rows))])
+    token_RS = stream[: len(stream) // length * length].reshape(-1, length)[:WINDOW_TEXTS]
+    given, unbounded = (token_RS, np.ones(token_RS.shape, bool)), Decoder(trained, len(token_RS), capacity=0)
+    unbounded.read(*given)
+    whole = partial(unbounded.read, *given)
+    for share in WINDOWS:
+        # Room for just as many as there are would be asked for more, before it is known how many there are.
+        capacity = 0 if share == 1 else math.ceil(share * unbounded.peak_pages) * PAGE_SIZE
+        decoder = Decoder(trained, len(token_RS), capacity=capacity, when_full="slide")
+        read = partial(decoder.read, *given)
+        logits_RSV, _ = read()
+        nats_RS = optax.softmax_cross_entropy_with_integer_labels(logits_RSV[:, :-1], token_RS[:, 1:])
+        found = {
+            "length": length,
+            "room": share,
+            "ce": float(nats_RS.mean()),
+            "bytes_per_token": round(decoder.peak_bytes / token_RS.size),
+        }
+        name = f"{what}, {length} tokens, room for {share:g}"
+        timings.add(name, "for all", read, whole, name=None, tokens=token_RS.size, **found)
+
+
+def plot_windows(rows: list[dict], path: Path) -> None:
+    """Draw the loss of each run against the bytes of its cache, a panel for each length of text."""
+    panels = {}
+    for row in (row for row in rows if "room" in row):
+        lines = panels.setdefault(f"{row['length']} tokens", {})
+        line = lines.setdefault(row["what"].split(", ")[0], [])
+        line.append((row["bytes_per_token"], row["ce"]))
+    plot_tradeoffs(panels, "bytes of the cache per token of the text", "loss (nats per token)", path)
 
 
 def _forward_logits(decoder: Decoder, token_RS: np.ndarray) -> jax.Array:

@@ -217,9 +217,17 @@ def decode_step(
 
 
 def read(
-    decoding: Decoding, weights: Weights, cache: DecodeCache, token_RS: jax.Array, is_real_RS: jax.Array
+    decoding: Decoding,
+    weights: Weights,
+    cache: DecodeCache,
+    token_RS: jax.Array,
+    is_real_RS: jax.Array,
+    begin: jax.Array | int = 0,
 ) -> tuple[DecodeCache, jax.Array, jax.Array]:
     """`run` the tokens of given texts one after the other, as if each had been sampled.
+
+    Args:
+        begin: the place of the first one in its text.
 
     Returns:
         The cache, the residual stream at the output node [R, S, D], and the layer of each token at each stage
@@ -232,7 +240,7 @@ def read(
         cache, h_RQD, layer_RQT = run(decoding, weights, cache, token_R[:, None], place_RQ, is_real_R[:, None])
         return cache, (h_RQD[:, 0], layer_RQT[:, 0])
 
-    given = token_RS.T, jnp.arange(token_RS.shape[1]), is_real_RS.T
+    given = token_RS.T, begin + jnp.arange(token_RS.shape[1]), is_real_RS.T
     cache, (h_SRD, layer_SRT) = jax.lax.scan(step, cache, given)
     return cache, h_SRD.swapaxes(0, 1), layer_SRT.swapaxes(0, 1)
 

@@ -1,11 +1,12 @@
 """Evaluation of a trained run on held-out text, at any max depth and exit bias.
 
     python -m radialnet.evaluate --workdir=DIR [--max_depth=2,4,8] [--exit_bias=-1,0,1] [--data=PATH] [--json]
-                                 [--path=forward|decode] [--max_tokens=N]
+                                 [--path=forward|decode] [--max_tokens=N] [--capacity=N,N]
 
 `--path=decode` runs the text token by token through the cache of decoding (`decode_step`) in place of the parallel pass
-that trains: the same figures, up to rounding, or something is wrong. The last line of stdout is one JSON object (a list
-when several depths or biases are asked for).
+that trains: the same figures, up to rounding, or something is wrong. With `--capacity` it has room for so many entries
+a row alone, and gives up the oldest tokens: what a window costs. The last line of stdout is one JSON object (a list
+when several depths, biases or capacities are asked for).
 """
 
 import itertools
@@ -87,13 +88,19 @@ def evaluate_trained(trained: TrainedModel, rows: Rows, max_depth: int, exit_bia
     }
 
 
-def evaluate_decoding(trained: TrainedModel, rows: Rows, max_depth: int, exit_bias: float) -> dict:
+def evaluate_decoding(
+    trained: TrainedModel, rows: Rows, max_depth: int, exit_bias: float, capacity: int | None = None
+) -> dict:
     """`evaluate_trained` token by token through the cache, without the figures that only a whole pass knows.
 
     A document of a row is a row of the batch here: decoding knows one text a row.
+
+    Args:
+        capacity: entries that a row of the batch may hold on average; what has no room gives up the oldest tokens. None
+            is all that there are.
     """
     config, num_rows = trained.config, trained.config.train.batch_size
-    decoder = Decoder(trained, num_rows, max_depth, exit_bias)
+    decoder = Decoder(trained, num_rows, max_depth, exit_bias, (capacity or 0) * num_rows, "slide")
     stages = decoder.decoding.stages
     texts = list(_documents(_first(rows, config.eval.num_batches * num_rows)))
     nats, num_bytes, num_targets, ran, seconds = 0.0, 0, 0, [], 0.0
@@ -116,6 +123,8 @@ def evaluate_decoding(trained: TrainedModel, rows: Rows, max_depth: int, exit_bi
         "step": trained.step,
         "max_depth": max_depth,
         "exit_bias": float(decoder.controllers.exit_bias),
+        "capacity": capacity,
+        "cache_bytes": decoder.peak_bytes / num_rows,
         "ce": nats / num_targets,
         "bpb": nats / np.log(2) / num_bytes,
         "depth": float(depth_N.mean()),
@@ -172,19 +181,24 @@ def main() -> None:
     workdir = Path(_WORKDIR.value)
     max_depths = cli.numbers("max_depth", _MAX_DEPTH.value or ["1"], int, "whole numbers, by commas,")
     exit_biases = cli.numbers("exit_bias", _EXIT_BIAS.value, float, "numbers, by commas,")
+    capacities = cli.numbers("capacity", _CAPACITY.value, int, "whole numbers, by commas,") if _CAPACITY.value else []
+    if capacities and _PATH.value != "decode":
+        raise ConfigError(f"--capacity={','.join(_CAPACITY.value)}: needs --path=decode")
     trained = load_trained(workdir)
     if not _MAX_DEPTH.value:
         max_depths = [trained.config.model.max_depth]
     rows = eval_rows(trained, workdir, _DATA.value)
     rows = _first(rows, -(-_MAX_TOKENS.value // trained.config.train.seq_len))
     by_path = evaluate_decoding if _PATH.value == "decode" else evaluate_trained
+    windows = [{"capacity": capacity} for capacity in capacities] or [{}]
     results = []
-    for max_depth, exit_bias in itertools.product(max_depths, exit_biases):
-        result = by_path(trained, rows, max_depth, exit_bias)
+    for max_depth, exit_bias, window in itertools.product(max_depths, exit_biases, windows):
+        result = by_path(trained, rows, max_depth, exit_bias, **window)
         results.append(result)
         if not _JSON.value:
             print(
-                f"step {result['step']}  max depth {max_depth}  exit bias {result['exit_bias']:+.2f}:  "
+                f"step {result['step']}  max depth {max_depth}  exit bias {result['exit_bias']:+.2f}"
+                f"{'  capacity {capacity}'.format(**window) if window else ''}:  "
                 f"bpb {result['bpb']:.4f}  ce {result['ce']:.4f}  depth {result['depth']:.3f}  "
                 f"{result['tokens_per_s'] or math.nan:,.0f} tokens/s"
             )
@@ -203,5 +217,6 @@ if __name__ == "__main__":
         "The first rows alone, as many as have so many tokens; 0 = config.eval.num_batches of them, as in training.",
         lower_bound=0,
     )
+    _CAPACITY = flags.DEFINE_list("capacity", None, "Of --path=decode: entries a row may hold, on average over rows.")
     _JSON = flags.DEFINE_bool("json", False, "Print the JSON line alone.")
     cli.run(main)

@@ -139,6 +139,10 @@ class Block(nnx.Module):
         num_axes = {name: 1 if name.endswith(("_norm", "_bias")) else 2 for name in names}
         return {name: x.reshape(*x.shape[: num_axes[name]], -1) for name, x in weights.items()}
 
+    def folded(self, d_weights: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        """Gradients of the parameters, from those of `weights`."""
+        return d_weights
+
     @property
     def before_attention(self) -> RowFunction:
         """Of the rows h [P, D] and rotation [P, K]: queries [P, H·K], keys and values [P, G·K], ready for attention."""
@@ -172,14 +176,18 @@ def _before_attention(w, rows, product, shared, dtype, eps):
     return turned(q_PHK, "query_norm"), turned(k_PGK, "key_norm"), v_PX
 
 
-def _after_attention(w, rows, product, activation, dtype, eps, total):
+def _after_attention(w, rows, product, activation, dtype, eps, total, selection=None):
     h_PD, mixed_PX = rows
+    if selection:
+        mixed_PX = mixed_PX * selection.of_heads(w, rms_norm(h_PD, 1.0, eps), mixed_PX, product)
     # Of the heads and hidden units that are here, so that the sums over all devices of a layer are still to be taken.
     with jax.named_scope("attention"):
         attended_PD = _plus_bias(w, "attention_out", total(product("attention_out", mixed_PX))).astype(h_PD.dtype)
     with jax.named_scope("mlp"):
         normed_PD = normed(h_PD + attended_PD, w, "mlp_norm", eps).astype(dtype)
         hidden_PF = activation(_plus_bias(w, "mlp_in", product("mlp_in", normed_PD)))
+        if selection:
+            hidden_PF = hidden_PF * selection.of_units(w, normed_PD, hidden_PF, product)
         mlp_PD = _plus_bias(w, "mlp_out", total(product("mlp_out", hidden_PF, keep=False)))
     return attended_PD + mlp_PD.astype(h_PD.dtype)
 

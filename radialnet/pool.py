@@ -136,6 +136,7 @@ class LayerPool(nnx.Module):
         Args:
             d_block: the gradients, in the form that `Block.weights` gives the weights.
         """
+        d_block = self.block.folded(d_block)
         for name, param in self.block.params().items():
             param.set_value(self.parallel.scatter_sum(d_block[name].reshape(param.shape), param.axes))
 

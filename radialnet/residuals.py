@@ -16,10 +16,8 @@ from flax import nnx
 
 from radialnet.config import Config
 from radialnet.data import Rows, eval_batches
-from radialnet.depth import DepthLoop, Inputs, decide
-from radialnet.grouping import gather
-from radialnet.pool import LayerPool, Positions
-from radialnet.router import Controllers, row_keys, schedule
+from radialnet.executions import Execution, executions
+from radialnet.router import Controllers
 from radialnet.shards import Batch
 from radialnet.sources import evenly
 from radialnet.trained import TrainedModel
@@ -163,67 +161,17 @@ def profile_run(trained: TrainedModel, rows: Rows, max_tokens: int, skip_first: 
 def _ratios(params, controllers: Controllers, step, batch: Batch, *, config: Config, graph: nnx.GraphDef):
     """The ratios of `BRANCHES` at each step [X, 3, B, S], prelude and coda included, and the layer [X, B, S].
 
-    Layers are counted through prelude, pool and coda; −1 for none. The loop is that of `depth`, with what the halves of
-    a layer gave: attention and MLP by what the layer has, the layer by what the stream gets, its gate included.
+    Attention and MLP by what the layer has, the layer by what the stream gets, its gate included.
     """
-    model, cfg = nnx.merge(graph, params), config.model
-    positions = Positions.of(batch["document"], batch["position"], cfg)
-    is_real_BS = batch["document"] >= 0
-    found, ran = [], []
 
-    def through(pool: LayerPool | None, h_BSD: jax.Array, first: int) -> jax.Array:
-        for layer in range(pool.num_layers if pool else 0):
-            layer_BS = jnp.where(is_real_BS, layer, pool.num_layers)
-            cache = pool.empty_cache("same_step", 1, *is_real_BS.shape)
-            ratio_JBS, h_BSD, _ = _execute(pool, h_BSD, layer_BS, cache, positions, jnp.int32(0), 1.0)
-            found.append(ratio_JBS[None])
-            ran.append(jnp.where(is_real_BS, first + layer, -1)[None])
-        return h_BSD
-
-    h_BSD = through(model.prelude, model.embed(batch["token"], batch["position"]), 0)
-
-    loop_graph, view = nnx.split((model.router, model.pool))[0], config.view_over(cfg.max_depth)
-    loop = DepthLoop(
-        loop_graph, view, cfg.max_depth, model.estimator, model.vocab_size, False, False, model.reads_states
-    )
-    at = schedule(config.router, cfg.max_depth, step).for_evaluation()
-    rng_B = row_keys(jax.random.split(jax.random.key(0))[0], 0, len(h_BSD))
-    inputs = Inputs(batch["token"], positions, controllers, at, rng_B)
-
-    def depth_step(carry, t):
-        h_BSD, log_survival_BS, active_BS, plan, cache = carry
-        gate_BS, log_survival_BS, _, route = decide(
-            loop, model.router, h_BSD, log_survival_BS, active_BS, t, inputs, plan
+    def look(execution: Execution) -> jax.Array:
+        before_BSD, attended_BSD = execution.before_BSD, execution.attended_BSD
+        pairs = (
+            (attended_BSD, before_BSD + attended_BSD),
+            (execution.update_BSD - attended_BSD, before_BSD + execution.update_BSD),
+            (execution.gated_BSD, execution.after_BSD),
         )
-        ratio_JBS, h_BSD, cache = _execute(model.pool, h_BSD, route.layer_BS, cache, positions, t, gate_BS[..., None])
-        layer_BS = jnp.where(route.executes_BS, cfg.prelude_layers + route.layer_BS, -1)
-        carry = h_BSD, log_survival_BS, active_BS & ~route.exits_BS, route.plan, cache
-        return carry, (ratio_JBS, layer_BS)
+        norm = partial(jnp.linalg.norm, axis=-1)
+        return jnp.stack([norm(f_BSD) / norm(sum_BSD) for f_BSD, sum_BSD in pairs])
 
-    cache = model.pool.empty_cache(view, cfg.max_depth, *is_real_BS.shape)
-    none = jnp.zeros(is_real_BS.shape)
-    carry = h_BSD, none, is_real_BS, model.router.no_plan(is_real_BS.shape), cache
-    (h_BSD, *_), (ratio_TJBS, layer_TBS) = jax.lax.scan(depth_step, carry, jnp.arange(cfg.max_depth))
-    found.append(ratio_TJBS)
-    ran.append(layer_TBS)
-    through(model.coda, h_BSD, cfg.prelude_layers + cfg.pool_size)
-    return jnp.concatenate(found), jnp.concatenate(ran)
-
-
-def _execute(pool: LayerPool, h_BSD, layer_BS, cache, positions: Positions, depth_step, gate):
-    """A depth step: the ratios [3, B, S], the stream after it, and the cache with its entries."""
-    products = pool.empty_products(1, layer_BS.size)
-    update_BSD, cache, _, products, _ = pool.forward(h_BSD, layer_BS, cache, positions, depth_step, products, 0)
-    groups = pool.groups(layer_BS.ravel())
-    attended_BSD = gather(products.after["attention_out"][0], groups).reshape(h_BSD.shape).astype(jnp.float32)
-    if "attention_out_bias" in pool.block.AFTER:
-        # Of the layer of each token; what stands for those that execute nothing is not looked at.
-        attended_BSD += pool.block.attention_out_bias[...][jnp.minimum(layer_BS, pool.num_layers - 1)]
-    after_BSD = h_BSD + gate * update_BSD
-    pairs = (
-        (attended_BSD, h_BSD + attended_BSD),
-        (update_BSD - attended_BSD, h_BSD + update_BSD),
-        (gate * update_BSD, after_BSD),
-    )
-    norm = partial(jnp.linalg.norm, axis=-1)
-    return jnp.stack([norm(f_BSD) / norm(sum_BSD) for f_BSD, sum_BSD in pairs]), after_BSD, cache
+    return executions(nnx.merge(graph, params), config, batch, controllers, step, look)[1:]

@@ -14,7 +14,7 @@ from radialnet.aot import devices_of
 from radialnet.baseline import dense_logits, dense_params
 from radialnet.benchmark import RadialStep, benchmark_input, make_batch, make_config
 from radialnet.cost import flops_by_part
-from radialnet.decode_benchmark import benchmark_cache, benchmark_decode
+from radialnet.decode_benchmark import benchmark_cache, benchmark_decode, plot_windows
 from radialnet.program import work_of
 from radialnet.sections import ConfigError
 from radialnet.timing import Timings
@@ -173,8 +173,15 @@ def test_cache_is_measured_over_views_and_of_trained_runs(tmp_path, monkeypatch)
     run("train.py", "--config=configs/smoke.py", f"--workdir={tmp_path / 'run'}", "--config.train.num_steps=4")
     timings = Timings(repeats=1)
     benchmark_cache(timings, SIZES, runs=tmp_path)
-    (row,) = timings.rows
+    row, *windows = timings.rows
     assert row["logits_differ_by"] < 1e-5 and row["ce"] > 0 and row["depth"] > 1
+    assert [window["room"] for window in windows] == [1, 0.5, 0.25, 0.125] * 2
+    assert [window["length"] for window in windows] == [32] * 4 + [128] * 4
+    for whole, half, *_, eighth in (windows[:4], windows[4:]):
+        assert whole["bytes_per_token"] > half["bytes_per_token"] > eighth["bytes_per_token"]
+        assert whole["ce"] != half["ce"]
+    plot_windows(timings.rows, tmp_path / "windows.png")
+    assert (tmp_path / "windows.png").stat().st_size > 10_000
     with pytest.raises(ConfigError, match="no run in it whose tokens choose their depth yet"):
         benchmark_decode(timings, SIZES, runs=tmp_path)
     run("train.py", "--config=configs/smoke.py", f"--workdir={tmp_path / 'run'}", "--config.train.num_steps=6")

@@ -213,6 +213,31 @@ def test_reading_a_given_text_is_the_forward_pass_of_it(trained):
     assert (layer_RST[~is_real] == -1).all()
 
 
+@pytest.mark.parametrize("view", ["latest", "all"])
+def test_reading_through_a_window_is_reading_what_is_left(view):
+    """Of one step, so that an entry knows its own token alone: what comes after the oldest were given up is what a text
+    that begins where they end gives. Another row, which is short, keeps all of its own."""
+    trained = make_trained(model__max_depth=1, model__min_depth=1, cache__view=view, router__depth_target=1.0)
+    num, page = 4 * decode.PAGE_SIZE, decode.PAGE_SIZE
+    token_RS = np.random.default_rng(0).integers(2, VOCAB, (2, num)).astype(np.int32)
+    is_real_RS = np.arange(num) < np.array([[num], [page]])
+    decoder = decode.Decoder(trained, 2, capacity=3 * page, when_full="slide")
+    found_RSV = np.asarray(decoder.read(token_RS, is_real_RS)[0])
+    assert decoder.peak_pages == 3
+    whole_RSV = np.asarray(decode.Decoder(trained, 2).read(token_RS, is_real_RS)[0])
+    near = {"atol": 2e-3, "rtol": 1e-4}
+    np.testing.assert_allclose(found_RSV[1, :page], whole_RSV[1, :page], **near)
+    # Two pages of the first row, and one of the second: half of the former go when the next tokens may need a page.
+    np.testing.assert_allclose(found_RSV[0, : 2 * page - 6], whole_RSV[0, : 2 * page - 6], **near)
+    for begin in (2 * page, 3 * page):
+        part_RS = token_RS[:1, begin - page : begin + page]
+        left_RSV = np.asarray(decode.Decoder(trained, 1).read(part_RS, np.ones(part_RS.shape, bool))[0])
+        np.testing.assert_allclose(found_RSV[0, begin : begin + page], left_RSV[0, page:], **near)
+        assert np.abs(found_RSV[0, begin : begin + page] - whole_RSV[0, begin : begin + page]).max() > 0.1
+    with pytest.raises(decode.CacheFullError, match="config.cache.capacity=48"):
+        decode.Decoder(trained, 2, capacity=3 * page, when_full="error").read(token_RS, is_real_RS)
+
+
 def make_trained(**overrides):
     config = make_config(**{"model__max_depth": 4, "router__exit_bias_init": -3.0, **overrides})
     model = Model(config).with_mixed_exits()

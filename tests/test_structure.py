@@ -14,8 +14,9 @@ ORDER = [
     "profiling", "preemption", "alarms", "watchdog", "prepare", "evaluate", "hops", "generate", "harness",
     "lm_eval", "routes", "page", "report", "program", "aot", "baseline", "timing", "decode_benchmark",
     "router_benchmark", "benchmark", "train_log", "non_finite", "trainer", "pretrained", "llama", "opt",
-    "gguf_file", "interchange", "export", "import", "torch_models", "radialize", "residuals", "torch_residuals",
-    "profile", "skips", "sweep", "results", "scaling",
+    "gguf_file", "interchange", "export", "import", "torch_models", "radialize", "executions", "residuals",
+    "torch_residuals", "profile", "skips", "sparse", "sparse_training", "sparse_decode", "sparsity", "sweep",
+    "results", "scaling",
 ]  # fmt: skip
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "radialnet"

@@ -1,0 +1,101 @@
+"""One token through layers that read only the weights of what is selected: what sparsity takes by the clock.
+
+Here a head's and a unit's weights lie in rows that are gathered, so that what is not kept is not read. Layers run in
+their order, each in the program by itself; the stream goes from the embedding to the last layer.
+"""
+
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from radialnet.layers import ACTIVATIONS, normed, rms_norm
+from radialnet.sections import ModelConfig
+from radialnet.sparse import Gates, TopShare, num_kept
+from radialnet.trained import TrainedModel
+
+
+def rows_of(trained: TrainedModel) -> list[dict[str, jax.Array]]:
+    """The weights of each layer of a plain or sparse model, for `one_token`: those of a head, and of a unit, in rows.
+
+    `q`, `out` [H, K, D] of heads; `into` (gates and values), `mlp_out` [F, D] of units.
+    """
+    cfg, block = trained.config.model, trained.params["pool"]["block"]
+    kv_heads, shared, size = cfg.num_kv_heads, cfg.num_heads // cfg.num_kv_heads, cfg.head_size
+    layers = []
+    for layer in range(cfg.pool_size):
+        w = {name: weights[layer] for name, weights in block.items()}
+        qkv_DGJK = w.pop("qkv")
+        w["q"] = qkv_DGJK[:, :, :shared].reshape(-1, kv_heads * shared, size).transpose(1, 2, 0)
+        w["out"] = w.pop("attention_out").reshape(kv_heads * shared, size, -1)
+        w["kv"] = qkv_DGJK[:, :, shared:].reshape(qkv_DGJK.shape[0], -1)
+        # Apart, for XLA gathers whole rows of a matrix faster than parts of a larger array.
+        w["into"] = tuple(w.pop("mlp_in").transpose(1, 2, 0))
+        layers.append(w)
+    return layers
+
+
+@partial(jax.jit, static_argnames=("cfg", "selection", "units"))
+def one_token(
+    layers: list[dict[str, jax.Array]],
+    h_D: jax.Array,
+    cache_LCJGK: jax.Array,
+    *,
+    cfg: ModelConfig,
+    selection: TopShare | Gates | None,
+    units: float = 1.0,
+) -> jax.Array:
+    """The stream [D] behind the last layer of a token at position 0 that sees some entries and its own.
+
+    Args:
+        cache_LCJGK: keys and values that earlier tokens left, [L, C, 2, G, K].
+        selection: None keeps everything.
+        units: of `Gates`, the share of the units that are read: the most above their thresholds.
+    """
+    for w, cache_CJGK in zip(layers, cache_LCJGK, strict=True):
+        h_D = _layer(w, h_D, cache_CJGK, cfg, selection, units)
+    return h_D
+
+
+def _layer(w, h_D, cache_CJGK, cfg: ModelConfig, selection, units: float) -> jax.Array:
+    kv_heads, shared, size, eps = cfg.num_kv_heads, cfg.num_heads // cfg.num_kv_heads, cfg.head_size, cfg.norm_eps
+    x_D = normed(h_D, w, "attention_norm", eps)
+    k_GK, v_GK = (x_D @ w["kv"]).reshape(kv_heads, 2, size).swapaxes(0, 1)
+    heads_H = jnp.arange(cfg.num_heads)
+    q_HKD, out_HKD = w["q"], w["out"]
+    if isinstance(selection, TopShare) and (num := num_kept(cfg.num_heads, selection.heads)) < cfg.num_heads:
+        heads_H = _best(w, "heads", rms_norm(h_D, 1.0, eps), num)
+        q_HKD, out_HKD = q_HKD[heads_H], out_HKD[heads_H]
+    q_HK = q_HKD @ x_D
+    if cfg.qk_norm:
+        q_HK, k_GK = rms_norm(q_HK, w["query_norm"], eps), rms_norm(k_GK, w["key_norm"], eps)
+    entries_CJGK = jnp.concatenate([cache_CJGK, jnp.stack([k_GK, v_GK])[None]])
+    # Of each head that is read, the key and value head that it looks at.
+    seen_CJHK = entries_CJGK[:, :, heads_H // shared]
+    score_HC = jnp.einsum("HK,CHK->HC", q_HK, seen_CJHK[:, 0]) / math.sqrt(size)
+    mixed_HK = jnp.einsum("HC,CHK->HK", jax.nn.softmax(score_HC, axis=-1), seen_CJHK[:, 1])
+    h_D += mixed_HK.ravel() @ out_HKD.reshape(-1, len(h_D))
+
+    y_D = normed(h_D, w, "mlp_norm", eps)
+    into, out_FD, units_U, is_above_U = w["into"], w["mlp_out"], None, None
+    if isinstance(selection, Gates):
+        partial_F = into[0][:, : selection.channels] @ y_D[: selection.channels]
+        above_F = selection.above(partial_F, w["gate_mean"], w["gate_std"], w["threshold"])
+        best_above_U, units_U = jax.lax.top_k(above_F, num_kept(cfg.d_ff, units))
+        # As many as a program of fixed sizes reads; those of them that are below count for nothing.
+        is_above_U = best_above_U > 0
+    elif selection and (num := num_kept(cfg.d_ff, selection.units)) < cfg.d_ff:
+        units_U = _best(w, "units", y_D, num)
+    if units_U is not None:
+        into, out_FD = [matrix_FD[units_U] for matrix_FD in into], out_FD[units_U]
+    hidden_U = ACTIVATIONS[cfg.mlp](jnp.concatenate([matrix_UD @ y_D for matrix_UD in into]))
+    if is_above_U is not None:
+        hidden_U *= is_above_U
+    return h_D + hidden_U @ out_FD
+
+
+def _best(w, what: str, x_D, num: int) -> jax.Array:
+    """The heads or units that a predictor has the highest scores for."""
+    low_R = jax.nn.relu(x_D @ w[f"{what}_in"])
+    return jax.lax.top_k(low_R @ w[f"{what}_out"] + w[f"{what}_bias"], num)[1]

@@ -1,0 +1,316 @@
+"""Skipping within layers, and skipping layers: loss against FLOPs and time of both.
+
+    python -m radialnet.sparsity --workdir=DIR[,DIR] [--methods=deja_vu,…] [--keep=0.75,0.5,…] [--targets=-1,0,…]
+                                 [--data=PATH] [--max_tokens=N] [--seq_len=S] [--train_tokens=N] [--gate_steps=N]
+                                 [--exit_bias=B,B] [--results=FILE] [--repeats=R] [--out=DIR] [--json]
+
+For trained runs, of one setting and several seeds: as they are; with DejaVu (`deja_vu`: predictors choose heads and
+hidden units by token; `largest`, `static`, `random`: what really is large, what mostly is, anything) at each share
+--keep; with Channel Gating (`gates`: hidden units go by partial sums) trained to each threshold --targets, of which
+-100 keeps everything and is what more training alone gives. Runs whose tokens exit or skip are read at each --exit_bias
+as well. `time` is that of a row of decoding, against the layers as they are. --results shows other models beside. The
+last line of stdout is one JSON object; --out gets it as sparsity.json, and a plot.
+"""
+
+import dataclasses
+import itertools
+import json
+import statistics
+import sys
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import flags
+from flax import nnx
+from rich.console import Console
+from rich.table import Table
+
+from radialnet import cli
+from radialnet.comparisons import plot_sparsity
+from radialnet.config import Config
+from radialnet.data import Rows, eval_batches, held_out_rows, prepare, train_batches
+from radialnet.executions import Execution, executions
+from radialnet.files import write_whole
+from radialnet.router import Controllers
+from radialnet.run_folder import RunFolder
+from radialnet.sections import ConfigError
+from radialnet.shards import Batch
+from radialnet.sources import documents, evenly
+from radialnet.sparse import CHOICES, Gates, TopShare, flops_per_token, sparsified
+from radialnet.sparse_decode import one_token, rows_of
+from radialnet.sparse_training import Seen, fit_predictors, gated, see, train_gates, unlearned
+from radialnet.timing import ratio
+from radialnet.trained import TrainedModel, load_trained
+
+METHODS = ("deja_vu", "largest", "static", "random", "gates")
+_CHOICE = {"deja_vu": "predicted"} | {choice: choice for choice in CHOICES}
+# Of a row of decoding that is timed.
+_CONTEXT = 128
+# Executions of each layer that predictors are trained on.
+_SEEN = 8192
+_PREDICTOR_STEPS = 1000
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """Of a model on some text.
+
+    Attributes:
+        executes_T: the share of the tokens that execute each depth step.
+        units: the share of the hidden units that gates keep, over all executions; 1 without gates.
+    """
+
+    ce: float
+    executes_T: tuple[float, ...]
+    units: float
+
+
+def measure(model: TrainedModel, batches: list[Batch], exit_bias: float = 0.0) -> Measured:
+    """The model as it is evaluated, with that added to its exit bias."""
+    nats = units = 0.0
+    executed_T, num_targets, num_real = 0, 0, 0
+    controllers = model.controllers.lean(exit_bias)
+    for batch in batches:
+        nats_BS, units_TBS, layer_TBS = jax.tree.map(
+            np.asarray,
+            _measured(model.params, controllers, np.int32(model.step), batch, config=model.config, graph=model.graph),
+        )
+        nats += float(nats_BS[batch["is_target"]].sum(dtype=np.float64))
+        units += float(units_TBS[layer_TBS >= 0].sum(dtype=np.float64))
+        executed_T = executed_T + (layer_TBS >= 0).sum((1, 2))
+        num_targets += int(batch["is_target"].sum())
+        num_real += int((batch["document"] >= 0).sum())
+    return Measured(nats / num_targets, tuple((executed_T / num_real).tolist()), units / int(executed_T.sum()))
+
+
+@partial(jax.jit, static_argnames=("config", "graph"))
+def _measured(params, controllers: Controllers, step, batch: Batch, *, config: Config, graph: nnx.GraphDef):
+    """-log p of each target [B, S], and of each step the kept share of hidden units and the layer [T, B, S]."""
+    model = nnx.merge(graph, params)
+
+    def look(execution: Execution) -> jax.Array:
+        if "gate_base" not in execution.pool.block.AFTER:
+            return jnp.ones(execution.layer_BS.shape)
+        weights = map(execution.of_layer, ("gate_mean", "gate_std", "threshold"))
+        return (Gates.above(execution.product("gate_base"), *weights) > 0).mean(-1)
+
+    h_BSD, units_TBS, layer_TBS = executions(model, config, batch, controllers, step, look)
+    logits_BSV = jnp.matmul(model.final(h_BSD), model.head[...], preferred_element_type=jnp.float32)
+    nats_BS = optax.softmax_cross_entropy_with_integer_labels(logits_BSV, batch["target"])
+    return nats_BS, units_TBS, layer_TBS
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """One run, the text that it is measured on, and how the rest is trained."""
+
+    trained: TrainedModel
+    held_out: list[Batch]
+    train_rows: Rows
+    train_tokens: int
+    rank: int
+    gate_steps: int
+    gate_coef: float
+    learning_rate: float
+    repeats: int
+
+    def train_batches(self) -> Iterator[Batch]:
+        """Of the training split, by another seed than the run's."""
+        train = self.trained.config.train
+        return iter(train_batches(self.train_rows, train.batch_size, train.seed + 1000))
+
+    def seen(self) -> Seen:
+        train = self.trained.config.train
+        num_batches = max(1, self.train_tokens // (train.batch_size * train.seq_len))
+        return see(self.trained, itertools.islice(self.train_batches(), num_batches), _SEEN)
+
+    def rows(self, methods: list[str], keeps: list[float], targets: list[float], biases: list[float]) -> Iterator[dict]:
+        """What each method costs and loses."""
+        everything = Gates(0)
+        yield self._row("as it is", None, self.trained, everything)
+        for bias in biases:
+            yield self._row("exits", bias, self.trained, everything, exit_bias=bias)
+        if not methods:
+            return
+        seen = self.seen()
+        for method in (method for method in methods if method != "gates"):
+            choice = _CHOICE[method]
+            learned = choice == "predicted"
+            train = self.trained.config.train
+            added = (
+                fit_predictors(seen, self.rank, _PREDICTOR_STEPS, train.seed)
+                if learned
+                else unlearned(self.trained, choice, seen)
+            )
+            for keep in keeps:
+                selection = TopShare(choice, keep, keep)
+                model = sparsified(self.trained, selection, added)
+                yield self._row(method, keep, model, selection, timed=learned)
+        for target in targets if "gates" in methods else ():
+            model = gated(self.trained, seen, self.trained.config.model.d_model // 4, target)
+            given = self.gate_steps, self.learning_rate, self.gate_coef
+            model = train_gates(model, self.train_batches(), target, *given)
+            yield self._row("gates", target, model, Gates(self.trained.config.model.d_model // 4), timed=True)
+
+    def _row(self, method, knob, model: TrainedModel, selection, exit_bias: float = 0.0, timed: bool = False) -> dict:
+        config, measured = model.config, measure(model, self.held_out, exit_bias)
+        units = selection.units if isinstance(selection, TopShare) else measured.units
+        vocab_size, executes_T = model.tokenizer.vocab_size, measured.executes_T
+        row = {
+            "method": method,
+            "knob": knob,
+            "seed": config.train.seed,
+            "ce": measured.ce,
+            "depth": sum(executes_T),
+            "units": units,
+            "flops_per_token": flops_per_token(config, vocab_size, executes_T, selection, units, self.rank),
+            "time": self._time(model, selection, units) if timed and self.repeats else None,
+        }
+        told = (f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in row.items())
+        print(", ".join(told), file=sys.stderr, flush=True)
+        return row
+
+    def _time(self, model: TrainedModel, selection: TopShare | Gates, units: float) -> float | None:
+        """Of a row of decoding, against the layers as they are; None where they don't run in their order."""
+        cfg = model.config.model
+        if model.config.router.form != "sequential":
+            return None
+        rng = np.random.default_rng(0)
+        h_D = jnp.asarray(rng.normal(size=cfg.d_model), jnp.float32)
+        shape = cfg.pool_size, _CONTEXT, 2, cfg.num_kv_heads, cfg.head_size
+        cache_LCJGK = jnp.asarray(rng.normal(size=shape), jnp.float32)
+        given = rows_of(model), h_D, cache_LCJGK
+        return ratio(
+            lambda: one_token(*given, cfg=cfg, selection=selection, units=units),
+            lambda: one_token(*given, cfg=cfg, selection=None),
+            self.repeats,
+        )[0]
+
+
+_FIGURES = ("ce", "depth", "units", "flops_per_token", "time")
+
+
+def over_seeds(rows: list[dict]) -> list[dict]:
+    """Means over the runs of each method and knob, and the standard deviation of the loss; None for that of one."""
+    points = {}
+    for row in rows:
+        points.setdefault((row["method"], row["knob"]), []).append(row)
+    return [
+        {
+            "method": method,
+            "knob": knob,
+            "seeds": len(of),
+            **{name: None if of[0][name] is None else statistics.fmean(row[name] for row in of) for name in _FIGURES},
+            "ce_std": statistics.stdev(row["ce"] for row in of) if len(of) > 1 else None,
+        }
+        for (method, knob), of in points.items()
+    ]
+
+
+def peers(path: Path) -> list[dict]:
+    """What `radialnet.results` wrote: models of other kinds, trained as these were. Raises ConfigError: not so."""
+    try:
+        models = json.loads(path.read_text())["models"]
+        names = ("ce", "depth", "flops_per_token", "ce_std")
+        return [
+            {"method": name, "knob": None, "seeds": len(of["ce_by_seed"]), **{key: of[key] for key in names}}
+            for name, of in models.items()
+            if not name.startswith("hops")
+        ]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"--results={path}: no file that radialnet.results wrote ({error})") from None
+
+
+def _show(points: list[dict]) -> None:
+    table = Table()
+    for column in ("method", "knob", "seeds", "loss", "±", "MFLOP per token", "depth", "units", "time"):
+        table.add_column(column, justify="left" if column == "method" else "right")
+    for point in points:
+        spread, time = point["ce_std"], point.get("time")
+        table.add_row(
+            point["method"],
+            "" if point["knob"] is None else f"{point['knob']:g}",
+            str(point["seeds"]),
+            f"{point['ce']:.4f}",
+            "" if spread is None else f"{spread:.4f}",
+            f"{point['flops_per_token'] / 1e6:.3f}",
+            f"{point['depth']:.2f}",
+            f"{point['units']:.3f}" if "units" in point else "",
+            "" if time is None else f"{time:.2f}",
+        )
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+
+
+def main() -> None:
+    workdirs, out = [Path(path) for path in _WORKDIR.value], _OUT.value and Path(_OUT.value)
+    if unknown := set(_METHODS.value) - set(METHODS):
+        raise ConfigError(f"--methods={unknown.pop()}: one of {', '.join(METHODS)} is needed")
+    keeps = cli.numbers("keep", _KEEP.value, float, "shares") if _KEEP.value else []
+    if not all(0 < keep <= 1 for keep in keeps):
+        raise ConfigError(f"--keep={','.join(_KEEP.value)}: shares above 0 and up to 1 are needed")
+    targets, biases = (
+        cli.numbers(name, values, float, "numbers") if values else []
+        for name, values in (("targets", _TARGETS.value), ("exit_bias", _EXIT_BIAS.value))
+    )
+    if out and out.exists() and not out.is_dir():
+        raise ConfigError(f"--out={out}: not a folder")
+    others = peers(Path(_RESULTS.value)) if _RESULTS.value else []
+    source, told = documents(_DATA.value and Path(_DATA.value))
+    rows = []
+    for path in workdirs:
+        trained = load_trained(path)
+        config, seq_len = trained.config, _SEQ_LEN.value or trained.config.train.seq_len
+        if config.model.prelude_layers or config.model.coda_layers:
+            raise ConfigError(f"--workdir={path}: has layers outside the pool, and those can't be made sparse")
+        trained.check_length(seq_len, "--seq_len", f"--workdir={path}")
+        text = held_out_rows(source, trained.tokenizer, seq_len)
+        num_rows = max(1, min(len(text), _MAX_TOKENS.value // seq_len))
+        # Rows from all over the text.
+        text = [text[row] for row in evenly(len(text), num_rows)]
+        study = Study(
+            trained=trained,
+            held_out=list(eval_batches(text, min(config.train.batch_size, num_rows), 0)),
+            train_rows=prepare(config, RunFolder(path)).train,
+            train_tokens=_TRAIN_TOKENS.value,
+            rank=_RANK.value or max(1, config.model.d_model // 8),
+            gate_steps=_GATE_STEPS.value,
+            gate_coef=_GATE_COEF.value,
+            learning_rate=_LEARNING_RATE.value or config.optimizer.learning_rate / 10,
+            repeats=_REPEATS.value,
+        )
+        rows += study.rows(_METHODS.value, keeps, targets, biases)
+    points = over_seeds(rows)
+    found = {"workdir": [str(path) for path in workdirs], "data": told, "points": points, "rows": rows}
+    if out:
+        out.mkdir(parents=True, exist_ok=True)
+        plot_sparsity(points, others, out / "sparsity.png")
+        write_whole(out / "sparsity.json", json.dumps(found, indent=1))
+    if not _JSON.value:
+        _show(points + others)
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    _WORKDIR = flags.DEFINE_list("workdir", None, "Run folders, of one setting and several seeds.", required=True)
+    _METHODS = flags.DEFINE_list("methods", list(METHODS), "Which of them, by commas; empty = none.")
+    _KEEP = flags.DEFINE_list("keep", ["0.75", "0.5", "0.25"], "Shares of heads and hidden units that are kept.")
+    _TARGETS = flags.DEFINE_list("targets", ["-100", "-1", "0", "1"], "Of gates: what thresholds are drawn to.")
+    _EXIT_BIAS = flags.DEFINE_list("exit_bias", [], "Of runs that exit or skip: added to what they trained.")
+    _RANK = flags.DEFINE_integer("rank", 0, "Of DejaVu's predictors; 0 = an eighth of d_model.", lower_bound=0)
+    _TRAIN_TOKENS = flags.DEFINE_integer("train_tokens", 32768, "That predictors are trained on.", lower_bound=1)
+    _GATE_STEPS = flags.DEFINE_integer("gate_steps", 300, "Training steps of gates.", lower_bound=0)
+    _GATE_COEF = flags.DEFINE_float("gate_coef", 0.1, "Of what draws thresholds to their target.", lower_bound=0.0)
+    _LEARNING_RATE = flags.DEFINE_float("learning_rate", 0.0, "Of gates; 0 = a tenth of the run's.", lower_bound=0.0)
+    _DATA = flags.DEFINE_string("data", None, "Text in place of the standard library's held-out part.")
+    _MAX_TOKENS = flags.DEFINE_integer("max_tokens", 65536, "About so many tokens to measure on.", lower_bound=1)
+    _SEQ_LEN = flags.DEFINE_integer("seq_len", None, "Tokens a row; by default as the run has.", lower_bound=2)
+    _RESULTS = flags.DEFINE_string("results", None, "What radialnet.results wrote: models to be shown beside.")
+    _REPEATS = flags.DEFINE_integer("repeats", 9, "Of timing, of which the median counts; 0 = none.", lower_bound=0)
+    _OUT = flags.DEFINE_string("out", None, "A folder for sparsity.json and a plot.")
+    _JSON = flags.DEFINE_bool("json", False, "Print the JSON line alone.")
+    cli.run(main)
