@@ -1,14 +1,14 @@
 """Skipping within layers, and skipping layers: loss against FLOPs and time of both.
 
-    python -m radialnet.sparsity --workdir=DIR[,DIR] [--methods=deja_vu,…] [--keep=0.75,0.5,…] [--targets=-1,0,…]
+    python -m radialnet.sparsity --workdir=DIR[,DIR] [--methods=deja_vu,…] [--heads=1,…] [--units=0.5,…] [--targets=0,…]
                                  [--data=PATH] [--max_tokens=N] [--seq_len=S] [--train_tokens=N] [--gate_steps=N]
                                  [--exit_bias=B,B] [--results=FILE] [--repeats=R] [--out=DIR] [--json]
 
 For trained runs, of one setting and several seeds: as they are; with DejaVu (`deja_vu`: predictors choose heads and
 hidden units by token; `largest`, `static`, `random`: what really is large, what mostly is, anything) at each share
---keep; with Channel Gating (`gates`: hidden units go by partial sums) trained to each threshold --targets, of which
--100 keeps everything and is what more training alone gives. Runs whose tokens exit or skip are read at each --exit_bias
-as well. `time` is that of a row of decoding, against the layers as they are. --results shows other models beside. The
+of --heads and --units; with Channel Gating (`gates`: hidden units go by partial sums) trained to each threshold
+--targets, of which -100 keeps everything and is what more training alone gives. Runs whose tokens exit or skip are read
+at each --exit_bias as well. `time` is that of a row of decoding, against the layers as they are. --results shows other models beside. The
 last line of stdout is one JSON object; --out gets it as sparsity.json, and a plot.
 """
 
@@ -129,33 +129,37 @@ class Study:
         num_batches = max(1, self.train_tokens // (train.batch_size * train.seq_len))
         return see(self.trained, itertools.islice(self.train_batches(), num_batches), _SEEN)
 
-    def rows(self, methods: list[str], keeps: list[float], targets: list[float], biases: list[float]) -> Iterator[dict]:
-        """What each method costs and loses."""
-        everything = Gates(0)
-        yield self._row("as it is", None, self.trained, everything)
+    def rows(
+        self, methods: list[str], keeps: list[tuple[float, float]], targets: list[float], biases: list[float]
+    ) -> Iterator[dict]:
+        """What each method costs and loses.
+
+        Args:
+            keeps: shares of heads and of hidden units.
+        """
+        everything, cfg = Gates(0), self.trained.config
+        yield self._row("as it is", "", self.trained, everything)
         for bias in biases:
-            yield self._row("exits", bias, self.trained, everything, exit_bias=bias)
+            yield self._row("exits", f"{bias:g}", self.trained, everything, exit_bias=bias)
         if not methods:
             return
         seen = self.seen()
         for method in (method for method in methods if method != "gates"):
             choice = _CHOICE[method]
-            learned = choice == "predicted"
-            train = self.trained.config.train
-            added = (
-                fit_predictors(seen, self.rank, _PREDICTOR_STEPS, train.seed)
-                if learned
-                else unlearned(self.trained, choice, seen)
-            )
-            for keep in keeps:
-                selection = TopShare(choice, keep, keep)
+            if learned := choice == "predicted":
+                added = fit_predictors(seen, self.rank, _PREDICTOR_STEPS, cfg.train.seed)
+            else:
+                added = unlearned(self.trained, choice, seen)
+            for heads, units in keeps:
+                selection = TopShare(choice, heads, units)
                 model = sparsified(self.trained, selection, added)
-                yield self._row(method, keep, model, selection, timed=learned)
+                yield self._row(method, f"{heads:g}, {units:g}", model, selection, timed=learned)
         for target in targets if "gates" in methods else ():
-            model = gated(self.trained, seen, self.trained.config.model.d_model // 4, target)
+            gates = Gates(max(1, cfg.model.d_model // 4))
             given = self.gate_steps, self.learning_rate, self.gate_coef
+            model = gated(self.trained, seen, gates.channels, target)
             model = train_gates(model, self.train_batches(), target, *given)
-            yield self._row("gates", target, model, Gates(self.trained.config.model.d_model // 4), timed=True)
+            yield self._row("gates", f"{target:g}", model, gates, timed=True)
 
     def _row(self, method, knob, model: TrainedModel, selection, exit_bias: float = 0.0, timed: bool = False) -> dict:
         config, measured = model.config, measure(model, self.held_out, exit_bias)
@@ -167,6 +171,7 @@ class Study:
             "seed": config.train.seed,
             "ce": measured.ce,
             "depth": sum(executes_T),
+            "heads": selection.heads if isinstance(selection, TopShare) else 1.0,
             "units": units,
             "flops_per_token": flops_per_token(config, vocab_size, executes_T, selection, units, self.rank),
             "time": self._time(model, selection, units) if timed and self.repeats else None,
@@ -192,7 +197,7 @@ class Study:
         )[0]
 
 
-_FIGURES = ("ce", "depth", "units", "flops_per_token", "time")
+_FIGURES = ("ce", "depth", "heads", "units", "flops_per_token", "time")
 
 
 def over_seeds(rows: list[dict]) -> list[dict]:
@@ -218,7 +223,7 @@ def peers(path: Path) -> list[dict]:
         models = json.loads(path.read_text())["models"]
         names = ("ce", "depth", "flops_per_token", "ce_std")
         return [
-            {"method": name, "knob": None, "seeds": len(of["ce_by_seed"]), **{key: of[key] for key in names}}
+            {"method": name, "knob": "", "seeds": len(of["ce_by_seed"]), **{key: of[key] for key in names}}
             for name, of in models.items()
             if not name.startswith("hops")
         ]
@@ -228,19 +233,19 @@ def peers(path: Path) -> list[dict]:
 
 def _show(points: list[dict]) -> None:
     table = Table()
-    for column in ("method", "knob", "seeds", "loss", "±", "MFLOP per token", "depth", "units", "time"):
+    for column in ("method", "knob", "seeds", "loss", "±", "MFLOP per token", "depth", "heads", "units", "time"):
         table.add_column(column, justify="left" if column == "method" else "right")
     for point in points:
         spread, time = point["ce_std"], point.get("time")
         table.add_row(
             point["method"],
-            "" if point["knob"] is None else f"{point['knob']:g}",
+            point["knob"],
             str(point["seeds"]),
             f"{point['ce']:.4f}",
             "" if spread is None else f"{spread:.4f}",
             f"{point['flops_per_token'] / 1e6:.3f}",
             f"{point['depth']:.2f}",
-            f"{point['units']:.3f}" if "units" in point else "",
+            *(f"{point[name]:.3f}" if name in point else "" for name in ("heads", "units")),
             "" if time is None else f"{time:.2f}",
         )
     Console(width=None if sys.stdout.isatty() else 120).print(table)
@@ -250,9 +255,11 @@ def main() -> None:
     workdirs, out = [Path(path) for path in _WORKDIR.value], _OUT.value and Path(_OUT.value)
     if unknown := set(_METHODS.value) - set(METHODS):
         raise ConfigError(f"--methods={unknown.pop()}: one of {', '.join(METHODS)} is needed")
-    keeps = cli.numbers("keep", _KEEP.value, float, "shares") if _KEEP.value else []
-    if not all(0 < keep <= 1 for keep in keeps):
-        raise ConfigError(f"--keep={','.join(_KEEP.value)}: shares above 0 and up to 1 are needed")
+    keeps = {"heads": _HEADS.value, "units": _UNITS.value}
+    for name, values in keeps.items():
+        keeps[name] = cli.numbers(name, values, float, "shares")
+        if not all(0 < keep <= 1 for keep in keeps[name]):
+            raise ConfigError(f"--{name}={','.join(values)}: shares above 0 and up to 1 are needed")
     targets, biases = (
         cli.numbers(name, values, float, "numbers") if values else []
         for name, values in (("targets", _TARGETS.value), ("exit_bias", _EXIT_BIAS.value))
@@ -283,7 +290,7 @@ def main() -> None:
             learning_rate=_LEARNING_RATE.value or config.optimizer.learning_rate / 10,
             repeats=_REPEATS.value,
         )
-        rows += study.rows(_METHODS.value, keeps, targets, biases)
+        rows += study.rows(_METHODS.value, list(itertools.product(*keeps.values())), targets, biases)
     points = over_seeds(rows)
     found = {"workdir": [str(path) for path in workdirs], "data": told, "points": points, "rows": rows}
     if out:
@@ -298,7 +305,8 @@ def main() -> None:
 if __name__ == "__main__":
     _WORKDIR = flags.DEFINE_list("workdir", None, "Run folders, of one setting and several seeds.", required=True)
     _METHODS = flags.DEFINE_list("methods", list(METHODS), "Which of them, by commas; empty = none.")
-    _KEEP = flags.DEFINE_list("keep", ["0.75", "0.5", "0.25"], "Shares of heads and hidden units that are kept.")
+    _HEADS = flags.DEFINE_list("heads", ["1", "0.75"], "Shares of the heads that a token keeps.")
+    _UNITS = flags.DEFINE_list("units", ["0.75", "0.5", "0.25"], "Shares of the hidden units that it keeps.")
     _TARGETS = flags.DEFINE_list("targets", ["-100", "-1", "0", "1"], "Of gates: what thresholds are drawn to.")
     _EXIT_BIAS = flags.DEFINE_list("exit_bias", [], "Of runs that exit or skip: added to what they trained.")
     _RANK = flags.DEFINE_integer("rank", 0, "Of DejaVu's predictors; 0 = an eighth of d_model.", lower_bound=0)

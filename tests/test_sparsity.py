@@ -272,7 +272,7 @@ def test_measure_against_the_forward_pass(routed):
 
 def test_means_over_seeds():
     def row(method, seed, ce):
-        same = {"knob": 0.5, "depth": 3, "units": 1, "flops_per_token": 8, "time": None}
+        same = {"knob": "1", "depth": 3, "heads": 1, "units": 1, "flops_per_token": 8, "time": None}
         return {"method": method, "seed": seed, "ce": ce, **same}
 
     points = over_seeds([row("a", 0, 1.0), row("b", 0, 5.0), row("a", 1, 3.0)])
@@ -296,19 +296,28 @@ def workdir(tmp_path_factory):
 
 def test_the_command(workdir, tmp_path):
     out = tmp_path / "out"
-    flags = ["--keep=1,0.5", "--targets=0", "--gate_steps=2", "--train_tokens=200", "--max_tokens=100", "--repeats=1"]
+    flags = [
+        "--heads=1,0.5",
+        "--units=1",
+        "--targets=0",
+        "--gate_steps=2",
+        "--train_tokens=200",
+        "--max_tokens=100",
+        "--repeats=1",
+    ]
     flags += ["--methods=deja_vu,random,gates", f"--out={out}", f"--data={workdir.parent}/text.txt"]
     (workdir.parent / "text.txt").write_text("some words to be read, and more of them\n" * 20)
     stdout, _ = run("-m", "radialnet.sparsity", f"--workdir={workdir}", *flags)
     found = json.loads(stdout.splitlines()[-1])
     points = {(point["method"], point["knob"]): point for point in found["points"]}
     assert set(points) == {
-        ("as it is", None), ("deja_vu", 1.0), ("deja_vu", 0.5), ("random", 1.0), ("random", 0.5), ("gates", 0.0),
+        ("as it is", ""), ("deja_vu", "1, 1"), ("deja_vu", "0.5, 1"), ("random", "1, 1"), ("random", "0.5, 1"),
+        ("gates", "0"),
     }  # fmt: skip
-    assert points["deja_vu", 1.0]["ce"] == points["as it is", None]["ce"] == points["random", 1.0]["ce"]
-    assert points["random", 0.5]["flops_per_token"] < points["deja_vu", 0.5]["flops_per_token"]
-    assert points["deja_vu", 0.5]["flops_per_token"] < points["as it is", None]["flops_per_token"]
-    assert points["deja_vu", 0.5]["time"] > 0 and points["gates", 0.0]["units"] < 1
+    dense, whole, half = points["as it is", ""], points["deja_vu", "1, 1"], points["deja_vu", "0.5, 1"]
+    assert whole["ce"] == dense["ce"] == points["random", "1, 1"]["ce"] != half["ce"]
+    assert points["random", "0.5, 1"]["flops_per_token"] < half["flops_per_token"] < dense["flops_per_token"]
+    assert half["time"] > 0 and points["gates", "0"]["units"] < 1
     assert json.loads((out / "sparsity.json").read_text()) == found and (out / "sparsity.png").stat().st_size > 10_000
     assert "deja_vu" in stdout
 
@@ -316,7 +325,7 @@ def test_the_command(workdir, tmp_path):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--keep=0"], "--keep=0: shares above 0 and up to 1 are needed"),
+        (["--units=0"], "--units=0: shares above 0 and up to 1 are needed"),
         (["--methods=deja_vu,pruning"], "--methods=pruning: one of deja_vu, largest"),
         (["--results=README.md"], "--results=README.md: no file that radialnet.results wrote"),
         (["--out=README.md"], "--out=README.md: not a folder"),
