@@ -5,11 +5,11 @@
                                  [--exit_bias=B,B] [--results=FILE] [--repeats=R] [--out=DIR] [--json]
 
 For trained runs, of one setting and several seeds: as they are; with DejaVu (`deja_vu`: predictors choose heads and
-hidden units by token; `largest`, `static`, `random`: what really is large, what mostly is, anything) at each share
-of --heads and --units; with Channel Gating (`gates`: hidden units go by partial sums) trained to each threshold
---targets, of which -100 keeps everything and is what more training alone gives. Runs whose tokens exit or skip are read
-at each --exit_bias as well. `time` is that of a row of decoding, against the layers as they are. --results shows other models beside. The
-last line of stdout is one JSON object; --out gets it as sparsity.json, and a plot.
+hidden units by token; `largest`, `static`, `random`: what really is large, what mostly is, anything) at each share of
+--heads and --units; with Channel Gating (`gates`: hidden units go by partial sums) trained to each threshold --targets,
+of which -100 keeps everything and is what more training alone gives. Runs whose tokens exit or skip are read at each
+--exit_bias as well. `time` is that of a row of decoding, against the layers as they are. --results shows other models
+beside. The last line of stdout is one JSON object; --out gets it as sparsity.json, and a plot.
 """
 
 import dataclasses
