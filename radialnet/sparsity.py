@@ -271,7 +271,9 @@ def main() -> None:
     rows = []
     for path in workdirs:
         trained = load_trained(path)
-        config, seq_len = trained.config, _SEQ_LEN.value or trained.config.train.seq_len
+        seq_len = _SEQ_LEN.value or trained.config.train.seq_len
+        config = dataclasses.replace(trained.config, train=dataclasses.replace(trained.config.train, seq_len=seq_len))
+        trained = dataclasses.replace(trained, config=config)
         if config.model.prelude_layers or config.model.coda_layers:
             raise ConfigError(f"--workdir={path}: has layers outside the pool, and those can't be made sparse")
         trained.check_length(seq_len, "--seq_len", f"--workdir={path}")
