@@ -177,14 +177,17 @@ def plot_sparsity(points: list[dict], others: list[dict], path: Path) -> None:
     """
     plt = pyplot()
     figure, axes = plt.subplots(figsize=(7.6, 4.6))
-    methods = list(dict.fromkeys(point["method"] for point in points))
-    for index, method in enumerate(methods):
-        of = [point for point in points if point["method"] == method]
+    lines = {}
+    for point in points:
+        heads = point["heads"]
+        lines.setdefault(point["method"] + (f", {heads:.0%} of the heads" if heads < 1 else ""), []).append(point)
+    for index, (name, of) in enumerate(lines.items()):
         of.sort(key=lambda point: point["flops_per_token"])
         look = {"marker": MARKERS[index % len(MARKERS)], "color": SERIES[index % len(SERIES)], "markersize": 5}
+        look["linestyle"] = ("-", "--", ":")[index // len(SERIES) % 3]
         spread = [point["ce_std"] or 0 for point in of] if any(point["ce_std"] for point in of) else None
         x, y = ([point[name] for point in of] for name in ("flops_per_token", "ce"))
-        axes.errorbar(x, y, yerr=spread, label=method, linewidth=1.2, elinewidth=1, capsize=2, **look)
+        axes.errorbar(x, y, yerr=spread, label=name, linewidth=1.2, elinewidth=1, capsize=2, **look)
     for point in others:
         place = point["flops_per_token"], point["ce"]
         axes.plot(*place, ".", color="0.5", markersize=5)

@@ -291,11 +291,11 @@ class Decoder:
             if more > num_pages:
                 cache = cache.grown(more)
                 continue
-            if self.when_full == "slide":
-                fullest = int(cache.num_R.argmax())
-                if int(cache.num_R[fullest]) > PAGE_SIZE:
-                    cache = _slide(cache, fullest)
-                    continue
+            # Each row keeps a page. Asked beforehand, for the cache that slides is given away.
+            spare = int(jnp.maximum(cache.num_pages_R() - 1, 0).sum())
+            if self.when_full == "slide" and num_free + spare >= num_needed:
+                cache = _slide(cache, int(cache.num_R.argmax()))
+                continue
             entries = int(cache.num_R.sum())
             raise CacheFullError(
                 f"config.cache.capacity={self.capacity}: {entries} entries of {self.num_rows} rows are there and the "

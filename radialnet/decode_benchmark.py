@@ -230,27 +230,30 @@ def _of_runs(timings: Timings, runs: Path) -> None:
 
 def _of_windows(timings: Timings, what: str, trained: TrainedModel, rows: Rows, length: int) -> None:
     """The loss on texts of a length, by the share of their entries that the cache has room for."""
-    num_rows = -(-WINDOW_TEXTS * length // trained.config.train.seq_len)
-    stream = np.concatenate([rows[row]["token"] for row in range(min(len(rows), num_rows))])
-    token_RS = stream[: len(stream) // length * length].reshape(-1, length)[:WINDOW_TEXTS]
+    per_text = length // trained.config.train.seq_len
+    items = [rows[row] for row in range(min(len(rows), WINDOW_TEXTS * per_text) // per_text * per_text)]
+    if not items or 0 < trained.config.model.max_positions < length:
+        print(f"{what}: no text of {length} tokens, or no positions for it", file=sys.stderr)
+        return
+    names = "token", "target", "is_target"
+    token_RS, target_RS, is_target_RS = (np.stack([x[name] for x in items]).reshape(-1, length) for name in names)
     given, unbounded = (token_RS, np.ones(token_RS.shape, bool)), Decoder(trained, len(token_RS), capacity=0)
     unbounded.read(*given)
-    whole = partial(unbounded.read, *given)
     for share in WINDOWS:
         # Room for just as many as there are would be asked for more, before it is known how many there are.
         capacity = 0 if share == 1 else math.ceil(share * unbounded.peak_pages) * PAGE_SIZE
         decoder = Decoder(trained, len(token_RS), capacity=capacity, when_full="slide")
-        read = partial(decoder.read, *given)
-        logits_RSV, _ = read()
-        nats_RS = optax.softmax_cross_entropy_with_integer_labels(logits_RSV[:, :-1], token_RS[:, 1:])
+        logits_RSV, _ = decoder.read(*given)
+        nats_RS = optax.softmax_cross_entropy_with_integer_labels(logits_RSV, target_RS)
         found = {
             "length": length,
             "room": share,
-            "ce": float(nats_RS.mean()),
+            "ce": float(nats_RS[is_target_RS].mean()),
             "bytes_per_token": round(decoder.peak_bytes / token_RS.size),
         }
-        name = f"{what}, {length} tokens, room for {share:g}"
-        timings.add(name, "for all", read, whole, name=None, tokens=token_RS.size, **found)
+        # Not timed: what reads a given text comes back after every few tokens, which what writes one doesn't.
+        both = decoder.peak_bytes / 1e6, unbounded.peak_bytes / 1e6
+        timings.add_given(f"{what}, {length} tokens, room for {share:g}", "for all", *both, "mb", **found)
 
 
 def plot_windows(rows: list[dict], path: Path) -> None:

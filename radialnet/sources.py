@@ -88,11 +88,11 @@ def documents(data: Path | None) -> tuple[Source | list[Document], str]:
     return held_out_documents(cfg), f"held-out part of the standard library of Python {platform.python_version()}"
 
 
-def held_out_documents(cfg: DataConfig) -> list[Document]:
-    """Those of a source that no run with these fields trains on. Raises ConfigError as `open_source`."""
+def held_out_documents(cfg: DataConfig, is_held_out: bool = True) -> list[Document]:
+    """Those of a source that no run with these fields trains on, or all others. Raises ConfigError as `open_source`."""
     source = open_source(cfg)
     documents = (document for document in map(source.__getitem__, range(len(source))) if len(document.content))
-    return [document for document in documents if document.is_held_out(cfg.eval_fraction)]
+    return [document for document in documents if document.is_held_out(cfg.eval_fraction) == is_held_out]
 
 
 def fingerprint(source: Source) -> str:

@@ -14,7 +14,6 @@ negative; behind a gated unit the rest of the gate would not be enough for that,
 """
 
 import dataclasses
-import math
 from functools import partial
 
 import jax
@@ -23,29 +22,36 @@ import numpy as np
 from flax import nnx
 
 from radialnet.config import Config
-from radialnet.cost import flops_by_part, weights_by_part
+from radialnet.cost import flops_by_part
 from radialnet.layers import Block
 from radialnet.row_function import Product, RowFunction
 from radialnet.trained import TrainedModel
 
-# By what DejaVu's heads and units are chosen: what they really add, which takes all of them; a predictor; how often
-# they are among the largest, whatever the token is; nothing.
-CHOICES = ("largest", "predicted", "static", "random")
-
 
 @dataclasses.dataclass(frozen=True)
 class TopShare:
-    """The share of the heads and of the hidden units of a layer that each token keeps, the highest by `choice`."""
+    """The share of the heads and of the hidden units of a layer that each token keeps, the highest by `choice`.
+
+    Attributes:
+        choice: `largest`: what they add to the stream, which it takes all of them to know. `predicted`: by DejaVu's
+            predictors. `static`: how often they are large, whatever the token is. `random`: nothing.
+    """
 
     choice: str
     heads: float
     units: float
 
+    def kept(self, config: Config) -> tuple[float, float]:
+        """The shares of heads and of units, in whole ones."""
+        pairs = (config.model.num_heads, self.heads), (config.model.d_ff, self.units)
+        heads, units = (num_kept(num, share) / num for num, share in pairs)
+        return heads, units
+
     def of_heads(self, w, x_PD, mixed_PX, product: Product) -> jax.Array:
         """1 or 0 for each channel of what attention gave, [P, H·K]; `x`: the stream, normed."""
-        size = mixed_PX.shape[1] // w["heads_bias"].shape[-1]
-        square_PX = jnp.square(mixed_PX.astype(jnp.float32))
-        largest_PH = product("head_gain", square_PX) if self.choice == "largest" else None
+        size, largest_PH = mixed_PX.shape[1] // w["heads_bias"].shape[-1], None
+        if self.choice == "largest":
+            largest_PH = head_sizes(product("head_gain", mixed_PX.astype(jnp.float32)), size)
         keeps_PH = self._top(w, "heads", x_PD, largest_PH, self.heads, product)
         return jnp.repeat(keeps_PH, size, axis=1, total_repeat_length=mixed_PX.shape[1]).astype(mixed_PX.dtype)
 
@@ -94,11 +100,13 @@ class Gates:
 
 
 def top(score_PX: jax.Array, share: float) -> jax.Array:
-    """True for the highest of each row, that share of them, at least one; more where they are equal."""
+    """True for the highest of each row, that share of them, at least one; of equal ones the first."""
     num = num_kept(score_PX.shape[1], share)
     if num == score_PX.shape[1]:
         return jnp.ones(score_PX.shape, bool)
-    return score_PX >= jax.lax.top_k(score_PX, num)[0][:, -1:]
+    least_P1 = jax.lax.top_k(score_PX, num)[0][:, -1:]
+    above_PX, equal_PX = score_PX > least_P1, score_PX == least_P1
+    return above_PX | (equal_PX & (jnp.cumsum(equal_PX, axis=1) <= num - above_PX.sum(1, keepdims=True)))
 
 
 def num_kept(num: int, share: float) -> int:
@@ -106,9 +114,15 @@ def num_kept(num: int, share: float) -> int:
     return max(1, round(share * num))
 
 
+def head_sizes(gained_PX: jax.Array, size: int) -> jax.Array:
+    """The squared size of what each head adds to the stream [P, H], from what `head_gain` gave."""
+    return jnp.square(gained_PX).reshape(len(gained_PX), -1, size).sum(-1)
+
+
 def _noise(x_PD: jax.Array, num: int) -> jax.Array:
     """Numbers [P, num] in 0…1 that follow from a token's state, and have nothing to do with it."""
-    turned_PX = jnp.sin(1e3 * x_PD[:, :1].astype(jnp.float32) + 12.9898 * jnp.arange(1, num + 1)) * 43758.5453
+    of_state_P1 = 1e3 * jnp.abs(x_PD.astype(jnp.float32)).sum(1, keepdims=True)
+    turned_PX = jnp.sin(of_state_P1 + 12.9898 * jnp.arange(1, num + 1)) * 43758.5453
     return turned_PX - jnp.floor(turned_PX)
 
 
@@ -162,16 +176,20 @@ def sparsified(trained: TrainedModel, selection: TopShare | Gates, added: dict[s
 
 
 def gains(trained: TrainedModel) -> dict[str, jax.Array]:
-    """What turns the size of a head's, or of a unit's, output into that of what it adds to the stream.
+    """What turns a unit's, or a head's, output into the size of what it adds to the stream.
 
-    `unit_gain` [L, F]: the norms of the rows of `mlp_out`. `head_gain` [L, H·K, H]: of squares, the mean square gain of
-    the head's rows of `attention_out`.
+    `unit_gain` [L, F]: the norms of the rows of `mlp_out`. `head_gain` [L, H·K, H·K]: of each head the R of its rows'
+    QR decomposition, whose products are as large as those of the rows.
     """
     model, block = trained.config.model, trained.params["pool"]["block"]
     out_LHKD = block["attention_out"].reshape(model.pool_size, model.num_heads, model.head_size, -1)
-    square_LH = jnp.square(out_LHKD).sum((2, 3)) / model.head_size
-    one_hot_XH = jnp.repeat(jnp.eye(model.num_heads), model.head_size, axis=0)
-    return {"unit_gain": jnp.linalg.norm(block["mlp_out"], axis=-1), "head_gain": square_LH[:, None] * one_hot_XH}
+    r_LHKK = jnp.linalg.qr(out_LHKD.swapaxes(2, 3), mode="r").swapaxes(2, 3)
+    apart_LHKHK = jnp.einsum("LHKR,HJ->LHKJR", r_LHKK, jnp.eye(model.num_heads))
+    width = model.num_heads * model.head_size
+    return {
+        "unit_gain": jnp.linalg.norm(block["mlp_out"], axis=-1),
+        "head_gain": apart_LHKHK.reshape(model.pool_size, width, width),
+    }
 
 
 def flops_per_token(
@@ -184,23 +202,22 @@ def flops_per_token(
 
     Args:
         executes_T: share of tokens that execute each depth step.
-        units: the share of the hidden units that is kept, measured.
+        units: the share of the hidden units that gates keep, measured; of another selection it is known.
         rank: of the predictors.
     """
     model, parts = config.model, flops_by_part(config, vocab_size, executes_T)
     executed, width = float(np.sum(executes_T)), model.num_heads * model.head_size
     matrices = 3 if model.mlp == "swiglu" else 2
     unit = 2 * matrices * model.d_model
-    saved = (1 - units) * unit * model.d_ff
     if isinstance(selection, Gates):
-        saved -= (1 - units) * 2 * selection.channels * model.d_ff
+        # The base of a gate is taken of all.
+        saved = (1 - units) * (unit - 2 * selection.channels) * model.d_ff
     else:
-        heads = num_kept(model.num_heads, selection.heads) / model.num_heads
-        saved += (1 - heads) * 4 * model.d_model * width
+        heads, units = selection.kept(config)
+        saved = (1 - units) * unit * model.d_ff + (1 - heads) * 4 * model.d_model * width
         parts["attention"] *= heads
         if selection.choice == "predicted":
-            outputs = [(selection.heads, model.num_heads), (selection.units, model.d_ff)]
+            outputs = (heads, model.num_heads), (units, model.d_ff)
             saved -= sum(2 * rank * (model.d_model + num) for share, num in outputs if share < 1)
-    assert math.isclose(parts["layers"], executed * 2 * weights_by_part(config, vocab_size)["layer"])
     parts["layers"] -= executed * saved
     return sum(parts.values())

@@ -16,10 +16,10 @@ from radialnet.sparse import Gates, TopShare, num_kept
 from radialnet.trained import TrainedModel
 
 
-def rows_of(trained: TrainedModel) -> list[dict[str, jax.Array]]:
+def rows_of(trained: TrainedModel, gates: Gates | None = None) -> list[dict[str, jax.Array]]:
     """The weights of each layer of a plain or sparse model, for `one_token`: those of a head, and of a unit, in rows.
 
-    `q`, `out` [H, K, D] of heads; `into` (gates and values), `mlp_out` [F, D] of units.
+    `q`, `out` [H, K, D] of heads; `into` (gates and values), `mlp_out` [F, D] of units; `base` [F, D/4] of gates.
     """
     cfg, block = trained.config.model, trained.params["pool"]["block"]
     kv_heads, shared, size = cfg.num_kv_heads, cfg.num_heads // cfg.num_kv_heads, cfg.head_size
@@ -32,6 +32,8 @@ def rows_of(trained: TrainedModel) -> list[dict[str, jax.Array]]:
         w["kv"] = qkv_DGJK[:, :, shared:].reshape(qkv_DGJK.shape[0], -1)
         # Apart, for XLA gathers whole rows of a matrix faster than parts of a larger array.
         w["into"] = tuple(w.pop("mlp_in").transpose(1, 2, 0))
+        if gates:
+            w["base"] = w["into"][0][:, : gates.channels]
         layers.append(w)
     return layers
 
@@ -61,38 +63,47 @@ def one_token(
 def _layer(w, h_D, cache_CJGK, cfg: ModelConfig, selection, units: float) -> jax.Array:
     kv_heads, shared, size, eps = cfg.num_kv_heads, cfg.num_heads // cfg.num_kv_heads, cfg.head_size, cfg.norm_eps
     x_D = normed(h_D, w, "attention_norm", eps)
-    k_GK, v_GK = (x_D @ w["kv"]).reshape(kv_heads, 2, size).swapaxes(0, 1)
-    heads_H = jnp.arange(cfg.num_heads)
-    q_HKD, out_HKD = w["q"], w["out"]
+    qkv_bias_GJK = w["qkv_bias"] if cfg.biases else jnp.zeros((kv_heads, shared + 2, size))
+    k_GK, v_GK = ((x_D @ w["kv"]).reshape(kv_heads, 2, size) + qkv_bias_GJK[:, shared:]).swapaxes(0, 1)
+    heads_H, q_HKD, out_HKD = None, w["q"], w["out"]
     if isinstance(selection, TopShare) and (num := num_kept(cfg.num_heads, selection.heads)) < cfg.num_heads:
         heads_H = _best(w, "heads", rms_norm(h_D, 1.0, eps), num)
         q_HKD, out_HKD = q_HKD[heads_H], out_HKD[heads_H]
-    q_HK = q_HKD @ x_D
+    q_bias_HK = qkv_bias_GJK[:, :shared].reshape(-1, size)
+    q_HK = q_HKD @ x_D + (q_bias_HK if heads_H is None else q_bias_HK[heads_H])
     if cfg.qk_norm:
         q_HK, k_GK = rms_norm(q_HK, w["query_norm"], eps), rms_norm(k_GK, w["key_norm"], eps)
     entries_CJGK = jnp.concatenate([cache_CJGK, jnp.stack([k_GK, v_GK])[None]])
-    # Of each head that is read, the key and value head that it looks at.
-    seen_CJHK = entries_CJGK[:, :, heads_H // shared]
-    score_HC = jnp.einsum("HK,CHK->HC", q_HK, seen_CJHK[:, 0]) / math.sqrt(size)
-    mixed_HK = jnp.einsum("HC,CHK->HK", jax.nn.softmax(score_HC, axis=-1), seen_CJHK[:, 1])
-    h_D += mixed_HK.ravel() @ out_HKD.reshape(-1, len(h_D))
+    if heads_H is None:
+        q_GJK, seen_CJGK = q_HK.reshape(kv_heads, shared, size), entries_CJGK
+    else:
+        # Of each head that is read, the key and value head that it looks at.
+        q_GJK, seen_CJGK = q_HK[:, None], entries_CJGK[:, :, heads_H // shared]
+    score_GJC = jnp.einsum("GJK,CGK->GJC", q_GJK, seen_CJGK[:, 0]) / math.sqrt(size)
+    mixed_GJK = jnp.einsum("GJC,CGK->GJK", jax.nn.softmax(score_GJC, axis=-1), seen_CJGK[:, 1])
+    h_D += _plus_bias(w, "attention_out", mixed_GJK.ravel() @ out_HKD.reshape(-1, len(h_D)))
 
     y_D = normed(h_D, w, "mlp_norm", eps)
     into, out_FD, units_U, is_above_U = w["into"], w["mlp_out"], None, None
     if isinstance(selection, Gates):
-        partial_F = into[0][:, : selection.channels] @ y_D[: selection.channels]
+        partial_F = w["base"] @ y_D[: selection.channels]
         above_F = selection.above(partial_F, w["gate_mean"], w["gate_std"], w["threshold"])
         best_above_U, units_U = jax.lax.top_k(above_F, num_kept(cfg.d_ff, units))
         # As many as a program of fixed sizes reads; those of them that are below count for nothing.
         is_above_U = best_above_U > 0
     elif selection and (num := num_kept(cfg.d_ff, selection.units)) < cfg.d_ff:
         units_U = _best(w, "units", y_D, num)
+    bias_JF = w["mlp_in_bias"] if cfg.biases else jnp.zeros((len(into), cfg.d_ff))
     if units_U is not None:
-        into, out_FD = [matrix_FD[units_U] for matrix_FD in into], out_FD[units_U]
-    hidden_U = ACTIVATIONS[cfg.mlp](jnp.concatenate([matrix_UD @ y_D for matrix_UD in into]))
+        into, out_FD, bias_JF = [matrix_FD[units_U] for matrix_FD in into], out_FD[units_U], bias_JF[:, units_U]
+    hidden_U = ACTIVATIONS[cfg.mlp](jnp.concatenate([matrix_UD @ y_D for matrix_UD in into]) + bias_JF.ravel())
     if is_above_U is not None:
         hidden_U *= is_above_U
-    return h_D + hidden_U @ out_FD
+    return h_D + _plus_bias(w, "mlp_out", hidden_U @ out_FD)
+
+
+def _plus_bias(w, name: str, y_D: jax.Array) -> jax.Array:
+    return y_D + w[f"{name}_bias"] if f"{name}_bias" in w else y_D
 
 
 def _best(w, what: str, x_D, num: int) -> jax.Array:

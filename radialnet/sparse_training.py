@@ -18,7 +18,7 @@ from radialnet.layers import rms_norm
 from radialnet.losses import cross_entropy
 from radialnet.router import Controllers
 from radialnet.shards import Batch
-from radialnet.sparse import Gates, TopShare, gains, sparsified, top
+from radialnet.sparse import Gates, TopShare, gains, head_sizes, sparsified, top
 from radialnet.train_step import forward_as_evaluated
 from radialnet.trained import TrainedModel
 
@@ -28,7 +28,7 @@ LARGE_HEADS, LARGE_UNITS = 0.5, 0.25
 
 @flax.struct.dataclass
 class Seen:
-    """Executions of each layer, M of them, drawn from those of some text: what a selection is given, and what is right.
+    """Executions of each layer, M of them: what a selection is given, and what is right.
 
     Attributes:
         stream_LMD: the stream before the layer, normed.
@@ -47,10 +47,11 @@ def watched(trained: TrainedModel) -> TrainedModel:
     return sparsified(trained, TopShare("largest", 1.0, 1.0), gains(trained) | _no_bias(trained))
 
 
-def see(trained: TrainedModel, batches: Iterable[Batch], num: int, seed: int = 0) -> Seen:
-    """Draw so many executions of each layer, again and again of layers that have fewer; zeros where there is none."""
+def see(trained: TrainedModel, batches: Iterable[Batch], num: int) -> Seen:
+    """The first executions of each layer, so many; of one that has fewer again and again, and zeros of one without."""
     model, num_layers = watched(trained), trained.config.model.pool_size
     parts: dict[str, list[list[np.ndarray]]] = {}
+    num_seen_L = np.zeros(num_layers, int)
     for batch in batches:
         found, layer_XBS = _look(
             model.params, model.controllers, np.int32(model.step), batch, config=model.config, graph=model.graph
@@ -58,17 +59,16 @@ def see(trained: TrainedModel, batches: Iterable[Batch], num: int, seed: int = 0
         layer_XBS = np.asarray(layer_XBS)
         for name, x_XBSY in found.items():
             x_XBSY = np.asarray(x_XBSY)
-            by_layer = parts.setdefault(name, [[] for _ in range(num_layers)])
-            for layer, rows in enumerate(by_layer):
-                rows.append(x_XBSY[layer_XBS == layer])
-    drawn = {}
-    for name, by_layer in parts.items():
-        # The same rows of each array.
-        rng = np.random.default_rng(seed)
-        layers = [np.concatenate(rows) for rows in by_layer]
-        layers = [rows if len(rows) else np.zeros((1, *rows.shape[1:]), rows.dtype) for rows in layers]
-        drawn[name] = np.stack([rows[rng.choice(len(rows), num, replace=len(rows) < num)] for rows in layers])
-    return Seen(**drawn)
+            for layer, rows in enumerate(parts.setdefault(name, [[] for _ in range(num_layers)])):
+                # Not more than are wanted: those of a large model fill the memory.
+                rows.append(x_XBSY[layer_XBS == layer][: num - num_seen_L[layer]])
+        num_seen_L = np.minimum(num_seen_L + [(layer_XBS == layer).sum() for layer in range(num_layers)], num)
+    return Seen(**{name: np.stack([_filled(rows, num) for rows in by_layer]) for name, by_layer in parts.items()})
+
+
+def _filled(parts: list[np.ndarray], num: int) -> np.ndarray:
+    rows = np.concatenate(parts)
+    return np.resize(rows, (num, *rows.shape[1:])) if len(rows) else np.zeros((num, *rows.shape[1:]), rows.dtype)
 
 
 @partial(jax.jit, static_argnames=("config", "graph"))
@@ -84,15 +84,21 @@ def _look(params, controllers: Controllers, step, batch: Batch, *, config: Confi
         return {
             "stream_LMD": rms_norm(execution.before_BSD, 1.0, block.eps).astype(jnp.float16),
             "mlp_LMD": execution.mlp_in_BSD.astype(jnp.float16),
-            "heads_LMH": _top_of(execution.product("head_gain"), LARGE_HEADS),
-            "units_LMF": _top_of(size_BSF, LARGE_UNITS),
+            "heads_LMH": _large(_head_sizes(execution, model.cfg.head_size), LARGE_HEADS),
+            "units_LMF": _large(size_BSF, LARGE_UNITS),
         }
 
     return executions(model, config, batch, controllers, step, look)[1:]
 
 
-def _top_of(x_BSX: jax.Array, share: float) -> jax.Array:
-    return top(x_BSX.reshape(-1, x_BSX.shape[-1]), share).reshape(x_BSX.shape)
+def _head_sizes(execution: Execution, size: int) -> jax.Array:
+    gained_BSX = execution.product("head_gain")
+    return head_sizes(gained_BSX.reshape(-1, gained_BSX.shape[-1]), size).reshape(*gained_BSX.shape[:2], -1)
+
+
+def _large(size_BSX: jax.Array, share: float) -> jax.Array:
+    # Units that add nothing, as most behind a ReLU, are none.
+    return top(size_BSX.reshape(-1, size_BSX.shape[-1]), share).reshape(size_BSX.shape) & (size_BSX > 0)
 
 
 def _no_bias(trained: TrainedModel) -> dict[str, jax.Array]:
@@ -139,7 +145,6 @@ def _fit(x_LMD, large_LMX, key, *, rank: int, num_steps: int) -> dict[str, jax.A
     def loss_of(params, x_LPD, large_LPX):
         low_LPR = jax.nn.relu(jnp.einsum("LPD,LDR->LPR", x_LPD.astype(jnp.float32), params["in"]))
         score_LPX = jnp.einsum("LPR,LRX->LPX", low_LPR, params["out"]) + params["bias"][:, None]
-        # The sum over layers, so that none of them learns slower for there being others.
         return optax.sigmoid_binary_cross_entropy(score_LPX, large_LPX).mean((1, 2)).sum()
 
     optimizer = optax.adam(optax.cosine_decay_schedule(1e-2, num_steps))
@@ -158,8 +163,13 @@ def _fit(x_LMD, large_LMX, key, *, rank: int, num_steps: int) -> dict[str, jax.A
 def gated(trained: TrainedModel, seen: Seen, channels: int, target: float) -> TrainedModel:
     """The model with gates whose thresholds, in standard deviations of the partial sums, begin at the target."""
     weights_LDF = trained.params["pool"]["block"]["mlp_in"][:, :channels, 0]
-    partial_LMF = jnp.einsum("LMD,LDF->LMF", seen.mlp_LMD[..., :channels].astype(jnp.float32), weights_LDF)
-    mean_LF, std_LF = partial_LMF.mean(1), partial_LMF.std(1) + 1e-6
+
+    def moments(given):
+        partial_MF = given[0].astype(jnp.float32) @ given[1]
+        return partial_MF.mean(0), partial_MF.std(0) + 1e-6
+
+    # A layer at a time: all at once fill the memory.
+    mean_LF, std_LF = jax.lax.map(moments, (jnp.asarray(seen.mlp_LMD[..., :channels]), weights_LDF))
     added = {"gate_mean": mean_LF, "gate_std": std_LF, "threshold": jnp.full(mean_LF.shape, target, jnp.float32)}
     return sparsified(trained, Gates(channels), added)
 
@@ -167,7 +177,16 @@ def gated(trained: TrainedModel, seen: Seen, channels: int, target: float) -> Tr
 def train_gates(
     model: TrainedModel, batches: Iterator[Batch], target: float, num_steps: int, learning_rate: float, coef: float
 ) -> TrainedModel:
-    """Channel Gating's training: the cross-entropy and coef · mean (threshold - target)², of all parameters."""
+    """Channel Gating's training: the cross-entropy and coef · mean (threshold - target)², of model and thresholds.
+
+    Routes are those that were trained: without the losses of its own training a router would change the depth. What
+    the run has frozen stays so.
+
+    Args:
+        learning_rate: peak, of all but the thresholds, which are in standard deviations and have their own.
+    """
+    if not num_steps:
+        return model
     optimizer = _optimizer(num_steps, learning_rate)
     params, moments = model.params, None
     for batch in itertools.islice(batches, num_steps):
@@ -187,11 +206,22 @@ def train_gates(
     return dataclasses.replace(model, params=params)
 
 
+_THRESHOLD_RATE = 1e-2  # Peak.
+
+
 @cache
 def _optimizer(num_steps: int, learning_rate: float) -> optax.GradientTransformation:
     # One for all targets, so that they share a program.
-    schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, num_steps // 10, num_steps, 0.1 * learning_rate)
-    return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule, b2=0.98))
+    def adam(peak: float) -> optax.GradientTransformation:
+        return optax.adam(
+            optax.warmup_cosine_decay_schedule(0.0, peak, num_steps // 10, num_steps, 0.1 * peak), b2=0.98
+        )
+
+    def kinds(params: dict) -> dict:
+        return jax.tree.map_with_path(lambda path, _: "threshold" if path[-1].key == "threshold" else "weights", params)
+
+    by_kind = optax.multi_transform({"weights": adam(learning_rate), "threshold": adam(_THRESHOLD_RATE)}, kinds)
+    return optax.chain(optax.clip_by_global_norm(1.0), by_kind)
 
 
 @partial(jax.jit, static_argnames=("config", "graph", "update"), donate_argnames=("moments",))
@@ -204,8 +234,11 @@ def _train_step(params, moments, controllers, step, batch, target, coef, *, conf
         return nats / batch["is_target"].sum() + coef * pull
 
     grads = jax.grad(loss_of)(params)
+    threshold = grads["pool"]["block"]["threshold"]
+    frozen = {"router", *config.optimizer.frozen_parts}
+    grads = {name: jax.tree.map(jnp.zeros_like, grad) if name in frozen else grad for name, grad in grads.items()}
     # What standardises the partial sums stays as it was measured.
     block = grads["pool"]["block"]
-    block |= {name: jnp.zeros_like(block[name]) for name in ("gate_mean", "gate_std")}
+    block |= {name: jnp.zeros_like(block[name]) for name in ("gate_mean", "gate_std")} | {"threshold": threshold}
     updates, moments = update(grads, moments, params)
     return optax.apply_updates(params, updates), moments

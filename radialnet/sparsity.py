@@ -8,8 +8,9 @@ For trained runs, of one setting and several seeds: as they are; with DejaVu (`d
 hidden units by token; `largest`, `static`, `random`: what really is large, what mostly is, anything) at each share of
 --heads and --units; with Channel Gating (`gates`: hidden units go by partial sums) trained to each threshold --targets,
 of which -100 keeps everything and is what more training alone gives. Runs whose tokens exit or skip are read at each
---exit_bias as well. `time` is that of a row of decoding, against the layers as they are. --results shows other models
-beside. The last line of stdout is one JSON object; --out gets it as sparsity.json, and a plot.
+--exit_bias as well. `time` is that of all layers for a row of decoding, against the layers as they are. A model that
+was trained elsewhere is trained and measured on the standard library. --results shows other models beside. The last
+line of stdout is one JSON object; --out gets it as sparsity.json, and a plot.
 """
 
 import dataclasses
@@ -30,30 +31,34 @@ from flax import nnx
 from rich.console import Console
 from rich.table import Table
 
+from configs import base
 from radialnet import cli
 from radialnet.comparisons import plot_sparsity
 from radialnet.config import Config
-from radialnet.data import Rows, eval_batches, held_out_rows, prepare, train_batches
+from radialnet.data import Rows, batches_from, eval_batches, held_out_rows, prepare
+from radialnet.evaluate import eval_rows
 from radialnet.executions import Execution, executions
 from radialnet.files import write_whole
 from radialnet.router import Controllers
 from radialnet.run_folder import RunFolder
 from radialnet.sections import ConfigError
 from radialnet.shards import Batch
-from radialnet.sources import documents, evenly
-from radialnet.sparse import CHOICES, Gates, TopShare, flops_per_token, sparsified
+from radialnet.sources import documents, evenly, held_out_documents
+from radialnet.sparse import Gates, TopShare, flops_per_token, sparsified
 from radialnet.sparse_decode import one_token, rows_of
 from radialnet.sparse_training import Seen, fit_predictors, gated, see, train_gates, unlearned
 from radialnet.timing import ratio
 from radialnet.trained import TrainedModel, load_trained
 
-METHODS = ("deja_vu", "largest", "static", "random", "gates")
-_CHOICE = {"deja_vu": "predicted"} | {choice: choice for choice in CHOICES}
+# By what each chooses (`TopShare`), gates but for themselves.
+METHODS = {"deja_vu": "predicted", "largest": "largest", "static": "static", "random": "random", "gates": None}
 # Of a row of decoding that is timed.
 _CONTEXT = 128
 # Executions of each layer that predictors are trained on.
 _SEEN = 8192
 _PREDICTOR_STEPS = 1000
+# Documents of the standard library that those are trained on whose run knows no text.
+_ELSEWHERE = 200
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +90,9 @@ def measure(model: TrainedModel, batches: list[Batch], exit_bias: float = 0.0) -
         executed_T = executed_T + (layer_TBS >= 0).sum((1, 2))
         num_targets += int(batch["is_target"].sum())
         num_real += int((batch["document"] >= 0).sum())
-    return Measured(nats / num_targets, tuple((executed_T / num_real).tolist()), units / int(executed_T.sum()))
+    # Where all leave before the first layer, nothing is kept of nothing.
+    units /= max(int(executed_T.sum()), 1)
+    return Measured(nats / num_targets, tuple((executed_T / num_real).tolist()), units)
 
 
 @partial(jax.jit, static_argnames=("config", "graph"))
@@ -100,7 +107,9 @@ def _measured(params, controllers: Controllers, step, batch: Batch, *, config: C
         return (Gates.above(execution.product("gate_base"), *weights) > 0).mean(-1)
 
     h_BSD, units_TBS, layer_TBS = executions(model, config, batch, controllers, step, look)
-    logits_BSV = jnp.matmul(model.final(h_BSD), model.head[...], preferred_element_type=jnp.float32)
+    final_BSD = model.final(h_BSD)
+    head_DV = model.head[...].astype(final_BSD.dtype)
+    logits_BSV = jnp.matmul(final_BSD, head_DV, preferred_element_type=jnp.float32)
     nats_BS = optax.softmax_cross_entropy_with_integer_labels(logits_BSV, batch["target"])
     return nats_BS, units_TBS, layer_TBS
 
@@ -122,7 +131,7 @@ class Study:
     def train_batches(self) -> Iterator[Batch]:
         """Of the training split, by another seed than the run's."""
         train = self.trained.config.train
-        return iter(train_batches(self.train_rows, train.batch_size, train.seed + 1000))
+        return batches_from(self.train_rows, train.batch_size, train.seed + 1000, range(train.batch_size), 0)
 
     def seen(self) -> Seen:
         train = self.trained.config.train
@@ -145,7 +154,7 @@ class Study:
             return
         seen = self.seen()
         for method in (method for method in methods if method != "gates"):
-            choice = _CHOICE[method]
+            choice = METHODS[method]
             if learned := choice == "predicted":
                 added = fit_predictors(seen, self.rank, _PREDICTOR_STEPS, cfg.train.seed)
             else:
@@ -163,7 +172,7 @@ class Study:
 
     def _row(self, method, knob, model: TrainedModel, selection, exit_bias: float = 0.0, timed: bool = False) -> dict:
         config, measured = model.config, measure(model, self.held_out, exit_bias)
-        units = selection.units if isinstance(selection, TopShare) else measured.units
+        heads, units = selection.kept(config) if isinstance(selection, TopShare) else (1.0, measured.units)
         vocab_size, executes_T = model.tokenizer.vocab_size, measured.executes_T
         row = {
             "method": method,
@@ -171,7 +180,7 @@ class Study:
             "seed": config.train.seed,
             "ce": measured.ce,
             "depth": sum(executes_T),
-            "heads": selection.heads if isinstance(selection, TopShare) else 1.0,
+            "heads": heads,
             "units": units,
             "flops_per_token": flops_per_token(config, vocab_size, executes_T, selection, units, self.rank),
             "time": self._time(model, selection, units) if timed and self.repeats else None,
@@ -181,7 +190,7 @@ class Study:
         return row
 
     def _time(self, model: TrainedModel, selection: TopShare | Gates, units: float) -> float | None:
-        """Of a row of decoding, against the layers as they are; None where they don't run in their order."""
+        """Of the layers for a row of decoding, against all of them; None where they don't run in their order."""
         cfg = model.config.model
         if model.config.router.form != "sequential":
             return None
@@ -189,7 +198,7 @@ class Study:
         h_D = jnp.asarray(rng.normal(size=cfg.d_model), jnp.float32)
         shape = cfg.pool_size, _CONTEXT, 2, cfg.num_kv_heads, cfg.head_size
         cache_LCJGK = jnp.asarray(rng.normal(size=shape), jnp.float32)
-        given = rows_of(model), h_D, cache_LCJGK
+        given = rows_of(model, selection if isinstance(selection, Gates) else None), h_D, cache_LCJGK
         return ratio(
             lambda: one_token(*given, cfg=cfg, selection=selection, units=units),
             lambda: one_token(*given, cfg=cfg, selection=None),
@@ -251,40 +260,76 @@ def _show(points: list[dict]) -> None:
     Console(width=None if sys.stdout.isatty() else 120).print(table)
 
 
+def texts(trained: TrainedModel, workdir: Path, data: str | None, needs_training: bool) -> tuple[Rows, Rows | None]:
+    """Held-out rows, those of `data` if given, and rows to train on.
+
+    Raises:
+        ConfigError: the documents of the run are not there any more, or others; or `data` can't be read as text.
+    """
+    config, folder = trained.config, RunFolder(workdir)
+    was_trained_elsewhere = not json.loads(folder.manifest.read_text()).get("num_documents")
+    if not was_trained_elsewhere:
+        rows = eval_rows(trained, workdir, data)
+        return rows, prepare(config, folder).train if needs_training else None
+    source, _ = documents(data and Path(data))
+    train_rows = None
+    if needs_training:
+        trains = held_out_documents(base.get_config().data, is_held_out=False)
+        chosen = [trains[index] for index in evenly(len(trains), _ELSEWHERE)]
+        train_rows = held_out_rows(chosen, trained.tokenizer, config.train.seq_len)
+    return held_out_rows(source, trained.tokenizer, config.train.seq_len), train_rows
+
+
+def load(path: Path, seq_len: int | None) -> TrainedModel:
+    """A run whose rows are of that length. Raises ConfigError: it can't be studied."""
+    trained = load_trained(path)
+    config = trained.config
+    if config.model.prelude_layers or config.model.coda_layers:
+        raise ConfigError(f"--workdir={path}: has layers outside the pool, and those can't be made sparse")
+    if config.data.source == "hops":
+        raise ConfigError(f"--workdir={path}: of config.data.source='hops', and text is needed")
+    seq_len = seq_len or config.train.seq_len
+    trained.check_length(seq_len, "--seq_len", f"--workdir={path}")
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, seq_len=seq_len))
+    return dataclasses.replace(trained, config=config)
+
+
+def _setting(config: Config) -> tuple:
+    """What runs must have in common, so that means over them are of seeds."""
+    return config.model, config.router, config.cache, dataclasses.replace(config.train, seed=0)
+
+
 def main() -> None:
     workdirs, out = [Path(path) for path in _WORKDIR.value], _OUT.value and Path(_OUT.value)
+    if not workdirs:
+        raise ConfigError("--workdir=: a run folder at least is needed")
     if unknown := set(_METHODS.value) - set(METHODS):
         raise ConfigError(f"--methods={unknown.pop()}: one of {', '.join(METHODS)} is needed")
-    keeps = {"heads": _HEADS.value, "units": _UNITS.value}
-    for name, values in keeps.items():
-        keeps[name] = cli.numbers(name, values, float, "shares")
-        if not all(0 < keep <= 1 for keep in keeps[name]):
+    shares = {"heads": _HEADS.value, "units": _UNITS.value}
+    for name, values in shares.items():
+        if not all(0 < share <= 1 for share in cli.numbers(name, values, float, "numbers")):
             raise ConfigError(f"--{name}={','.join(values)}: shares above 0 and up to 1 are needed")
-    targets, biases = (
-        cli.numbers(name, values, float, "numbers") if values else []
-        for name, values in (("targets", _TARGETS.value), ("exit_bias", _EXIT_BIAS.value))
-    )
+    keeps = list(itertools.product(*(map(float, values) for values in shares.values())))
+    targets = cli.numbers("targets", _TARGETS.value, float, "numbers")
+    biases = cli.numbers("exit_bias", _EXIT_BIAS.value, float, "numbers") if _EXIT_BIAS.value else []
     if out and out.exists() and not out.is_dir():
         raise ConfigError(f"--out={out}: not a folder")
     others = peers(Path(_RESULTS.value)) if _RESULTS.value else []
-    source, told = documents(_DATA.value and Path(_DATA.value))
+    runs = {path: load(path, _SEQ_LEN.value) for path in workdirs}
+    for path, trained in runs.items():
+        if _setting(trained.config) != _setting(runs[workdirs[0]].config):
+            raise ConfigError(f"--workdir={path}: of another setting than {workdirs[0]}; means are over seeds alone")
     rows = []
-    for path in workdirs:
-        trained = load_trained(path)
-        seq_len = _SEQ_LEN.value or trained.config.train.seq_len
-        config = dataclasses.replace(trained.config, train=dataclasses.replace(trained.config.train, seq_len=seq_len))
-        trained = dataclasses.replace(trained, config=config)
-        if config.model.prelude_layers or config.model.coda_layers:
-            raise ConfigError(f"--workdir={path}: has layers outside the pool, and those can't be made sparse")
-        trained.check_length(seq_len, "--seq_len", f"--workdir={path}")
-        text = held_out_rows(source, trained.tokenizer, seq_len)
-        num_rows = max(1, min(len(text), _MAX_TOKENS.value // seq_len))
-        # Rows from all over the text.
-        text = [text[row] for row in evenly(len(text), num_rows)]
+    for path, trained in runs.items():
+        config = trained.config
+        held_out, train_rows = texts(trained, path, _DATA.value, bool(_METHODS.value))
+        if num_rows := -(-_MAX_TOKENS.value // config.train.seq_len):
+            held_out = [held_out[row] for row in evenly(len(held_out), num_rows)]
+        num_batches = 0 if num_rows else config.eval.num_batches
         study = Study(
             trained=trained,
-            held_out=list(eval_batches(text, min(config.train.batch_size, num_rows), 0)),
-            train_rows=prepare(config, RunFolder(path)).train,
+            held_out=list(eval_batches(held_out, config.train.batch_size, num_batches)),
+            train_rows=train_rows,
             train_tokens=_TRAIN_TOKENS.value,
             rank=_RANK.value or max(1, config.model.d_model // 8),
             gate_steps=_GATE_STEPS.value,
@@ -292,9 +337,9 @@ def main() -> None:
             learning_rate=_LEARNING_RATE.value or config.optimizer.learning_rate / 10,
             repeats=_REPEATS.value,
         )
-        rows += study.rows(_METHODS.value, list(itertools.product(*keeps.values())), targets, biases)
+        rows += study.rows(_METHODS.value, keeps, targets, biases)
     points = over_seeds(rows)
-    found = {"workdir": [str(path) for path in workdirs], "data": told, "points": points, "rows": rows}
+    found = {"workdir": [str(path) for path in workdirs], "points": points, "rows": rows}
     if out:
         out.mkdir(parents=True, exist_ok=True)
         plot_sparsity(points, others, out / "sparsity.png")
@@ -316,8 +361,10 @@ if __name__ == "__main__":
     _GATE_STEPS = flags.DEFINE_integer("gate_steps", 300, "Training steps of gates.", lower_bound=0)
     _GATE_COEF = flags.DEFINE_float("gate_coef", 0.1, "Of what draws thresholds to their target.", lower_bound=0.0)
     _LEARNING_RATE = flags.DEFINE_float("learning_rate", 0.0, "Of gates; 0 = a tenth of the run's.", lower_bound=0.0)
-    _DATA = flags.DEFINE_string("data", None, "Text in place of the standard library's held-out part.")
-    _MAX_TOKENS = flags.DEFINE_integer("max_tokens", 65536, "About so many tokens to measure on.", lower_bound=1)
+    _DATA = flags.DEFINE_string("data", None, "Text in place of the held-out split.")
+    _MAX_TOKENS = flags.DEFINE_integer(
+        "max_tokens", 0, "Held out, all over the text; 0 = config.eval.num_batches, as in training.", lower_bound=0
+    )
     _SEQ_LEN = flags.DEFINE_integer("seq_len", None, "Tokens a row; by default as the run has.", lower_bound=2)
     _RESULTS = flags.DEFINE_string("results", None, "What radialnet.results wrote: models to be shown beside.")
     _REPEATS = flags.DEFINE_integer("repeats", 9, "Of timing, of which the median counts; 0 = none.", lower_bound=0)
