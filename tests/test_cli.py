@@ -291,6 +291,23 @@ def test_evaluate_token_by_token_gives_the_same_figures(trained):
         assert decoded[name] == pytest.approx(forward[name], rel=1e-5), name
 
 
+def test_evaluate_with_a_window(trained):
+    workdir, _ = trained
+    command = ["-m", "radialnet.evaluate", f"--workdir={workdir}", "--max_tokens=200", "--json"]
+    whole, window = json.loads(run(*command, "--path=decode", "--capacity=4096,32")[0])
+    assert whole["ce"] == pytest.approx(json.loads(run(*command)[0])["ce"], rel=1e-5)
+    assert abs(window["ce"] / whole["ce"] - 1) > 1e-4
+    assert (whole["capacity"], window["capacity"]) == (4096, 32) and window["cache_bytes"] < whole["cache_bytes"]
+    # Two pages of keys and values of two heads of eight numbers each.
+    assert window["cache_bytes"] <= 32 * 2 * 2 * 8 * 4
+    for flags, named in (
+        (["--capacity=64"], "--capacity=64: needs --path=decode"),
+        (["--path=decode", "--capacity=64,16"], "--capacity=64,16: at least 32 entries a row are needed"),
+    ):
+        _, stderr = run(*command, *flags, code=2)
+        assert stderr.count("\n") == 1 and named in stderr
+
+
 def test_generate_for_a_file_of_prompts(trained, tmp_path):
     workdir, _ = trained
     command = ["-m", "radialnet.generate", f"--workdir={workdir}", "--max_new_tokens=4"]
