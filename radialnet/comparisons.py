@@ -175,12 +175,15 @@ def plot_sparsity(points: list[dict], others: list[dict], path: Path) -> None:
         points: `sparsity.over_seeds`.
         others: `sparsity.peers`.
     """
+    # As papers and readers call them.
+    called = {"deja_vu": "DejaVu", "gates": "Channel Gating", "largest": "largest (a bound)"}
     plt = pyplot()
     figure, axes = plt.subplots(figsize=(7.6, 4.6))
     lines = {}
     for point in points:
         heads = point["heads"]
-        lines.setdefault(point["method"] + (f", {heads:.0%} of the heads" if heads < 1 else ""), []).append(point)
+        name = called.get(point["method"], point["method"])
+        lines.setdefault(name + (f", {heads:.0%} of the heads" if heads < 1 else ""), []).append(point)
     for index, (name, of) in enumerate(lines.items()):
         of.sort(key=lambda point: point["flops_per_token"])
         look = {"marker": MARKERS[index % len(MARKERS)], "color": SERIES[index % len(SERIES)], "markersize": 5}
@@ -188,14 +191,16 @@ def plot_sparsity(points: list[dict], others: list[dict], path: Path) -> None:
         spread = [point["ce_std"] or 0 for point in of] if any(point["ce_std"] for point in of) else None
         x, y = ([point[name] for point in of] for name in ("flops_per_token", "ce"))
         axes.errorbar(x, y, yerr=spread, label=name, linewidth=1.2, elinewidth=1, capsize=2, **look)
-    for point in others:
+    for index, point in enumerate(sorted(others, key=lambda point: point["ce"])):
         place = point["flops_per_token"], point["ce"]
-        axes.plot(*place, ".", color="0.5", markersize=5)
-        axes.annotate(point["method"], place, textcoords="offset points", xytext=(4, 3), fontsize=7, color="0.4")
-    # What has lost everything says no more than that.
-    as_it_is = points[0]["ce"]
-    worst = max(point["ce"] for point in points)
-    axes.set_ylim(top=min(worst * 1.02, 2 * as_it_is))
+        axes.plot(*place, "k.", markersize=5)
+        # Many lie one above the other.
+        offset = {"xytext": (5, -2), "ha": "left"} if index % 2 else {"xytext": (-5, -2), "ha": "right"}
+        axes.annotate(point["method"], place, textcoords="offset points", fontsize=7, color="0.3", **offset)
+    # What has lost much says no more than that.
+    shown = [point["ce"] for point in [*points, *others] if point["ce"] < 1.25 * points[0]["ce"]]
+    low, high = min(shown), max(shown)
+    axes.set_ylim(low - 0.05 * (high - low), high + 0.1 * (high - low))
     _scale_costs(axes, [point["flops_per_token"] for point in [*points, *others]])
     axes.set(xlabel="executed forward FLOPs per token", ylabel="held-out loss (nats per token)")
     axes.legend(edgecolor="none", framealpha=0.9, fontsize=8)

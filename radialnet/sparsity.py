@@ -226,15 +226,19 @@ def over_seeds(rows: list[dict]) -> list[dict]:
     ]
 
 
+# Of docs/RESULTS.md, what sparsity within layers is seen beside.
+_PEERS = ("dense, 6 layers", "radial", "radial, T/2", "early exit", "Mixture-of-Depths", "Mixture-of-Recursions")
+
+
 def peers(path: Path) -> list[dict]:
-    """What `radialnet.results` wrote: models of other kinds, trained as these were. Raises ConfigError: not so."""
+    """Those of `_PEERS` that `radialnet.results` wrote there. Raises ConfigError: it wrote no such file."""
     try:
         models = json.loads(path.read_text())["models"]
         names = ("ce", "depth", "flops_per_token", "ce_std")
         return [
             {"method": name, "knob": "", "seeds": len(of["ce_by_seed"]), **{key: of[key] for key in names}}
             for name, of in models.items()
-            if not name.startswith("hops")
+            if name in _PEERS
         ]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"--results={path}: no file that radialnet.results wrote ({error})") from None
