@@ -226,9 +226,9 @@ class Decoder:
         for begin in range(0, num_tokens, at_a_time):
             part_RS, is_real_part_RS = (x[:, begin : begin + at_a_time] for x in (token_RS, is_real_RS))
             if num_pages < most:
-                num_R = np.asarray(cache.num_R) + part_RS.shape[1] * self.decoding.stages.total
+                num_R = np.asarray(cache.num_R) + is_real_part_RS.sum(1) * self.decoding.stages.total
                 needed = -(-num_R // PAGE_SIZE) - np.asarray(cache.num_pages_R())
-                cache = self._with_room(cache, int(needed[is_real_part_RS.any(1)].sum()))
+                cache = self._with_room(cache, int(needed.sum()))
             cache, *parts = _read(self.decoding, self.weights, cache, part_RS, is_real_part_RS, begin)
             found.append(parts)
             self.peak_pages = max(self.peak_pages, num_pages - int(cache.num_free))
