@@ -150,6 +150,11 @@ class Decoder:
         """Keys and values of the pages that were needed at most, so far."""
         return self.peak_pages * PAGE_SIZE * self.entry_bytes
 
+    @property
+    def least_capacity(self) -> int:
+        """Entries with which rows that slide can always go on: a page of each that stays, and those of a next token."""
+        return self.num_rows * PAGE_SIZE * (1 + -(-self.decoding.stages.total // PAGE_SIZE))
+
     def run(self, requests: Iterable[Request]) -> list[Completion]:
         """All completions, in the order of the requests."""
         completions = [piece.completion for piece in self.stream(requests, every=2**30) if piece.completion]

@@ -243,6 +243,8 @@ def _of_windows(timings: Timings, what: str, trained: TrainedModel, rows: Rows, 
         # Room for just as many as there are would be asked for more, before it is known how many there are.
         capacity = 0 if share == 1 else math.ceil(share * unbounded.peak_pages) * PAGE_SIZE
         decoder = Decoder(trained, len(token_RS), capacity=capacity, when_full="slide")
+        if 0 < capacity < decoder.least_capacity:
+            continue
         logits_RSV, _ = decoder.read(*given)
         nats_RS = optax.softmax_cross_entropy_with_integer_labels(logits_RSV, target_RS)
         found = {

@@ -31,7 +31,7 @@ from radialnet.files import finite
 from radialnet.metrics import BatchSums, add, figures
 from radialnet.router import Controllers
 from radialnet.run_folder import RunFolder
-from radialnet.sections import PAGE_SIZE, ConfigError
+from radialnet.sections import ConfigError
 from radialnet.shards import PADDING, Batch
 from radialnet.sources import open_held_out
 from radialnet.train_step import eval_step
@@ -185,13 +185,11 @@ def main() -> None:
     if capacities and _PATH.value != "decode":
         raise ConfigError(f"--capacity={','.join(_CAPACITY.value)}: needs --path=decode")
     trained = load_trained(workdir)
-    model = trained.config.model
-    stages = model.prelude_layers + max(max_depths if _MAX_DEPTH.value else [model.max_depth]) + model.coda_layers
-    # A page that stays, and those of the next token.
-    if capacities and min(capacities) < (least := PAGE_SIZE * (1 + -(-stages // PAGE_SIZE))):
-        raise ConfigError(f"--capacity={','.join(_CAPACITY.value)}: at least {least} entries a row are needed")
     if not _MAX_DEPTH.value:
         max_depths = [trained.config.model.max_depth]
+    least = Decoder(trained, max_depth=max(max_depths)).least_capacity if capacities else 0
+    if min(capacities, default=least) < least:
+        raise ConfigError(f"--capacity={','.join(_CAPACITY.value)}: at least {least} entries a row are needed")
     rows = eval_rows(trained, workdir, _DATA.value)
     rows = _first(rows, -(-_MAX_TOKENS.value // trained.config.train.seq_len))
     by_path = evaluate_decoding if _PATH.value == "decode" else evaluate_trained
