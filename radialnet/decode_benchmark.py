@@ -36,7 +36,7 @@ VOCAB = 512
 PROMPT = 8  # Tokens.
 LONG = 1000  # New tokens of the request that `cache bytes/entries` is of.
 TEXTS, LENGTH = 4, 256  # Held-out texts that trained runs are read on.
-WINDOWS, WINDOW_TEXTS = (1, 0.5, 0.25, 0.125), 16  # Shares of a text's entries that its row has room for.
+WINDOWS, WINDOW_TEXTS = (1, 0.5, 0.25, 0.125), 16  # Shares of the entries that there is room for; all of them first.
 DEPTHS = (0.9, 0.75, 0.5)  # Shares of the layers that tokens of trained runs are held at.
 
 
@@ -237,15 +237,15 @@ def _of_windows(timings: Timings, what: str, trained: TrainedModel, rows: Rows, 
         return
     names = "token", "target", "is_target"
     token_RS, target_RS, is_target_RS = (np.stack([x[name] for x in items]).reshape(-1, length) for name in names)
-    given, unbounded = (token_RS, np.ones(token_RS.shape, bool)), Decoder(trained, len(token_RS), capacity=0)
-    unbounded.read(*given)
+    given, whole_pages = (token_RS, np.ones(token_RS.shape, bool)), 0
     for share in WINDOWS:
-        # Room for just as many as there are would be asked for more, before it is known how many there are.
-        capacity = 0 if share == 1 else math.ceil(share * unbounded.peak_pages) * PAGE_SIZE
+        # Of the first, which is all, it is not known yet how many entries there are.
+        capacity = math.ceil(share * whole_pages) * PAGE_SIZE
         decoder = Decoder(trained, len(token_RS), capacity=capacity, when_full="slide")
         if 0 < capacity < decoder.least_capacity:
             continue
         logits_RSV, _ = decoder.read(*given)
+        whole_pages = whole_pages or decoder.peak_pages
         nats_RS = optax.softmax_cross_entropy_with_integer_labels(logits_RSV, target_RS)
         found = {
             "length": length,
@@ -254,7 +254,7 @@ def _of_windows(timings: Timings, what: str, trained: TrainedModel, rows: Rows, 
             "bytes_per_token": round(decoder.peak_bytes / token_RS.size),
         }
         # Not timed: what reads a given text comes back after every few tokens, which what writes one doesn't.
-        both = decoder.peak_bytes / 1e6, unbounded.peak_bytes / 1e6
+        both = (pages * PAGE_SIZE * decoder.entry_bytes / 1e6 for pages in (decoder.peak_pages, whole_pages))
         timings.add_given(f"{what}, {length} tokens, room for {share:g}", "for all", *both, "mb", **found)
 
 

@@ -85,10 +85,12 @@ def documents(data: Path | None) -> tuple[Source | list[Document], str]:
     cfg = Config.from_dict(base.get_config()).data
     if data is not None:
         return open_held_out(data, cfg.text_key), f"text of {data}"
-    return held_out_documents(cfg), f"held-out part of the standard library of Python {platform.python_version()}"
+    return split_documents(
+        cfg, is_held_out=True
+    ), f"held-out part of the standard library of Python {platform.python_version()}"
 
 
-def held_out_documents(cfg: DataConfig, is_held_out: bool = True) -> list[Document]:
+def split_documents(cfg: DataConfig, is_held_out: bool) -> list[Document]:
     """Those of a source that no run with these fields trains on, or all others. Raises ConfigError as `open_source`."""
     source = open_source(cfg)
     documents = (document for document in map(source.__getitem__, range(len(source))) if len(document.content))

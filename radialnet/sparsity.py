@@ -43,7 +43,7 @@ from radialnet.router import Controllers
 from radialnet.run_folder import RunFolder
 from radialnet.sections import ConfigError
 from radialnet.shards import Batch
-from radialnet.sources import documents, evenly, held_out_documents
+from radialnet.sources import documents, evenly, split_documents
 from radialnet.sparse import Gates, TopShare, flops_per_token, sparsified
 from radialnet.sparse_decode import one_token, rows_of
 from radialnet.sparse_training import Seen, fit_predictors, gated, see, train_gates, unlearned
@@ -271,14 +271,14 @@ def texts(trained: TrainedModel, workdir: Path, data: str | None, needs_training
         ConfigError: the documents of the run are not there any more, or others; or `data` can't be read as text.
     """
     config, folder = trained.config, RunFolder(workdir)
-    was_trained_elsewhere = not json.loads(folder.manifest.read_text()).get("num_documents")
-    if not was_trained_elsewhere:
+    if json.loads(folder.manifest.read_text()).get("num_documents"):
         rows = eval_rows(trained, workdir, data)
         return rows, prepare(config, folder).train if needs_training else None
+    # It was trained elsewhere, and its folder knows no text.
     source, _ = documents(data and Path(data))
     train_rows = None
     if needs_training:
-        trains = held_out_documents(base.get_config().data, is_held_out=False)
+        trains = split_documents(base.get_config().data, is_held_out=False)
         chosen = [trains[index] for index in evenly(len(trains), _ELSEWHERE)]
         train_rows = held_out_rows(chosen, trained.tokenizer, config.train.seq_len)
     return held_out_rows(source, trained.tokenizer, config.train.seq_len), train_rows
