@@ -79,10 +79,7 @@ def make_config(sizes: dict, **overrides) -> Config:
         load_bias_rate=0.0,
         depth_target=float(sizes["max_depth"]),
     )
-    for name, value in overrides.items():
-        section, field = name.split("__")
-        config[section][field] = value
-    return Config.from_dict(config)
+    return Config.from_dict(config, **overrides)
 
 
 def make_batch(config: Config) -> dict[str, np.ndarray]:

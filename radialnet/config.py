@@ -23,12 +23,17 @@ class Config(Sections):
     """A whole run. Build it with `from_dict` or `load`, which validate."""
 
     @classmethod
-    def from_dict(cls, fields: Mapping | ConfigDict) -> "Config":
-        """Build and validate. `fields` maps section to field to value.
+    def from_dict(cls, fields: Mapping | ConfigDict, **overrides: object) -> "Config":
+        """Build and validate. `fields` maps section to field to value; overrides are written `section__field=value`.
 
         Raises:
             ConfigError: an unknown or missing field, a wrong type, or values that don't go together.
         """
+        if overrides:
+            fields = {section: {**of_section} for section, of_section in fields.items()}
+        for name, value in overrides.items():
+            section, field = name.split("__")
+            fields[section][field] = value
         config = _build(cls, fields, "config")
         validate(config)
         return config

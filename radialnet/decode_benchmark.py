@@ -27,6 +27,7 @@ from radialnet.model import init_params
 from radialnet.router import Controllers
 from radialnet.run_folder import RunFolder
 from radialnet.sections import PAGE_SIZE, VIEWS, ConfigError
+from radialnet.sources import evenly
 from radialnet.timing import Timings
 from radialnet.tokenizer import Tokenizer
 from radialnet.train_step import forward
@@ -52,10 +53,7 @@ def make_trained(sizes: dict, **overrides) -> TrainedModel:
     config.train.seq_len = sizes["seq_len"]
     config.router.update(hidden=sizes["d_model"] // 4, exit_warmup_steps=0, depth_ramp_steps=0, exit_bias_init=0.0)
     config.router.depth_target = float(sizes["max_depth"])
-    for name, value in overrides.items():
-        section, field = name.split("__")
-        config[section][field] = value
-    config = Config.from_dict(config)
+    config = Config.from_dict(config, **overrides)
     tokenizer = Tokenizer.of_words([f"w{index}" for index in range(VOCAB - 2)])
     graph, params = init_params(config, VOCAB)
     if config.router.is_trained:
@@ -180,7 +178,7 @@ def _of_depths(timings: Timings, runs: Path, num_new: int) -> None:
         raise ConfigError(f"--runs={runs}: no run in it whose tokens choose their depth yet")
     for folder, trained in chosen.items():
         model, rows = trained.config.model, prepare(trained.config, RunFolder(folder)).eval
-        texts = (rows[row * len(rows) // TEXTS]["token"] for row in range(TEXTS))
+        texts = (rows[row]["token"] for row in evenly(len(rows), TEXTS))
         prompts = [text[text != trained.tokenizer.separator_id][:PROMPT].tolist() for text in texts]
         full = Run(trained, 1, num_new, prompts).with_exit_bias(-100.0)
         parts = [Run(trained, 1, num_new, prompts).hold(share * model.max_depth) for share in DEPTHS]
@@ -231,7 +229,8 @@ def _of_runs(timings: Timings, runs: Path) -> None:
 def _of_windows(timings: Timings, what: str, trained: TrainedModel, rows: Rows, length: int) -> None:
     """The loss on texts of a length, by the share of their entries that the cache has room for."""
     per_text = length // trained.config.train.seq_len
-    items = [rows[row] for row in range(min(len(rows), WINDOW_TEXTS * per_text) // per_text * per_text)]
+    texts = evenly(len(rows) // per_text, WINDOW_TEXTS)
+    items = [rows[text * per_text + row] for text in texts for row in range(per_text)]
     if not items or 0 < trained.config.model.max_positions < length:
         print(f"{what}: no text of {length} tokens, or no positions for it", file=sys.stderr)
         return

@@ -65,10 +65,7 @@ def opt_config(d_model: int, num_heads: int, num_layers: int, divisor: int | Non
     config.router.update(prior="none", depth_target=1.0)
     config.router.network = "mlp" if divisor else "linear"
     config.router.hidden = max(1, d_model // divisor) if divisor else 0
-    for name, value in overrides.items():
-        section, field = name.split("__")
-        config[section][field] = value
-    return Config.from_dict(config)
+    return Config.from_dict(config, **overrides)
 
 
 @dataclasses.dataclass(frozen=True)

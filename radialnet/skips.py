@@ -31,7 +31,7 @@ from radialnet.files import write_whole
 from radialnet.router import Controllers
 from radialnet.sections import ConfigError
 from radialnet.shards import Batch
-from radialnet.sources import documents
+from radialnet.sources import documents, evenly
 from radialnet.train_step import forward_as_evaluated
 from radialnet.trained import TrainedModel, load_trained
 
@@ -197,8 +197,7 @@ def main() -> None:
         raise ConfigError(f"--runs={','.join(_RUNS.value)}: their folders need names of their own")
     rows = held_out_rows(source, trained.tokenizer, seq_len)
     num_rows = max(1, min(len(rows), _MAX_TOKENS.value // seq_len))
-    # Rows from all over the text.
-    rows = [rows[index * len(rows) // num_rows] for index in range(num_rows)]
+    rows = [rows[index] for index in evenly(len(rows), num_rows)]
     batches = list(eval_batches(rows, min(config.train.batch_size, num_rows), 0))
     runs = {name: _learned(Path(path), trained, batches, biases) for name, path in zip(names, _RUNS.value, strict=True)}
     found = {"data": told, **search(Skipping(trained, batches), most, _ORDERS.value, _TOLERANCE.value), "runs": runs}

@@ -24,10 +24,7 @@ def make_config(**overrides) -> Config:
     )
     config.router.update(prior="none", depth_target=2.0)
     config.train.update(batch_size=2, seq_len=13)
-    for name, value in overrides.items():
-        section, field = name.split("__")
-        config[section][field] = value
-    return Config.from_dict(config)
+    return Config.from_dict(config, **overrides)
 
 
 def make_batch(config: Config, seed: int = 0, packed: bool = False) -> dict[str, np.ndarray]:
