@@ -247,6 +247,7 @@ def _of_windows(timings: Timings, what: str, trained: TrainedModel, rows: Rows, 
         whole_pages = whole_pages or decoder.peak_pages
         nats_RS = optax.softmax_cross_entropy_with_integer_labels(logits_RSV, target_RS)
         found = {
+            "model": f"view {trained.config.cache.view}, D={trained.config.model.d_model}",
             "length": length,
             "room": share,
             "ce": float(nats_RS[is_target_RS].mean()),
@@ -258,12 +259,16 @@ def _of_windows(timings: Timings, what: str, trained: TrainedModel, rows: Rows, 
 
 
 def plot_windows(rows: list[dict], path: Path) -> None:
-    """Draw the loss of each run against the bytes of its cache, a panel for each length of text."""
+    """Draw the loss against the bytes of the cache, a panel for each length of text; runs of a view and a width are one
+    line, of their means."""
     panels = {}
     for row in (row for row in rows if "room" in row):
-        lines = panels.setdefault(f"{row['length']} tokens", {})
-        line = lines.setdefault(row["what"].split(", ")[0], [])
-        line.append((row["bytes_per_token"], row["ce"]))
+        line = panels.setdefault(f"{row['length']} tokens", {}).setdefault(row["model"], {})
+        line.setdefault(row["room"], []).append((row["bytes_per_token"], row["ce"]))
+    panels = {
+        title: {model: [tuple(np.mean(points, 0)) for points in line.values()] for model, line in lines.items()}
+        for title, lines in panels.items()
+    }
     plot_tradeoffs(panels, "bytes of the cache per token of the text", "loss (nats per token)", path)
 
 

@@ -162,6 +162,16 @@ def test_decoding_is_measured_at_the_depths_that_are_named(monkeypatch):
     assert 1 <= timings.figures["cache bytes/entries"] < 1.6
 
 
+def test_windows_of_seeds_are_one_line(tmp_path, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(decode_benchmark, "plot_tradeoffs", lambda panels, *_: drawn.update(panels))
+    figures = [("all", 1, 400, 1.0), ("all", 0.5, 200, 1.5), ("all", 1, 410, 2.0), ("first", 1, 100, 3.0)]
+    names = "model", "room", "bytes_per_token", "ce"
+    rows = [dict(zip(names, row, strict=True), length=64) for row in figures]
+    plot_windows([{"what": "not of a window"}, *rows], tmp_path / "windows.png")
+    assert drawn == {"64 tokens": {"all": [(405, 1.5), (200, 1.5)], "first": [(100, 3)]}}
+
+
 @pytest.mark.slow
 def test_cache_is_measured_over_views_and_of_trained_runs(tmp_path, monkeypatch):
     monkeypatch.setattr(decode_benchmark, "VIEWS", ("first", "latest"))
