@@ -13,7 +13,7 @@ from radialnet import benchmark, decode_benchmark, router_benchmark
 from radialnet.aot import devices_of
 from radialnet.baseline import dense_logits, dense_params
 from radialnet.benchmark import RadialStep, benchmark_input, make_batch, make_config
-from radialnet.cost import flops_by_part
+from radialnet.cost import flops_by_part, weights_by_part
 from radialnet.decode_benchmark import benchmark_cache, benchmark_decode, plot_windows
 from radialnet.program import work_of
 from radialnet.sections import ConfigError
@@ -81,6 +81,22 @@ def test_routers_are_measured_against_the_layers_that_they_save(monkeypatch, tmp
     assert all(rows[use, "this machine", "D/2"]["ratio"] > 0 for use in ("training", "decoding"))
     router_benchmark.plot_routers(timings.rows, tmp_path / "router.png")
     assert (tmp_path / "router.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_bytes_of_routers_and_layers_are_those_that_their_programs_are_given(dtype):
+    """By the compiler's account of the memory. Norms and biases, which the model of costs leaves out, are few."""
+    config = router_benchmark.opt_config(256, 2, 5, 4, model__dtype=dtype, model__grouped_backend="masked_dense")
+    weights, h_BSD = weights_by_part(config, 0), jax.ShapeDtypeStruct((1, 1, 256), jnp.float32)
+    parts = {
+        "router": (router_benchmark.router_part, 4),
+        "layer": (router_benchmark.layer_part, jnp.dtype(dtype).itemsize),
+    }
+    for name, (part, num_bytes) in parts.items():
+        made = part(config, (1, 1))
+        program = jax.jit(made.program(False, 1)).lower(jax.eval_shape(made.init), h_BSD).compile()
+        given = program.memory_analysis().argument_size_in_bytes - 4 * h_BSD.size
+        assert weights[name] * num_bytes <= given < 1.03 * weights[name] * num_bytes, name
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="compiles for a TPU")

@@ -8,6 +8,7 @@ from flax import nnx
 
 from radialnet.baseline import VOCAB as BASELINE_VOCAB
 from radialnet.baseline import dense_logits, dense_params
+from radialnet.cache import UnifiedCache
 from radialnet.cost import entry_bytes, flops_by_part, flops_per_token, weights_by_part
 from radialnet.model import abstract_params
 from radialnet.peer_routers import make_router
@@ -142,3 +143,18 @@ def test_weights_and_entries_against_the_arrays_of_the_model(overrides):
     assert (found["head"], found["embedding"]) == (params["head"].size, params["embedding"].size)
     assert entry_bytes(config) == 2 * 2 * 4 * 4
     assert entry_bytes(make_config(model__dtype="bfloat16")) == 2 * 2 * 4 * 2
+
+
+@pytest.mark.parametrize(("view", "entries"), [("all", 3 * 13), ("latest", 13)])
+def test_bytes_of_the_cache_against_the_memory_of_its_program(view, entries):
+    config = make_config(cache__view=view)
+    graph, params = abstract_params(config, VOCAB)
+
+    def empty(params) -> UnifiedCache:
+        return nnx.merge(graph, params).pool.empty_cache(view, 3, 2, 13)
+
+    made = jax.jit(empty).lower(params).compile().memory_analysis().output_size_in_bytes
+    # Besides the entry itself each slot knows its token and its layer, and each row how many it has.
+    told = 2 * entries * 8 + 2 * 4
+    # Arrays of the program start at multiples of 8 bytes, and there is a pointer to each of the five.
+    assert made - told == pytest.approx(2 * entries * entry_bytes(config), abs=5 * 16)
