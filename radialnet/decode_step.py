@@ -107,7 +107,12 @@ def route(
         routed = model.router(h_QD[None], step, weights.controllers, weights.at)
         return jax.tree.map(lambda x: x[0] if jnp.ndim(x) else x, routed)
 
-    route = jax.vmap(of_row)(h_RQD, token_RQ, place_RQ, active_RQ, depth_R, plan)
+    given = h_RQD, token_RQ, place_RQ, active_RQ, depth_R, plan
+    if len(stage_R) == 1:
+        # A row alone leaves out the looks that `router.every` spares it; several rows are each at a step of their own.
+        route = jax.tree.map(lambda x: jnp.asarray(x)[None], of_row(*jax.tree.map(lambda x: x[0], given)))
+    else:
+        route = jax.vmap(of_row)(*given)
     is_routed_R1 = stages.is_routed(stage_R)[:, None]
     log_survival_RQ = jnp.where(is_routed_R1, log_survival_RQ + route.log_survive_BS, log_survival_RQ)
     gate_RQ = jnp.ones(active_RQ.shape)

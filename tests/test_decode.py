@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from radialnet import decode, decode_attention, decode_cache
 from radialnet.decode import Request
 from radialnet.decode_cache import DecodeCache, Stages
-from radialnet.decode_step import Decoding, Weights, decode_step, logits, prefill
+from radialnet.decode_step import Decoding, Weights, decode_step, logits, prefill, route
 from radialnet.router import schedule
 from radialnet.sampling import Sampling
 from radialnet.sections import VIEWS
@@ -68,6 +69,35 @@ class Decoder:
 
 def tokens_of(num_rows=2, seed=0, seq=SEQ):
     return np.random.default_rng(seed).integers(1, 17, (num_rows, seq)).astype(np.int32)
+
+
+def has_spared_products(jaxpr) -> bool:
+    """Whether there are products that a condition leaves out."""
+    for equation in jaxpr.eqns:
+        inner = [x.jaxpr for value in equation.params.values() for x in jax.tree.leaves(value) if hasattr(x, "jaxpr")]
+        if equation.primitive.name == "cond" and len({"dot_general" in str(branch) for branch in inner}) == 2:
+            return True
+        if any(map(has_spared_products, inner)):
+            return True
+    return False
+
+
+@pytest.mark.parametrize("num_rows", [1, 2])
+def test_a_row_alone_leaves_out_the_looks_that_its_router_is_spared(num_rows):
+    decoder = Decoder(num_rows, exit_bias=0.0, router__every=2)
+    token_RS = tokens_of(num_rows, seq=5)
+    logits_RSV, _ = decoder.whole(token_RS)
+    for place in range(5):
+        found_RV = decoder.step(token_RS[:, place], [place] * num_rows, [True] * num_rows)
+        np.testing.assert_allclose(found_RV, logits_RSV[:, place], atol=2e-5)
+    h_RQD, zeros_RQ = jnp.zeros((num_rows, 1, 24)), jnp.zeros((num_rows, 1), jnp.int32)
+    plan = nnx.merge(decoder.decoding.graph, decoder.weights.params).router.no_plan((num_rows, 1))
+
+    def step(stage_R):
+        rest = zeros_RQ == 0, jnp.zeros((num_rows, 1)), plan
+        return route(decoder.decoding, decoder.weights, h_RQD, zeros_RQ, zeros_RQ, stage_R, *rest)
+
+    assert has_spared_products(jax.make_jaxpr(step)(jnp.ones(num_rows, jnp.int32)).jaxpr) == (num_rows == 1)
 
 
 CASES = {
