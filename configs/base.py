@@ -45,8 +45,8 @@ def get_config() -> ConfigDict:
     router.network = "mlp"  # mlp (with GELU) | low_rank (two products, nothing between) | linear (one product).
     router.hidden = 0  # Width of the router's hidden layer, or its rank; 0 = d_model.
     router.sees_step = True  # Whether it adds an embedding of the depth step to the state that it looks at.
-    # It looks at every this many-th step, and keeps its logits for those between; T: once per token. In decoding, where
-    # rows are at steps of their own, they are computed at all.
+    # It looks at every this many-th step, and keeps its logits for those between; T: once per token. Where several rows
+    # are generated, each of them at a step of its own, it is computed at every step all the same.
     router.every = 1
     # none | sequential (layer t mod L) | group (the L/T layers of step t's own group) | hash (one by token and step).
     router.prior = "group"

@@ -31,9 +31,9 @@ class Config(Sections):
         """
         if overrides:
             fields = {section: {**of_section} for section, of_section in fields.items()}
-        for name, value in overrides.items():
-            section, field = name.split("__")
-            fields[section][field] = value
+            for name, value in overrides.items():
+                section, _, field = name.partition("__")
+                fields.setdefault(section, {})[field] = value
         config = _build(cls, fields, "config")
         validate(config)
         return config

@@ -36,7 +36,7 @@ from radialnet.trained import TrainedModel, load_trained
 VOCAB = 512
 PROMPT = 8  # Tokens.
 LONG = 1000  # New tokens of the request that `cache bytes/entries` is of.
-TEXTS, LENGTH = 4, 256  # Held-out texts that trained runs are read on.
+TEXTS = 4  # Held-out texts that trained runs are read on, each of two rows.
 WINDOWS, WINDOW_TEXTS = (1, 0.5, 0.25, 0.125), 16  # Shares of the entries that there is room for; all of them first.
 DEPTHS = (0.9, 0.75, 0.5)  # Shares of the layers that tokens of trained runs are held at.
 
@@ -206,9 +206,10 @@ def _of_runs(timings: Timings, runs: Path) -> None:
     for folder in folders:
         trained = load_trained(folder)
         config, rows = trained.config, prepare(trained.config, RunFolder(folder)).eval
-        stream = np.concatenate([rows[row]["token"] for row in range(-(-TEXTS * LENGTH // config.train.seq_len))])
-        token_RS = stream[: TEXTS * LENGTH].reshape(TEXTS, LENGTH)
-        decoder = Decoder(trained, TEXTS, capacity=0)
+        if not (texts := _texts(rows, 2, TEXTS)):
+            raise ConfigError(f"--runs={runs}: {folder} has {len(rows)} rows of held-out text; 2 are needed")
+        token_RS = texts["token"]
+        decoder = Decoder(trained, len(token_RS), capacity=0)
         stages = decoder.decoding.stages
         read = partial(decoder.read, token_RS, np.ones_like(token_RS, bool))
         logits_RSV, layer_RST = read()
@@ -223,19 +224,32 @@ def _of_runs(timings: Timings, runs: Path) -> None:
         found = {key: float(f"{value:.4g}") for key, value in found.items()}
         timings.add(what, folders[0].name, read, against, name=None, tokens=token_RS.size, **found)
         for length in (config.train.seq_len, 4 * config.train.seq_len):
-            _of_windows(timings, what, trained, rows, length)
+            _of_windows(timings, what, line_of_run(folder, runs), trained, rows, length)
 
 
-def _of_windows(timings: Timings, what: str, trained: TrainedModel, rows: Rows, length: int) -> None:
+def line_of_run(folder: Path, runs: Path) -> str:
+    """What the runs of a sweep that differ by their seed have in common: the folder, and the name but for the seed."""
+    path = folder.relative_to(runs)
+    name = "+".join(part for part in path.name.split("+") if not part.startswith("seed="))
+    line = path.parent / name
+    return str(line) if line.parts else runs.name
+
+
+def _texts(rows: Rows, rows_of_text: int, most: int) -> dict[str, np.ndarray]:
+    """Texts from all over the rows, each of some rows that follow each other; none where there are too few."""
+    firsts = [text * rows_of_text for text in evenly(len(rows) // rows_of_text, most)]
+    texts = [[rows[first + row] for row in range(rows_of_text)] for first in firsts]
+    names = ("token", "target", "is_target") if texts else ()
+    return {name: np.stack([np.concatenate([row[name] for row in text]) for text in texts]) for name in names}
+
+
+def _of_windows(timings: Timings, what: str, line: str, trained: TrainedModel, rows: Rows, length: int) -> None:
     """The loss on texts of a length, by the share of their entries that the cache has room for."""
-    per_text = length // trained.config.train.seq_len
-    texts = evenly(len(rows) // per_text, WINDOW_TEXTS)
-    items = [rows[text * per_text + row] for text in texts for row in range(per_text)]
-    if not items or 0 < trained.config.model.max_positions < length:
+    texts = _texts(rows, length // trained.config.train.seq_len, WINDOW_TEXTS)
+    if not texts or 0 < trained.config.model.max_positions < length:
         print(f"{what}: no text of {length} tokens, or no positions for it", file=sys.stderr)
         return
-    names = "token", "target", "is_target"
-    token_RS, target_RS, is_target_RS = (np.stack([x[name] for x in items]).reshape(-1, length) for name in names)
+    token_RS, target_RS, is_target_RS = (texts[name] for name in ("token", "target", "is_target"))
     given, whole_pages = (token_RS, np.ones(token_RS.shape, bool)), 0
     for share in WINDOWS:
         # Of the first, which is all, it is not known yet how many entries there are.
@@ -247,7 +261,7 @@ def _of_windows(timings: Timings, what: str, trained: TrainedModel, rows: Rows, 
         whole_pages = whole_pages or decoder.peak_pages
         nats_RS = optax.softmax_cross_entropy_with_integer_labels(logits_RSV, target_RS)
         found = {
-            "model": f"view {trained.config.cache.view}, D={trained.config.model.d_model}",
+            "line": line,
             "length": length,
             "room": share,
             "ce": float(nats_RS[is_target_RS].mean()),
@@ -259,17 +273,20 @@ def _of_windows(timings: Timings, what: str, trained: TrainedModel, rows: Rows, 
 
 
 def plot_windows(rows: list[dict], path: Path) -> None:
-    """Draw the loss against the bytes of the cache, a panel for each length of text; runs of a view and a width are one
-    line, of their means."""
+    """Draw the loss against the bytes of the cache, a panel for each length of text; runs that differ by the seed are
+    one line, of the means of all of them."""
     panels = {}
     for row in (row for row in rows if "room" in row):
-        line = panels.setdefault(f"{row['length']} tokens", {}).setdefault(row["model"], {})
+        line = panels.setdefault(f"{row['length']} tokens", {}).setdefault(row["line"], {})
         line.setdefault(row["room"], []).append((row["bytes_per_token"], row["ce"]))
-    panels = {
-        title: {model: [tuple(np.mean(points, 0)) for points in line.values()] for model, line in lines.items()}
-        for title, lines in panels.items()
-    }
+    panels = {title: {name: _means(line) for name, line in lines.items()} for title, lines in panels.items()}
     plot_tradeoffs(panels, "bytes of the cache per token of the text", "loss (nats per token)", path)
+
+
+def _means(line: dict[float, list[tuple[float, float]]]) -> list[tuple[float, float]]:
+    """Of each room that all runs of a line have."""
+    num_runs = max(map(len, line.values()))
+    return [tuple(np.mean(points, 0)) for points in line.values() if len(points) == num_runs]
 
 
 def _forward_logits(decoder: Decoder, token_RS: np.ndarray) -> jax.Array:

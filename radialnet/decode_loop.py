@@ -68,7 +68,8 @@ def _arrive(decoding: Decoding, weights: Weights, rows: Rows, stage_R: jax.Array
     """The rows with their active tokens at a stage, and what those do there."""
     before = rows.choice
     given = rows.token_R[:, None], rows.place_R[:, None], stage_R, active_R[:, None]
-    choice = route(decoding, weights, rows.h_RD[:, None], *given, before.log_survival_RQ, before.plan)
+    given = rows.h_RD[:, None], *given, before.log_survival_RQ, before.plan
+    choice = route(decoding, weights, *given, in_step=len(stage_R) == 1)
     stage_R, choice = _left(decoding, weights, stage_R, choice)
     return rows.replace(stage_R=stage_R, choice=choice)
 

@@ -88,9 +88,22 @@ def model_of(decoding: Decoding, weights: Weights) -> RadialTransformer:
 
 
 def route(
-    decoding: Decoding, weights: Weights, h_RQD, token_RQ, place_RQ, stage_R, active_RQ, log_survival_RQ, plan
+    decoding: Decoding,
+    weights: Weights,
+    h_RQD,
+    token_RQ,
+    place_RQ,
+    stage_R,
+    active_RQ,
+    log_survival_RQ,
+    plan,
+    *,
+    in_step: bool,
 ) -> Choice:
     """Where each active token goes at its row's stage.
+
+    Args:
+        in_step: whether all rows are at the same stage.
 
     Random routes are drawn by the token's place here: others than those of the parallel pass, and as random.
     """
@@ -107,12 +120,10 @@ def route(
         routed = model.router(h_QD[None], step, weights.controllers, weights.at)
         return jax.tree.map(lambda x: x[0] if jnp.ndim(x) else x, routed)
 
-    given = h_RQD, token_RQ, place_RQ, active_RQ, depth_R, plan
-    if len(stage_R) == 1:
-        # A row alone leaves out the looks that `router.every` spares it; several rows are each at a step of their own.
-        route = jax.tree.map(lambda x: jnp.asarray(x)[None], of_row(*jax.tree.map(lambda x: x[0], given)))
-    else:
-        route = jax.vmap(of_row)(*given)
+    # A single depth step, so that the looks that `router.every` spares are left out, and not made for nothing.
+    depth, axis = (depth_R[0], None) if in_step else (depth_R, 0)
+    in_axes = 0, 0, 0, 0, axis, 0
+    route = jax.vmap(of_row, in_axes=in_axes)(h_RQD, token_RQ, place_RQ, active_RQ, depth, plan)
     is_routed_R1 = stages.is_routed(stage_R)[:, None]
     log_survival_RQ = jnp.where(is_routed_R1, log_survival_RQ + route.log_survive_BS, log_survival_RQ)
     gate_RQ = jnp.ones(active_RQ.shape)
@@ -185,7 +196,7 @@ def run(
         stage_R = jnp.full(len(token_RQ), stage)
         active_RQ = is_real_RQ & (stays_RQ | ~stages.is_routed(stage))
         given = h_RQD, token_RQ, place_RQ, stage_R, active_RQ, log_survival_RQ, plan
-        choice = route(decoding, weights, *given)
+        choice = route(decoding, weights, *given, in_step=True)
         h_RQD, cache = execute(decoding, weights, h_RQD, choice, place_RQ, stage_R, cache)
         layer_RQ = jnp.where(choice.layer_RQ < num_layers, choice.layer_RQ, -1)
         layer_TRQ = layer_TRQ.at[stage].set(layer_RQ.astype(jnp.int16))

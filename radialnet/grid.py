@@ -1,7 +1,6 @@
 """A grid of runs that differ in some fields: its axes, as flags write them, and its cells. Pure; no jax."""
 
 import collections
-import copy
 import dataclasses
 import itertools
 import re
@@ -98,7 +97,7 @@ def expand(fields: dict, axes: list[list[Values]], given: Values) -> list[Cell]:
         seed = assigned.get("train.seed", _value(fields, "train.seed"))
         name = joined({labels[field]: value for field, value in {**others, "train.seed": seed}.items()})
         try:
-            config = Config.from_dict(_with(fields, overrides))
+            config = Config.from_dict(fields, **{field.replace(".", "__"): value for field, value in overrides.items()})
         except ConfigError as error:
             raise ConfigError(f"cell {name}: {error}") from None
         if name in cells:
@@ -136,14 +135,6 @@ def _following(fields: dict, assigned: Values, given: Values) -> Values:
 def _value(fields: dict, field: str) -> int | float | str:
     section, name = field.split(".")
     return fields[section][name]
-
-
-def _with(fields: dict, overrides: Values) -> dict:
-    fields = copy.deepcopy(fields)
-    for field, value in overrides.items():
-        section, name = field.split(".")
-        fields[section][name] = value
-    return fields
 
 
 def _labels(fields: Iterable[str]) -> dict[str, str]:

@@ -4,7 +4,7 @@ Here a head's and a unit's weights lie in rows that are gathered, so that what i
 their order, each in the program by itself; the stream goes from the embedding to the last layer.
 
 A gather copies what it reads. Units are read some at a time, so that the copy is still in the core's cache when it is
-multiplied: all at once took twice the time of a program that gathers nothing (docs/SPARSITY.md).
+multiplied (docs/SPARSITY.md has the times).
 """
 
 import math
@@ -18,7 +18,8 @@ from radialnet.sections import ModelConfig
 from radialnet.sparse import Gates, TopShare, num_kept
 from radialnet.trained import TrainedModel
 
-AT_ONCE = 64  # Units.
+# Three matrices of so many rows are 0.4 MB at D = 576: less than a core has of cache beside what all cores share.
+UNITS_AT_ONCE = 64
 
 
 def rows_of(trained: TrainedModel, gates: Gates | None = None) -> list[dict[str, jax.Array]]:
@@ -43,7 +44,7 @@ def rows_of(trained: TrainedModel, gates: Gates | None = None) -> list[dict[str,
     return layers
 
 
-@partial(jax.jit, static_argnames=("cfg", "selection", "units"))
+@partial(jax.jit, static_argnames=("cfg", "selection", "units", "units_at_once"))
 def one_token(
     layers: list[dict[str, jax.Array]],
     h_D: jax.Array,
@@ -52,6 +53,7 @@ def one_token(
     cfg: ModelConfig,
     selection: TopShare | Gates | None,
     units: float = 1.0,
+    units_at_once: int = UNITS_AT_ONCE,
 ) -> jax.Array:
     """The stream [D] behind the last layer of a token at position 0 that sees some entries and its own.
 
@@ -61,11 +63,11 @@ def one_token(
         units: of `Gates`, the share of the units that are read: the most above their thresholds.
     """
     for w, cache_CJGK in zip(layers, cache_LCJGK, strict=True):
-        h_D = _layer(w, h_D, cache_CJGK, cfg, selection, units)
+        h_D = _layer(w, h_D, cache_CJGK, cfg, selection, units, units_at_once)
     return h_D
 
 
-def _layer(w, h_D, cache_CJGK, cfg: ModelConfig, selection, units: float) -> jax.Array:
+def _layer(w, h_D, cache_CJGK, cfg: ModelConfig, selection, units: float, at_once: int) -> jax.Array:
     kv_heads, shared, size, eps = cfg.num_kv_heads, cfg.num_heads // cfg.num_kv_heads, cfg.head_size, cfg.norm_eps
     x_D = normed(h_D, w, "attention_norm", eps)
     qkv_bias_GJK = w["qkv_bias"] if cfg.biases else jnp.zeros((kv_heads, shared + 2, size))
@@ -95,28 +97,28 @@ def _layer(w, h_D, cache_CJGK, cfg: ModelConfig, selection, units: float) -> jax
         above_F = selection.above(partial_F, w["gate_mean"], w["gate_std"], w["threshold"])
         best_above_U, units_U = jax.lax.top_k(above_F, num_kept(cfg.d_ff, units))
         # As many as a program of fixed sizes reads; those of them that are below count for nothing.
-        added_D = _of_units(w, y_D, bias_JF, units_U, best_above_U > 0, cfg)
+        added_D = _of_units(w, y_D, bias_JF, units_U, best_above_U > 0, cfg, at_once)
     elif selection and (num := num_kept(cfg.d_ff, selection.units)) < cfg.d_ff:
         units_U = _best(w, "units", y_D, num)
-        added_D = _of_units(w, y_D, bias_JF, units_U, jnp.ones(num, bool), cfg)
+        added_D = _of_units(w, y_D, bias_JF, units_U, jnp.ones(num, bool), cfg, at_once)
     else:
         added_D = _hidden(w["into"], y_D, bias_JF, cfg) @ w["mlp_out"]
     return h_D + _plus_bias(w, "mlp_out", added_D)
 
 
-def _of_units(w, y_D, bias_JF, units_U, counts_U, cfg: ModelConfig) -> jax.Array:
-    """What those of the units that count add to the stream, [D]."""
-    num_at_once = min(AT_ONCE, len(units_U))
-    # A last part that is not full has a unit that does not count in place of those that it lacks.
-    beyond = -len(units_U) % num_at_once
-    units_PA, counts_PA = (jnp.pad(x_U, (0, beyond)).reshape(-1, num_at_once) for x_U in (units_U, counts_U))
+def _of_units(w, y_D, bias_JF, units_U, is_kept_U, cfg: ModelConfig, at_once: int) -> jax.Array:
+    """The sum over the units that are kept, [D]."""
+    at_once = min(at_once, len(units_U))
+    # The last part is padded with unit 0, masked out.
+    beyond = -len(units_U) % at_once
+    units_PU, is_kept_PU = (jnp.pad(x_U, (0, beyond)).reshape(-1, at_once) for x_U in (units_U, is_kept_U))
 
-    def add(part, added_D):
-        units_A = units_PA[part]
-        hidden_A = _hidden([matrix_FD[units_A] for matrix_FD in w["into"]], y_D, bias_JF[:, units_A], cfg)
-        return added_D + (hidden_A * counts_PA[part]) @ w["mlp_out"][units_A]
+    def add(part, sum_D):
+        units_U = units_PU[part]
+        hidden_U = _hidden([matrix_FD[units_U] for matrix_FD in w["into"]], y_D, bias_JF[:, units_U], cfg)
+        return sum_D + (hidden_U * is_kept_PU[part]) @ w["mlp_out"][units_U]
 
-    return jax.lax.fori_loop(0, len(units_PA), add, jnp.zeros(len(y_D)))
+    return jax.lax.fori_loop(0, len(units_PU), add, jnp.zeros(len(y_D)))
 
 
 def _hidden(into, y_D, bias_JU, cfg: ModelConfig) -> jax.Array:

@@ -27,13 +27,7 @@ from radialnet.run_folder import RunFolder
 from radialnet.sections import ConfigError
 from radialnet.sharding import Placement
 from radialnet.train_log import TrainLog, line_of, stop_if_not_finite
-from radialnet.train_step import (
-    Teacher,
-    TrainState,
-    eval_step,
-    jitted_train_step,
-    trees_of,
-)
+from radialnet.train_step import Teacher, TrainState, eval_step, jitted_train_step, trees_of
 from radialnet.trained import TrainedModel, keep_programs
 from radialnet.watchdog import Watchdog
 from radialnet.writers import MetricsWriter
@@ -68,10 +62,7 @@ class Run:
 def train_until_done(run: Run, writer: MetricsWriter, preemption: Preemption) -> None:
     """Train from the state of the run until `train.num_steps`, and write metrics and checkpoints on the way.
 
-    Raises:
-        NonFiniteError: `train.max_skipped_steps` updates in a row were not finite.
-        AlarmError: the router goes wrong, and `log.alarms` says to stop.
-        PreemptedError: SIGTERM or SIGINT came; the state is saved.
+    Raises what `trainer.train` does of the steps themselves.
     """
     config, num_steps, placement = run.config, run.config.train.num_steps, run.placement
     batch_size, optimizer = config.train.batch_size, make_optimizer(config)
@@ -154,13 +145,13 @@ def train_until_done(run: Run, writer: MetricsWriter, preemption: Preemption) ->
                         f"{asked.name}: saved at step {run.step} of {num_steps}; the same command goes on from it"
                     )
         except NonFiniteError as error:
-            raise _reproduced(run, placement.put_everywhere(log.window()), error) from None
+            raise _with_reproduction(run, placement.put_everywhere(log.window()), error) from None
     run.checkpoints.check(wait=True)
     if config.log.sample_prompt and config.log.sample_tokens:
         _write_sample(run, writer)
 
 
-def _reproduced(run: Run, window: dict, error: NonFiniteError) -> NonFiniteError:
+def _with_reproduction(run: Run, window: dict, error: NonFiniteError) -> NonFiniteError:
     """The error, told with the folder that leads to it again; as it is where that can't be written."""
     folder = run.folder.non_finite
     try:

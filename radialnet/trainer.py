@@ -28,13 +28,7 @@ from radialnet.sharding import Placement
 from radialnet.tokenizer import Tokenizer
 from radialnet.trackers import check_trackers
 from radialnet.train_loop import Run, train_until_done
-from radialnet.train_step import (
-    Teacher,
-    TrainState,
-    init_state,
-    state_shardings,
-    trees_of,
-)
+from radialnet.train_step import Teacher, TrainState, init_state, state_shardings, trees_of
 from radialnet.trained import load_trained
 from radialnet.writers import MetricsWriter
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from radialnet.aot import devices_of
 from radialnet.baseline import dense_logits, dense_params
 from radialnet.benchmark import RadialStep, benchmark_input, make_batch, make_config
 from radialnet.cost import flops_by_part, weights_by_part
-from radialnet.decode_benchmark import benchmark_cache, benchmark_decode, plot_windows
+from radialnet.decode_benchmark import benchmark_cache, benchmark_decode, line_of_run, plot_windows
 from radialnet.program import work_of
 from radialnet.sections import ConfigError
 from radialnet.timing import Timings
@@ -178,14 +179,17 @@ def test_decoding_is_measured_at_the_depths_that_are_named(monkeypatch):
     assert 1 <= timings.figures["cache bytes/entries"] < 1.6
 
 
-def test_windows_of_seeds_are_one_line(tmp_path, monkeypatch):
+def test_windows_of_seeds_are_one_line(monkeypatch):
     drawn = {}
     monkeypatch.setattr(decode_benchmark, "plot_tradeoffs", lambda panels, *_: drawn.update(panels))
     figures = [("all", 1, 400, 1.0), ("all", 0.5, 200, 1.5), ("all", 1, 410, 2.0), ("first", 1, 100, 3.0)]
-    names = "model", "room", "bytes_per_token", "ce"
+    names = "line", "room", "bytes_per_token", "ce"
     rows = [dict(zip(names, row, strict=True), length=64) for row in figures]
-    plot_windows([{"what": "not of a window"}, *rows], tmp_path / "windows.png")
-    assert drawn == {"64 tokens": {"all": [(405, 1.5), (200, 1.5)], "first": [(100, 3)]}}
+    folders = "views/view=all+seed=3", "views/small/seed=3", "views/seed=3", "views"
+    lines = [line_of_run(Path(folder), Path("views")) for folder in folders]
+    assert lines == ["view=all", "small", "views", "views"]
+    plot_windows([{"what": "not of a window"}, *rows], Path("windows.png"))
+    assert drawn == {"64 tokens": {"all": [(405, 1.5)], "first": [(100, 3)]}}, "a room that one run lacks is left out"
 
 
 @pytest.mark.slow

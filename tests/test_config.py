@@ -79,6 +79,15 @@ def test_unknown_missing_and_mistyped_fields():
     assert Config.from_dict(fields).router.noise == 1.0, "a whole number will do for a float"
 
 
+def test_overrides_leave_the_fields_as_they_are():
+    for fields in (base.get_config(), base.get_config().to_dict()):
+        assert Config.from_dict(fields, model__pool_size=24, train__seed=7).model.pool_size == 24
+        assert Config.from_dict(fields) == Config.from_dict(base.get_config())
+    for name, named in {"modle__x": "config.modle", "model__x": "config.model.x", "seed": "config.seed"}.items():
+        with pytest.raises(ConfigError, match=f"{named}: unknown"):
+            Config.from_dict(base.get_config(), **{name: 1})
+
+
 def test_saved_config_is_the_same(tmp_path):
     config = make_config(model__d_ff=28)
     config.save(tmp_path / "config.json")

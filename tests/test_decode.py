@@ -82,22 +82,18 @@ def has_spared_products(jaxpr) -> bool:
     return False
 
 
-@pytest.mark.parametrize("num_rows", [1, 2])
-def test_a_row_alone_leaves_out_the_looks_that_its_router_is_spared(num_rows):
-    decoder = Decoder(num_rows, exit_bias=0.0, router__every=2)
-    token_RS = tokens_of(num_rows, seq=5)
-    logits_RSV, _ = decoder.whole(token_RS)
-    for place in range(5):
-        found_RV = decoder.step(token_RS[:, place], [place] * num_rows, [True] * num_rows)
-        np.testing.assert_allclose(found_RV, logits_RSV[:, place], atol=2e-5)
-    h_RQD, zeros_RQ = jnp.zeros((num_rows, 1, 24)), jnp.zeros((num_rows, 1), jnp.int32)
-    plan = nnx.merge(decoder.decoding.graph, decoder.weights.params).router.no_plan((num_rows, 1))
+@pytest.mark.parametrize("in_step", [True, False])
+def test_rows_in_step_leave_out_the_looks_that_their_router_is_spared(in_step):
+    decoder = Decoder(router__every=2)
+    shape, stage_R = (2, 1), jnp.ones(2, jnp.int32)
+    plan = nnx.merge(decoder.decoding.graph, decoder.weights.params).router.no_plan(shape)
 
-    def step(stage_R):
-        rest = zeros_RQ == 0, jnp.zeros((num_rows, 1)), plan
-        return route(decoder.decoding, decoder.weights, h_RQD, zeros_RQ, zeros_RQ, stage_R, *rest)
+    def step(h_RQD):
+        zeros_RQ = jnp.zeros(shape, jnp.int32)
+        given = h_RQD, zeros_RQ, zeros_RQ, stage_R, zeros_RQ == 0, jnp.zeros(shape), plan
+        return route(decoder.decoding, decoder.weights, *given, in_step=in_step)
 
-    assert has_spared_products(jax.make_jaxpr(step)(jnp.ones(num_rows, jnp.int32)).jaxpr) == (num_rows == 1)
+    assert has_spared_products(jax.make_jaxpr(step)(jnp.zeros((*shape, 24))).jaxpr) == in_step
 
 
 CASES = {

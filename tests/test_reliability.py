@@ -335,9 +335,9 @@ def test_an_alarm_ends_the_run_where_that_is_asked_for(tmp_path, flags):
 def test_a_standstill_is_told_with_all_stacks(tmp_path, flags):
     script = """
 import sys, time
-from radialnet import cli, trainer, watchdog
+from radialnet import cli, train_loop, watchdog
 watchdog.LEAST_SECONDS = 2.0
-batches_from = trainer.batches_from
+batches_from = train_loop.batches_from
 
 def slow_disk(*arguments):
     for number, batch in enumerate(batches_from(*arguments)):
@@ -345,7 +345,7 @@ def slow_disk(*arguments):
             time.sleep(6)
         yield batch
 
-trainer.batches_from = slow_disk
+train_loop.batches_from = slow_disk
 import train
 sys.argv[0] = "train.py"
 train.flags.mark_flag_as_required("config")
