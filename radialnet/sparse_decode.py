@@ -3,8 +3,8 @@
 Here a head's and a unit's weights lie in rows that are gathered, so that what is not kept is not read. Layers run in
 their order, each in the program by itself; the stream goes from the embedding to the last layer.
 
-A gather copies what it reads. Units are read some at a time, so that the copy is still in the core's cache when it is
-multiplied (docs/SPARSITY.md has the times).
+A gather copies what it reads. Heads are read one by one and units some at a time, so that the copy is still in the
+core's cache when it is multiplied (docs/SPARSITY.md has the times).
 """
 
 import math
@@ -68,42 +68,52 @@ def one_token(
 
 
 def _layer(w, h_D, cache_CJGK, cfg: ModelConfig, selection, units: float, at_once: int) -> jax.Array:
+    h_D += _plus_bias(w, "attention_out", _attention(w, h_D, cache_CJGK, cfg, selection))
+    return h_D + _plus_bias(w, "mlp_out", _mlp(w, h_D, cfg, selection, units, at_once))
+
+
+def _attention(w, h_D, cache_CJGK, cfg: ModelConfig, selection) -> jax.Array:
     kv_heads, shared, size, eps = cfg.num_kv_heads, cfg.num_heads // cfg.num_kv_heads, cfg.head_size, cfg.norm_eps
     x_D = normed(h_D, w, "attention_norm", eps)
-    qkv_bias_GJK = w["qkv_bias"] if cfg.biases else jnp.zeros((kv_heads, shared + 2, size))
-    k_GK, v_GK = ((x_D @ w["kv"]).reshape(kv_heads, 2, size) + qkv_bias_GJK[:, shared:]).swapaxes(0, 1)
-    heads_H, q_HKD, out_HKD = None, w["q"], w["out"]
-    if isinstance(selection, TopShare) and (num := num_kept(cfg.num_heads, selection.heads)) < cfg.num_heads:
-        heads_H = _best(w, "heads", rms_norm(h_D, 1.0, eps), num)
-        q_HKD, out_HKD = q_HKD[heads_H], out_HKD[heads_H]
-    q_bias_HK = qkv_bias_GJK[:, :shared].reshape(-1, size)
-    q_HK = q_HKD @ x_D + (q_bias_HK if heads_H is None else q_bias_HK[heads_H])
-    if cfg.qk_norm:
-        q_HK, k_GK = rms_norm(q_HK, w["query_norm"], eps), rms_norm(k_GK, w["key_norm"], eps)
+    bias_GJK = w["qkv_bias"] if cfg.biases else jnp.zeros((kv_heads, shared + 2, size))
+    k_GK, v_GK = ((x_D @ w["kv"]).reshape(kv_heads, 2, size) + bias_GJK[:, shared:]).swapaxes(0, 1)
+    k_GK = rms_norm(k_GK, w["key_norm"], eps) if cfg.qk_norm else k_GK
     entries_CJGK = jnp.concatenate([cache_CJGK, jnp.stack([k_GK, v_GK])[None]])
-    if heads_H is None:
-        q_GJK, seen_CJGK = q_HK.reshape(kv_heads, shared, size), entries_CJGK
-    else:
-        # Of each head that is read, the key and value head that it looks at.
-        q_GJK, seen_CJGK = q_HK[:, None], entries_CJGK[:, :, heads_H // shared]
-    score_GJC = jnp.einsum("GJK,CGK->GJC", q_GJK, seen_CJGK[:, 0]) / math.sqrt(size)
-    mixed_GJK = jnp.einsum("GJC,CGK->GJK", jax.nn.softmax(score_GJC, axis=-1), seen_CJGK[:, 1])
-    h_D += _plus_bias(w, "attention_out", mixed_GJK.ravel() @ out_HKD.reshape(-1, len(h_D)))
 
-    y_D = normed(h_D, w, "mlp_norm", eps)
+    def query(q_XKD, bias_XK) -> jax.Array:
+        q_XK = q_XKD @ x_D + bias_XK
+        return (rms_norm(q_XK, w["query_norm"], eps) if cfg.qk_norm else q_XK) / math.sqrt(size)
+
+    if not isinstance(selection, TopShare) or (num := num_kept(cfg.num_heads, selection.heads)) == cfg.num_heads:
+        q_GJK = query(w["q"], bias_GJK[:, :shared].reshape(-1, size)).reshape(kv_heads, shared, size)
+        score_GJC = jnp.einsum("GJK,CGK->GJC", q_GJK, entries_CJGK[:, 0])
+        mixed_GJK = jnp.einsum("GJC,CGK->GJK", jax.nn.softmax(score_GJC, axis=-1), entries_CJGK[:, 1])
+        return mixed_GJK.ravel() @ w["out"].reshape(-1, len(h_D))
+    heads_H = _best(w, "heads", rms_norm(h_D, 1.0, eps), num)
+
+    def add(index, sum_D):
+        head = heads_H[index]
+        group, place = head // shared, head % shared
+        k_CK, v_CK = entries_CJGK[:, 0, group], entries_CJGK[:, 1, group]
+        score_C = k_CK @ query(w["q"][head], bias_GJK[group, place])
+        return sum_D + jax.nn.softmax(score_C) @ v_CK @ w["out"][head]
+
+    return jax.lax.fori_loop(0, num, add, jnp.zeros(len(h_D)))
+
+
+def _mlp(w, h_D, cfg: ModelConfig, selection, units: float, at_once: int) -> jax.Array:
+    y_D = normed(h_D, w, "mlp_norm", cfg.norm_eps)
     bias_JF = w["mlp_in_bias"] if cfg.biases else jnp.zeros((len(w["into"]), cfg.d_ff))
     if isinstance(selection, Gates):
         partial_F = w["base"] @ y_D[: selection.channels]
         above_F = selection.above(partial_F, w["gate_mean"], w["gate_std"], w["threshold"])
         best_above_U, units_U = jax.lax.top_k(above_F, num_kept(cfg.d_ff, units))
         # As many as a program of fixed sizes reads; those of them that are below count for nothing.
-        added_D = _of_units(w, y_D, bias_JF, units_U, best_above_U > 0, cfg, at_once)
-    elif selection and (num := num_kept(cfg.d_ff, selection.units)) < cfg.d_ff:
+        return _of_units(w, y_D, bias_JF, units_U, best_above_U > 0, cfg, at_once)
+    if selection and (num := num_kept(cfg.d_ff, selection.units)) < cfg.d_ff:
         units_U = _best(w, "units", y_D, num)
-        added_D = _of_units(w, y_D, bias_JF, units_U, jnp.ones(num, bool), cfg, at_once)
-    else:
-        added_D = _hidden(w["into"], y_D, bias_JF, cfg) @ w["mlp_out"]
-    return h_D + _plus_bias(w, "mlp_out", added_D)
+        return _of_units(w, y_D, bias_JF, units_U, jnp.ones(num, bool), cfg, at_once)
+    return _hidden(w["into"], y_D, bias_JF, cfg) @ w["mlp_out"]
 
 
 def _of_units(w, y_D, bias_JF, units_U, is_kept_U, cfg: ModelConfig, at_once: int) -> jax.Array:
