@@ -66,8 +66,9 @@ def _typed(fields: dict, field: str, text: str, said: str) -> int | float | str:
         raise ConfigError(f"{said}: no field {field}; configs/base.py has all fields")
     kind = type(fields[section][name])
     try:
-        return kind(text)
-    except ValueError:
+        # `bool` of any text but the empty one is True.
+        return {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
+    except (ValueError, KeyError):
         raise ConfigError(f"{said}: {kind.__name__} is needed for config.{field}, not {text!r}") from None
 
 

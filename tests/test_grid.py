@@ -21,6 +21,8 @@ def cells_of(fields, *axes, given=None):
 def test_an_axis_is_read_by_the_types_of_its_fields():
     fields = fields_of(base)
     assert parse_axis("model.pool_size=8, 16", fields, "") == [{"model.pool_size": 8}, {"model.pool_size": 16}]
+    switched = [{"router.sees_step": False}, {"router.sees_step": True}]
+    assert parse_axis("router.sees_step=False,true", fields, "") == switched
     assert parse_axis("router.noise=0,1e+0", fields, "") == [{"router.noise": 0.0}, {"router.noise": 1.0}]
     assert parse_axis("data.path=a=b+c,d", fields, "") == [{"data.path": "a=b+c"}, {"data.path": "d"}]
     assert parse_axis("router.form=random,router.form=factored+model.pool_size=16", fields, "") == [
@@ -37,6 +39,7 @@ def test_an_axis_is_read_by_the_types_of_its_fields():
         ("max_depth=4", "section.field=value"),
         ("model.max_depth=4,four", "int is needed for config.model.max_depth, not 'four'"),
         ("model.max_depth=", "config.model.max_depth, not ''"),
+        ("router.sees_step=no", "bool is needed for config.router.sees_step, not 'no'"),
         ("model.nope=4", "model.nope"),
         ("modle.max_depth=4", "modle.max_depth"),
         ("router.form=random,flat+model.pool_size=16", "'flat+model.pool_size=16'"),
