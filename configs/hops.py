@@ -5,7 +5,7 @@ to 6 of them per token and 4 on average: less than an answer with 4 look-ups in 
 The run logs bits per answer (as bpb, for a word counts as one byte); accuracy and depth by the number of look-ups are
 told by python -m radialnet.hops --workdir=runs/hops.
 Cost: 0.5 MFLOP per token forward at depth 4; 24.6 million tokens, 40 minutes on one CPU core. 0.6M parameters.
-Expected: chance, about 2.9 bits per answer: learned routes don't find the first look-up in as many steps. With the order
+Expected: chance, 2.9 bits per answer: learned routes don't find the first look-up in as many steps. With the order
 of the layers given, 1.35 bits at six layers for every token, k = 1 always and k = 2 96 % right; at a mean depth of 4
 exits take most of that again (docs/LOG.md has the commands and why).
 Command: python train.py --config=configs/hops.py --workdir=runs/hops
