@@ -225,6 +225,8 @@ def _of_runs(timings: Timings, runs: Path) -> None:
         timings.add(what, folders[0].name, read, against, name=None, tokens=token_RS.size, **found)
         for length in (config.train.seq_len, 4 * config.train.seq_len):
             _of_windows(timings, what, line_of_run(folder, runs), trained, rows, length)
+        # Programs of one run are of no use to the next, and of seven runs they were more than a process may map.
+        jax.clear_caches()
 
 
 def line_of_run(folder: Path, runs: Path) -> str:
