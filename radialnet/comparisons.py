@@ -210,7 +210,8 @@ def plot_sparsity(points: list[dict], others: list[dict], path: Path) -> None:
 def plot_tradeoffs(panels: dict[str, dict[str, list[tuple[float, float]]]], x: str, y: str, path: Path) -> None:
     """Draw what a cost buys: panels side by side, by their titles; lines in them by name."""
     plt = pyplot()
-    figure, axes_1P = plt.subplots(1, len(panels), figsize=(3.9 * len(panels), 3.6), sharey=True, squeeze=False)
+    size = 3.9 * len(panels), 3.9
+    figure, axes_1P = plt.subplots(1, len(panels), figsize=size, squeeze=False, layout="constrained")
     for axes, (title, lines) in zip(axes_1P[0], panels.items(), strict=True):
         for index, (name, line) in enumerate(lines.items()):
             look = {"marker": MARKERS[index % len(MARKERS)], "color": SERIES[index % len(SERIES)], "markersize": 5}
@@ -219,7 +220,9 @@ def plot_tradeoffs(panels: dict[str, dict[str, list[tuple[float, float]]]], x: s
         axes.set_xlabel(x)
         _scale_costs(axes, [cost for line in lines.values() for cost, _ in line])
     axes_1P[0, 0].set_ylabel(y)
-    axes_1P[0, -1].legend(edgecolor="none", framealpha=0.9, fontsize=8)
+    lines = {line.get_label(): line for axes in axes_1P[0] for line in axes.get_lines()}
+    # Beside the axes, whose lines may be anywhere.
+    figure.legend(lines.values(), lines, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     save(plt, figure, path, dpi=100)
 
 
@@ -276,6 +279,6 @@ def _scale_costs(axes, costs: list[float]) -> None:
     span = max(costs) / min(costs)
     if span > 4:
         axes.set_xscale("log")
-        axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5) if span > 30 else (1, 1.5, 2, 3, 4, 6)))
+        axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5) if span > 6 else (1, 1.5, 2, 3, 4, 6)))
         axes.xaxis.set_minor_locator(ticker.NullLocator())
     axes.xaxis.set_major_formatter(ticker.EngFormatter())
