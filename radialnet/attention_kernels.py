@@ -2,10 +2,10 @@
 
 A program of the grid takes one tile of queries, or of entries, of one head, and loops over the tiles of the other kind
 in which somebody may see something, which are listed beforehand: a tile of empty slots, of later tokens or of another
-document costs nothing. The backward pass is two kernels, one that sums over entries and one that sums over queries, so
-that no two programs write to one place (arXiv 2307.08691). On a TPU the keys and values of a row and head have to fit
-into VMEM. Compiled ahead of time for an H100 and a v5e, not yet run on one (docs/PERFORMANCE.md); elsewhere the same
-kernels run interpreted, which is for tests alone.
+document costs nothing. Tiles in which everybody sees everything come first, in a loop that looks at no positions. The
+backward pass is two kernels, one that sums over entries and one that sums over queries, so that no two programs write
+to one place (arXiv 2307.08691). On a TPU the keys and values of a row and head have to fit into VMEM. Run on an H200,
+compiled ahead of time for a TPU v5e (docs/PERFORMANCE.md); elsewhere the same kernels run interpreted, for tests alone.
 """
 
 from functools import partial
@@ -46,16 +46,17 @@ def _by_platform(function, *args):
 
 @flax.struct.dataclass
 class _Tiled:
-    """Who sees whom, cut into I tiles of queries and J tiles of entries; and for each tile those that it meets."""
+    """Who sees whom, cut into I tiles of queries and J tiles of entries; and for each tile those that it meets, and of
+    how many of these, which are the first ones, it sees all."""
 
     first_BIQ1: jax.Array
     last_BIQ1: jax.Array
     layer_BIQ1: jax.Array
     token_BJ1C: jax.Array
     layer_BJ1C: jax.Array
-    count_B1I: jax.Array
+    count_B2I: jax.Array
     entries_BIJ: jax.Array
-    count_B1J: jax.Array
+    count_B2J: jax.Array
     queries_BJI: jax.Array
 
     @classmethod
@@ -70,25 +71,27 @@ class _Tiled:
         layer_BQ, layer_BC = visibility.layer_BQ, visibility.layer_BC
         layer_BQ = jnp.zeros_like(visibility.first_BQ) if layer_BQ is None else layer_BQ
         layer_BC = jnp.zeros_like(visibility.token_BC) if layer_BC is None else layer_BC
-        meet_BIJ = visibility.tiles_that_meet(tile, tile)
+        meet_BIJ, all_BIJ = visibility.tiles_that_meet(tile, tile), visibility.tiles_that_see_all(tile, tile)
         return cls(
             queries(visibility.first_BQ),
             queries(visibility.last_BQ, -1),
             queries(layer_BQ),
             entries(visibility.token_BC, -1),
             entries(layer_BC),
-            *_those_that_meet(meet_BIJ),
-            *_those_that_meet(meet_BIJ.swapaxes(1, 2)),
+            *_those_that_meet(meet_BIJ, all_BIJ),
+            *_those_that_meet(meet_BIJ.swapaxes(1, 2), all_BIJ.swapaxes(1, 2)),
         )
 
     def positions(self):
         return self.first_BIQ1, self.last_BIQ1, self.layer_BIQ1, self.token_BJ1C, self.layer_BJ1C
 
 
-def _those_that_meet(meet_BXY):
-    """How many of the last axis, [B, 1, X], and their indices, in front of all others, [B, X, Y]."""
-    order_BXY = jnp.argsort(~meet_BXY, axis=-1, stable=True)
-    return meet_BXY.sum(-1, dtype=jnp.int32)[:, None], order_BXY.astype(jnp.int32)
+def _those_that_meet(meet_BXY, all_BXY):
+    """Of the last axis, how many see all and how many meet, [B, 2, X], and their indices, in this order and in front of
+    all others, [B, X, Y]."""
+    order_BXY = jnp.argsort(2 - meet_BXY.astype(jnp.int32) - all_BXY, axis=-1, stable=True)
+    count_B2X = jnp.stack([all_BXY.sum(-1, dtype=jnp.int32), meet_BXY.sum(-1, dtype=jnp.int32)], axis=1)
+    return count_B2X, order_BXY.astype(jnp.int32)
 
 
 def _cut(x_BQX, tile, empty=0):
@@ -151,16 +154,22 @@ def _call(kernel, platform, grid, scalars, in_specs, inputs, out_specs, out_shap
         memory = tpu.SMEM if platform == "tpu" else None
         return pl.BlockSpec((1, *x.shape[1:]), lambda b, h, i: (b, 0, 0), memory_space=memory)
 
+    # Programs that run side by side take tiles of one head, which read the same of it. The axis that varies
+    # fastest is the last on a TPU, and the first on a GPU.
+    specs, results, axis = [*map(of_row, scalars), *in_specs], out_specs, 2
+    if platform == "gpu":
+        grid, axis = grid[::-1], 0
+        specs, results = jax.tree.map(_reversed, (specs, results))
     params = {
-        "gpu": triton.CompilerParams(num_warps=4, num_stages=2),
+        "gpu": triton.CompilerParams(num_warps=4, num_stages=3),
         "tpu": tpu.CompilerParams(vmem_limit_bytes=_VMEM_BYTES),
         "interpreted": None,
     }
     return pl.pallas_call(
-        kernel,
+        partial(kernel, axis=axis),
         grid=grid,
-        in_specs=[*map(of_row, scalars), *in_specs],
-        out_specs=out_specs,
+        in_specs=specs,
+        out_specs=results,
         out_shape=out_shape,
         compiler_params=params[platform],
         cost_estimate=cost,
@@ -169,29 +178,42 @@ def _call(kernel, platform, grid, scalars, in_specs, inputs, out_specs, out_shap
     )(*scalars, *inputs)
 
 
-def _sees_of_query_tile(first, last, layer_q, token, layer_c, j):
-    return sees(first[0, 0], last[0, 0], token[0, j], layer_q[0, 0], layer_c[0, j])
+def _loops(count, index, body, state):
+    """Over the tiles in which everybody sees everything, and over those where it is to be looked at."""
+    num_all, num_tiles = count[0, 0, index], count[0, 1, index]
+    state = jax.lax.fori_loop(0, num_all, partial(body, sees_all=True), state)
+    return jax.lax.fori_loop(num_all, num_tiles, partial(body, sees_all=False), state)
 
 
-def _forward_kernel(count, entries, first, last, layer_q, token, layer_c, q, k, v, mixed, lse, *, scale):
-    i = pl.program_id(2)
+def _masked(x_QC, sees_QC, empty):
+    return x_QC if sees_QC is None else jnp.where(sees_QC, x_QC, empty)
+
+
+def _reversed(spec: pl.BlockSpec) -> pl.BlockSpec:
+    """The same block for the axes of the grid in reversed order."""
+    index_map = spec.index_map
+    return pl.BlockSpec(spec.block_shape, lambda i, h, b: index_map(b, h, i))
+
+
+def _forward_kernel(count, entries, first, last, layer_q, token, layer_c, q, k, v, mixed, lse, *, scale, axis):
+    i = pl.program_id(axis)
     q_QK = q[0, 0, 0]
     num_queries, size = q_QK.shape
 
-    def body(n, state):
+    def body(n, state, sees_all):
         best_Q1, total_Q1, mixed_QK = state
         j = entries[0, i, n]
-        sees_QC = _sees_of_query_tile(first, last, layer_q, token, layer_c, j)
-        scores_QC = jnp.where(sees_QC, _dot(q_QK, k[0, 0, j], _LAST) * scale, NEG_INF)
+        sees_QC = None if sees_all else sees(first[0, 0], last[0, 0], token[0, j], layer_q[0, 0], layer_c[0, j])
+        scores_QC = _masked(_dot(q_QK, k[0, 0, j], _LAST) * scale, sees_QC, NEG_INF)
         new_best_Q1 = jnp.maximum(best_Q1, scores_QC.max(-1, keepdims=True))
-        weights_QC = jnp.where(sees_QC, jnp.exp(scores_QC - new_best_Q1), 0)
+        weights_QC = _masked(jnp.exp(scores_QC - new_best_Q1), sees_QC, 0)
         fade_Q1 = jnp.exp(best_Q1 - new_best_Q1)
         v_CK = v[0, 0, j]
         mixed_QK = mixed_QK * fade_Q1 + _dot(weights_QC.astype(v_CK.dtype), v_CK, _PLAIN)
         return new_best_Q1, total_Q1 * fade_Q1 + weights_QC.sum(-1, keepdims=True), mixed_QK
 
     zeros_Q1, zeros_QK = (jnp.zeros((num_queries, width), jnp.float32) for width in (1, size))
-    best_Q1, total_Q1, mixed_QK = jax.lax.fori_loop(0, count[0, 0, i], body, (zeros_Q1 + NEG_INF, zeros_Q1, zeros_QK))
+    best_Q1, total_Q1, mixed_QK = _loops(count, i, body, (zeros_Q1 + NEG_INF, zeros_Q1, zeros_QK))
     total_Q1 = jnp.maximum(total_Q1, 1e-30)
     mixed[0, 0, 0] = (mixed_QK / total_Q1).astype(mixed.dtype)
     lse[0, 0, 0] = best_Q1 + jnp.log(total_Q1)
@@ -199,39 +221,39 @@ def _forward_kernel(count, entries, first, last, layer_q, token, layer_c, q, k, 
 
 def _gradient_of_scores(q_QK, k_CK, v_CK, d_mixed_QK, lse_Q1, norm_Q1, sees_QC, scale):
     """The weights of a tile, and the gradient of its scores before they are scaled: [Q, C] each."""
-    weights_QC = jnp.where(sees_QC, jnp.exp(_dot(q_QK, k_CK, _LAST) * scale - lse_Q1), 0)
+    weights_QC = _masked(jnp.exp(_dot(q_QK, k_CK, _LAST) * scale - lse_Q1), sees_QC, 0)
     d_scores_QC = weights_QC * (_dot(d_mixed_QK, v_CK, _LAST) - norm_Q1) * scale
     return weights_QC.astype(v_CK.dtype), d_scores_QC.astype(k_CK.dtype)
 
 
 def _queries_kernel(
-    count, entries, first, last, layer_q, token, layer_c, q, k, v, d_mixed, lse, norm, dq, *, scale
+    count, entries, first, last, layer_q, token, layer_c, q, k, v, d_mixed, lse, norm, dq, *, scale, axis
 ):  # fmt: skip
-    i = pl.program_id(2)
+    i = pl.program_id(axis)
     of_queries = q[0, 0, 0], d_mixed[0, 0, 0], lse[0, 0, 0], norm[0, 0, 0]
 
-    def body(n, dq_QK):
+    def body(n, dq_QK, sees_all):
         j = entries[0, i, n]
         q_QK, d_mixed_QK, lse_Q1, norm_Q1 = of_queries
         k_CK = k[0, 0, j]
-        sees_QC = _sees_of_query_tile(first, last, layer_q, token, layer_c, j)
+        sees_QC = None if sees_all else sees(first[0, 0], last[0, 0], token[0, j], layer_q[0, 0], layer_c[0, j])
         _, d_scores_QC = _gradient_of_scores(q_QK, k_CK, v[0, 0, j], d_mixed_QK, lse_Q1, norm_Q1, sees_QC, scale)
         return dq_QK + _dot(d_scores_QC, k_CK, _PLAIN)
 
     zeros_QK = jnp.zeros(of_queries[0].shape, jnp.float32)
-    dq[0, 0, 0] = jax.lax.fori_loop(0, count[0, 0, i], body, zeros_QK).astype(dq.dtype)
+    dq[0, 0, 0] = _loops(count, i, body, zeros_QK).astype(dq.dtype)
 
 
 def _entries_kernel(
-    count, queries, first, last, layer_q, token, layer_c, q, k, v, d_mixed, lse, norm, dk, dv, *, scale
+    count, queries, first, last, layer_q, token, layer_c, q, k, v, d_mixed, lse, norm, dk, dv, *, scale, axis
 ):  # fmt: skip
-    j = pl.program_id(2)
+    j = pl.program_id(axis)
     k_CK, v_CK = k[0, 0, 0], v[0, 0, 0]
 
-    def body(n, grads):
+    def body(n, grads, sees_all):
         dk_CK, dv_CK = grads
         i = queries[0, j, n]
-        sees_QC = sees(first[0, i], last[0, i], token[0, 0], layer_q[0, i], layer_c[0, 0])
+        sees_QC = None if sees_all else sees(first[0, i], last[0, i], token[0, 0], layer_q[0, i], layer_c[0, 0])
         for head in range(q.shape[1]):
             q_QK, d_mixed_QK = q[0, head, i], d_mixed[0, head, i]
             of_queries = d_mixed_QK, lse[0, head, i], norm[0, head, i]
@@ -241,7 +263,7 @@ def _entries_kernel(
         return dk_CK, dv_CK
 
     zeros_CK = jnp.zeros(k_CK.shape, jnp.float32)
-    dk[0, 0, 0], dv[0, 0, 0] = jax.lax.fori_loop(0, count[0, 0, j], body, (zeros_CK, zeros_CK))
+    dk[0, 0, 0], dv[0, 0, 0] = _loops(count, j, body, (zeros_CK, zeros_CK))
 
 
 def _forward(platform, q_BQHK, k_BCGK, v_BCGK, visibility):
@@ -255,7 +277,7 @@ def _forward(platform, q_BQHK, k_BCGK, v_BCGK, visibility):
         partial(_forward_kernel, scale=q_BQHK.shape[-1] ** -0.5),
         platform,
         grid=q.shape[:3],
-        scalars=(tiled.count_B1I, tiled.entries_BIJ),
+        scalars=(tiled.count_B2I, tiled.entries_BIJ),
         in_specs=[*map(_one_tile, queries), *map(_all_tiles, entries), _one_tile(q), *[_all_tiles(k, shared)] * 2],
         inputs=inputs,
         out_specs=(_one_tile(q), _one_tile(lse)),
@@ -277,7 +299,7 @@ def _backward(platform, q_BQHK, k_BCGK, v_BCGK, visibility, lse_BQH, norm_BQH, d
         partial(_queries_kernel, scale=scale),
         platform,
         grid=q.shape[:3],
-        scalars=(tiled.count_B1I, tiled.entries_BIJ),
+        scalars=(tiled.count_B2I, tiled.entries_BIJ),
         in_specs=[
             *map(_one_tile, queries),
             *map(_all_tiles, entries),
@@ -295,7 +317,7 @@ def _backward(platform, q_BQHK, k_BCGK, v_BCGK, visibility, lse_BQH, norm_BQH, d
         partial(_entries_kernel, scale=scale),
         platform,
         grid=k.shape[:3],
-        scalars=(tiled.count_B1J, tiled.queries_BJI),
+        scalars=(tiled.count_B2J, tiled.queries_BJI),
         in_specs=[
             *map(_all_tiles, queries),
             *map(_one_tile, entries),

@@ -1,5 +1,7 @@
 """A plain dense transformer, as one would write it without this package: what the benchmark compares with."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ from radialnet.config import Config
 from radialnet.optimizer import clip, make_optimizer
 
 VOCAB = 512
+HEAD_SIZE = 64
 
 
 def program_mb(program: jax.stages.Compiled) -> float:
@@ -44,32 +47,49 @@ def dense_params(config: Config, seed: int = 0) -> dict:
     }
 
 
-def dense_logits(params: dict, token_BS: jax.Array, config: Config) -> jax.Array:
-    """Logits [B, S, V] of rows that hold one document each."""
+def fused_attention(num_heads: int, head_size: int, seq_len: int, dtype: str) -> str | None:
+    """The `implementation` of `jax.nn.dot_product_attention` that is a kernel of NVIDIA's library; None where there is
+    none, or not for these heads and this precision."""
+    x_BSHK = jax.ShapeDtypeStruct((1, seq_len, num_heads, head_size), dtype)
+    fused = partial(jax.nn.dot_product_attention, is_causal=True, implementation="cudnn")
+    try:
+        jax.jit(fused).lower(x_BSHK, x_BSHK, x_BSHK).compile()
+    except (RuntimeError, ValueError, NotImplementedError):
+        return None
+    return "cudnn"
+
+
+def dense_logits(params: dict, token_BS: jax.Array, config: Config, implementation: str | None = None) -> jax.Array:
+    """Logits [B, S, V] of rows that hold one document each.
+
+    Args:
+        implementation: of `jax.nn.dot_product_attention`; by default plain products.
+    """
     model = config.model
+    dtype = jnp.dtype(model.dtype)
     heads, kv_heads, size = model.num_heads, model.num_kv_heads, model.head_size
     batch, seq = token_BS.shape
     angle_SK = jnp.arange(seq)[:, None] * model.rope_base ** (-jnp.arange(size // 2) / (size // 2))
     cos_S1K, sin_S1K = jnp.cos(angle_SK)[:, None], jnp.sin(angle_SK)[:, None]
-    causal_SS = jnp.tril(jnp.ones((seq, seq), bool))
 
     def norm(x, scale):
-        return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-6) * scale
+        x = x.astype(jnp.float32)
+        return (x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-6) * scale).astype(dtype)
 
     def rope(x_BSHK):
         left, right = jnp.split(x_BSHK, 2, axis=-1)
-        return jnp.concatenate([left * cos_S1K - right * sin_S1K, right * cos_S1K + left * sin_S1K], axis=-1)
+        turned = [left * cos_S1K - right * sin_S1K, right * cos_S1K + left * sin_S1K]
+        return jnp.concatenate(turned, axis=-1).astype(dtype)
 
     def layer(h_BSD, w):
+        w = {name: x.astype(dtype) if x.ndim == 2 else x for name, x in w.items()}
         qkv_BSX = norm(h_BSD, w["attention_norm"]) @ w["qkv"]
         q, k, v = jnp.split(qkv_BSX, [heads * size, (heads + kv_heads) * size], axis=-1)
         q = rope(norm(q.reshape(batch, seq, heads, size), w["query_norm"]))
         k = rope(norm(k.reshape(batch, seq, kv_heads, size), w["key_norm"]))
-        k, v = (jnp.repeat(x.reshape(batch, seq, kv_heads, size), heads // kv_heads, axis=2) for x in (k, v))
-        scores = jnp.einsum("BSHK,BCHK->BHSC", q, k) * size**-0.5
-        probs = jax.nn.softmax(jnp.where(causal_SS, scores, -1e30), axis=-1)
-        mixed = jnp.einsum("BHSC,BCHK->BSHK", probs, v).reshape(batch, seq, -1)
-        h_BSD += mixed @ w["attention_out"]
+        v = v.reshape(batch, seq, kv_heads, size)
+        mixed_BSHK = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=implementation)
+        h_BSD += mixed_BSHK.reshape(batch, seq, -1) @ w["attention_out"]
         gate, up = jnp.split(norm(h_BSD, w["mlp_norm"]) @ w["mlp_in"], 2, axis=-1)
         return h_BSD + (jax.nn.silu(gate) * up) @ w["mlp_out"]
 
@@ -78,13 +98,15 @@ def dense_logits(params: dict, token_BS: jax.Array, config: Config) -> jax.Array
     h_BSD = params["embedding"][token_BS]
     for w in params["layers"]:
         h_BSD = layer(h_BSD, w)
-    return norm(h_BSD, params["final_norm"]) @ params["head"]
+    return jnp.matmul(
+        norm(h_BSD, params["final_norm"]), params["head"].astype(dtype), preferred_element_type=jnp.float32
+    )
 
 
 class DenseStep:
     """A compiled training step of the dense transformer. Call it to run it once."""
 
-    def __init__(self, config: Config, batch: dict):
+    def __init__(self, config: Config, batch: dict, implementation: str | None = None):
         optimizer = make_optimizer(config)
         params = dense_params(config)
         self.state, self.batch = (params, optimizer.init(params)), batch
@@ -93,7 +115,7 @@ class DenseStep:
             params, opt_state = state
 
             def loss(params):
-                logits = dense_logits(params, batch["token"], config)
+                logits = dense_logits(params, batch["token"], config, implementation)
                 return optax.softmax_cross_entropy_with_integer_labels(logits, batch["target"]).mean()
 
             grads = jax.grad(loss)(params)

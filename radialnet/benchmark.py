@@ -1,8 +1,10 @@
 """What a training step costs, as ratios of things timed alternately in one process.
 
-    python -m radialnet.benchmark train|decode|cache|router|input [--json=FILE] [--repeats=N]
+    python -m radialnet.benchmark train|kernels|decode|cache|router|input [--json=FILE] [--repeats=N] [--dtype=D]
 
 `train`   the step against a plain dense transformer, over pool sizes, depths and views; attention; memory.
+`kernels` what the step is made of, alone: products of rows with the matrices of their layers against one product of as
+          many FLOPs, and attention against that of `jax.nn`.
 `decode`  tokens per second over depths, against lockstep, and against `transformers` where it is installed; with --runs
           of trained runs, their layers saved and the time that it saves.
 `cache`   bytes and time of a token over views and sizes; with --runs of trained runs, with their held-out loss, how far
@@ -30,9 +32,8 @@ from absl import flags
 from flax import nnx
 
 from configs import base, radial_nano
-from radialnet import cli
-from radialnet.attention import attend_backward, attend_forward
-from radialnet.baseline import VOCAB, DenseStep, program_mb
+from radialnet import attention, cli
+from radialnet.baseline import HEAD_SIZE, VOCAB, DenseStep, fused_attention, program_mb
 from radialnet.cache import Packing, UnifiedCache
 from radialnet.config import Config
 from radialnet.cost import flops_per_token
@@ -40,6 +41,7 @@ from radialnet.data import prefetch, prepare, train_batches
 from radialnet.decode_benchmark import benchmark_cache, benchmark_decode, plot_windows
 from radialnet.depth import DepthLoop, Inputs, decide, differentiable
 from radialnet.files import write_whole
+from radialnet.kernel_benchmark import benchmark_kernels
 from radialnet.metrics import figures
 from radialnet.model import init_params
 from radialnet.optimizer import make_optimizer
@@ -64,8 +66,9 @@ INPUT_STEPS = 32
 def make_config(sizes: dict, **overrides) -> Config:
     """A radial network that routes by the token and does not learn, so that every repeat runs the same routes."""
     config = base.get_config()
-    config.model.update(num_heads=4, num_kv_heads=4, init="distinct", pool_size=8, min_depth=sizes["max_depth"])
-    config.model.update({name: sizes[name] for name in ("d_model", "d_ff", "max_depth")})
+    heads = max(4, sizes["d_model"] // HEAD_SIZE)
+    config.model.update(num_heads=heads, num_kv_heads=heads, init="distinct", pool_size=8, min_depth=sizes["max_depth"])
+    config.model.update({name: sizes[name] for name in ("d_model", "d_ff", "max_depth", "dtype")})
     config.train.update(batch_size=sizes["batch_size"], seq_len=sizes["seq_len"])
     config.cache.view = "latest"
     config.optimizer.learning_rate = 0.0
@@ -148,7 +151,10 @@ def benchmark_train(timings: Timings, sizes: dict) -> None:
     max_depth = sizes["max_depth"]
     config = make_config(sizes)
     batch = make_batch(config)
-    dense, full = DenseStep(config, batch), RadialStep(config, batch)
+    fused = fused_attention(config.model.num_heads, config.model.head_size, sizes["seq_len"], sizes["dtype"])
+    dense, full = DenseStep(config, batch, fused), RadialStep(config, batch)
+    if fused:
+        timings.add("dense step, plain attention", "dense step", DenseStep(config, batch), dense, name=None)
     timings.add("step, L=8", "dense step", full, dense, name="step/dense@L=8", **full.described())
     for num_layers in (16, 32, 64):
         step = RadialStep(make_config(sizes, model__pool_size=num_layers), batch)
@@ -172,7 +178,7 @@ def benchmark_train(timings: Timings, sizes: dict) -> None:
     timings.add("dense step", "product of its FLOPs", dense, _product(flops), name=None)
     timings.add_given("memory, L=8", "dense step", full.mb(), dense.mb(), "mb", name="memory/dense")
     again = make_config(sizes, model__remat="step")
-    radial_mb, dense_mb = RadialStep(again, batch).mb(), DenseStep(again, batch).mb()
+    radial_mb, dense_mb = RadialStep(again, batch).mb(), DenseStep(again, batch, fused).mb()
     timings.add_given("memory, L=8, remat", "dense step, remat", radial_mb, dense_mb, "mb")
 
 
@@ -198,12 +204,14 @@ def _attention(config: Config, share: float) -> Callable[[], object]:
         packing = Packing.of(jnp.asarray(rng.random(shape) < share))
         cache = cache.append(normal(kv_heads), normal(kv_heads), layer_BS, packing, jnp.int32(step))
     visibility = cache.visibility(jnp.zeros(shape, jnp.int32), layer_BS, packing)
+    backend = attention.default_backend(jax.default_backend())
 
     @jax.jit
     def run(q_BSHK, d_mixed_BSHK, k_BCGK, v_BCGK, visibility):
-        mixed_BSHK, lse_BSH = attend_forward(q_BSHK, k_BCGK, v_BCGK, visibility)
+        given = q_BSHK, k_BCGK, v_BCGK, visibility
+        mixed_BSHK, lse_BSH = attention.attend_forward(*given, backend)
         zeros = jnp.zeros_like(k_BCGK), jnp.zeros_like(v_BCGK)
-        return attend_backward(q_BSHK, k_BCGK, v_BCGK, visibility, mixed_BSHK, lse_BSH, d_mixed_BSHK, *zeros)
+        return attention.attend_backward(*given, mixed_BSHK, lse_BSH, d_mixed_BSHK, *zeros, backend)
 
     arrays = normal(model.num_heads), normal(model.num_heads), cache.k_BCGK, cache.v_BCGK
     return lambda: run(*arrays, visibility)
@@ -288,6 +296,7 @@ def main() -> None:
     runs = Path(_RUNS.value) if _RUNS.value else None
     commands = {
         "train": benchmark_train,
+        "kernels": benchmark_kernels,
         "decode": partial(benchmark_decode, runs=runs),
         "cache": partial(benchmark_cache, runs=runs),
         "router": benchmark_router,
@@ -299,6 +308,7 @@ def main() -> None:
     for name, value in sizes.items():
         if value < 1:
             raise ConfigError(f"--{name}={value}: at least 1 is needed")
+    sizes["dtype"] = _DTYPE.value
     timings = Timings(sizes.pop("repeats"))
     commands[_COMMAND](timings, sizes)
     device = jax.devices()[0]
@@ -323,8 +333,9 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    _COMMAND = cli.command("train", "decode", "cache", "router", "input")
+    _COMMAND = cli.command("train", "kernels", "decode", "cache", "router", "input")
     _JSON = flags.DEFINE_string("json", None, "File for the figures; of `router` and `cache --runs` a plot beside it.")
+    _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the products, but for trained runs.")
     _RUNS = flags.DEFINE_string("runs", "", "Of `cache` and `decode`: a folder with run folders in it.")
     _SIZES = {
         name: flags.DEFINE_integer(

@@ -48,7 +48,7 @@ def make_trained(sizes: dict, **overrides) -> TrainedModel:
     """
     config = base.get_config()
     config.model.update(num_heads=4, num_kv_heads=4, init="distinct", pool_size=2 * sizes["max_depth"])
-    config.model.update({name: sizes[name] for name in ("d_model", "d_ff", "max_depth")})
+    config.model.update({name: sizes[name] for name in ("d_model", "d_ff", "max_depth", "dtype")})
     config.model.min_depth = sizes["max_depth"]
     config.train.seq_len = sizes["seq_len"]
     config.router.update(hidden=sizes["d_model"] // 4, exit_warmup_steps=0, depth_ramp_steps=0, exit_bias_init=0.0)

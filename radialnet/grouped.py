@@ -10,8 +10,7 @@ that each backend can bring rows and matrices together in its own way:
   ragged_dot    `jax.lax.ragged_dot` on all rows at once, and megablox for the gradient of the weights: for TPUs, where
                 both are native. On CPUs and GPUs it is a masked dense product, L times the work, and good for tests
                 alone. Compiled ahead of time for a TPU v5e, not yet run on one (docs/PERFORMANCE.md).
-  pallas        kernels of our own for GPUs (`grouped_kernels`). Compiled ahead of time for an H100, not yet run on one;
-                elsewhere they are interpreted, which is for tests alone.
+  pallas        kernels of our own for GPUs (`grouped_kernels`). Elsewhere they are interpreted, for tests alone.
   masked_dense  every row through every layer, masked: L times the work. The reference.
 All give the same results and gradients. No product but those of the reference is computed for rows that execute
 nothing; the block loop leaves out their norms and activations as well.
@@ -125,10 +124,9 @@ def map_backward(
     transpose = replayed(
         function, rows, fixed, kept, matrices, lambda dy, w: _grouped_product(dy, w, groups, is_transposed=True)
     )
-    vectors_N, to_layers = jax.vjp(lambda vectors: _vectors_by_row(vectors, groups), vectors)
-    d_vectors_N, d_rows, pairs = transpose(vectors_N, _zero_idle(d_outputs, groups))
+    d_vectors_N, d_rows, pairs = transpose(_vectors_by_row(vectors, groups), _zero_idle(d_outputs, groups))
     d_matrices = {name: _add_grouped_outer(d_weights[name], x, dy, groups) for name, (x, dy) in pairs.items()}
-    d_vectors = {name: d_weights[name] + grad for name, grad in to_layers(d_vectors_N)[0].items()}
+    d_vectors = {name: d_weights[name] + _sum_by_layer(grad_NX, groups) for name, grad_NX in d_vectors_N.items()}
     return d_matrices | d_vectors, _zero_idle(d_rows, groups)
 
 
@@ -138,13 +136,19 @@ def map_backward(
 def _layer_of_row(groups: Groups) -> jax.Array:
     """The layer of each sorted row; L past the executing ones."""
     place_N = jnp.arange(groups.row_N.shape[0])
-    return jnp.searchsorted(jnp.cumsum(groups.count_L), place_N, side="right")
+    return jnp.searchsorted(jnp.cumsum(groups.count_L), place_N, side="right", method="compare_all")
 
 
 def _vectors_by_row(vectors, groups):
     """The vectors of each row's layer: [N, X]."""
     layer_N = _layer_of_row(groups)
     return {name: jnp.take(vector, layer_N, axis=0, mode="clip") for name, vector in vectors.items()}
+
+
+def _sum_by_layer(x_NX, groups):
+    """The transpose of `_vectors_by_row`, [L, X]: as a product, for a scatter would have rows wait for each other."""
+    one_hot_NL = jax.nn.one_hot(_layer_of_row(groups), groups.count_L.shape[0], dtype=x_NX.dtype)
+    return jnp.einsum("NL,NX->LX", one_hot_NL, x_NX, precision=jax.lax.Precision.HIGHEST)
 
 
 def _zero_idle(tree, groups):

@@ -1,10 +1,12 @@
 """Products of rows sorted by layer with their layers' matrices, as Pallas kernels for GPUs (by way of Triton).
 
 A program of the grid takes one segment of rows, all of one layer, or one part of one layer's matrix; segments that do
-not exist and layers without rows end at once. Compiled ahead of time for an H100, not yet run on one
-(docs/PERFORMANCE.md); where there is no GPU the same kernels run interpreted, which is for tests alone.
+not exist and layers without rows end at once. Run on an H200 (docs/PERFORMANCE.md); where there is no GPU the same
+kernels run interpreted, which is for tests alone.
 """
 
+import dataclasses
+import math
 from functools import partial
 
 import jax
@@ -14,8 +16,33 @@ from jax.experimental.pallas import triton
 
 from radialnet.grouping import Groups
 
-# Columns of a tile of the result, and how much of the summed axis is read at a time: powers of two, 16 at least.
-_TILE, _INNER = 64, 32
+
+@dataclasses.dataclass(frozen=True)
+class _Tiling:
+    """How a kernel cuts its work: powers of two, 16 at least."""
+
+    width: int  # Columns of a tile of the result, for `add_outer` its rows as well.
+    inner: int  # How much of the summed axis is read at a time.
+    num_warps: int
+
+    def params(self) -> triton.CompilerParams:
+        return triton.CompilerParams(num_warps=self.num_warps, num_stages=3)
+
+
+def _product_tiling(rows: int, num_inner: int, num_columns: int) -> _Tiling:
+    """Tiles as large as the registers of eight warps hold, where they fit: each reads its rows and matrix once more."""
+    width = _largest_divisor((256, 128, 64), num_columns)
+    return _Tiling(width, _largest_divisor((64, 32), num_inner), num_warps=8 if rows * width >= 2**15 else 4)
+
+
+def _outer_tiling(rows: int, num_columns: int, num_others: int) -> _Tiling:
+    width = _largest_divisor((128, 64), math.gcd(num_columns, num_others))
+    return _Tiling(width, min(rows, 64), num_warps=4)
+
+
+def _largest_divisor(sizes: tuple[int, ...], size: int) -> int:
+    """The first of the sizes that divides; the last one if none does."""
+    return next((tile for tile in sizes if size % tile == 0), sizes[-1])
 
 
 def _on_gpu(call, *args):
@@ -49,9 +76,12 @@ def product(x_NX: jax.Array, w_LXY: jax.Array, groups: Groups, is_transposed: bo
     segments, num_rows = groups.segments, x_NX.shape[0]
     (rows,) = segments.sizes
     num_columns = w_LXY.shape[1 if is_transposed else 2]
-    x_NX = _to_tiles(x_NX, (1, _INNER))
-    w_LXY = _to_tiles(w_LXY, *(((1, _TILE), (2, _INNER)) if is_transposed else ((1, _INNER), (2, _TILE))))
-    num_inner = x_NX.shape[1] // _INNER
+    tiling = _product_tiling(rows, x_NX.shape[1], num_columns)
+    x_NX = _to_tiles(x_NX, (1, tiling.inner))
+    w_LXY = _to_tiles(
+        w_LXY, *(((1, tiling.width), (2, tiling.inner)) if is_transposed else ((1, tiling.inner), (2, tiling.width)))
+    )
+    num_inner = x_NX.shape[1] // tiling.inner
     width = w_LXY.shape[1 if is_transposed else 2]
 
     def kernel(layer_M, begin_M, end_M, x_NX, w_LXY, y_NY):
@@ -63,26 +93,26 @@ def product(x_NX: jax.Array, w_LXY: jax.Array, groups: Groups, is_transposed: bo
             start, is_own_P1 = _own_rows(begin, end, rows, num_rows)
 
             def body(inner, sum_PY):
-                x_PI = x_NX[pl.ds(start, rows), pl.ds(inner * _INNER, _INNER)]
+                x_PI = x_NX[pl.ds(start, rows), pl.ds(inner * tiling.inner, tiling.inner)]
                 if is_transposed:
-                    w_IY = w_LXY[layer, :, pl.ds(inner * _INNER, _INNER)].T
+                    w_IY = w_LXY[layer, :, pl.ds(inner * tiling.inner, tiling.inner)].T
                 else:
-                    w_IY = w_LXY[layer, pl.ds(inner * _INNER, _INNER), :]
+                    w_IY = w_LXY[layer, pl.ds(inner * tiling.inner, tiling.inner), :]
                 return sum_PY + jnp.dot(x_PI, w_IY, preferred_element_type=jnp.float32)
 
-            sum_PY = jax.lax.fori_loop(0, num_inner, body, jnp.zeros((rows, _TILE), jnp.float32))
+            sum_PY = jax.lax.fori_loop(0, num_inner, body, jnp.zeros((rows, tiling.width), jnp.float32))
             triton.store(y_NY.at[pl.ds(start, rows), :], sum_PY.astype(y_NY.dtype), mask=is_own_P1)
 
     def call(layer_M, begin_M, end_M, x_NX, w_LXY, interpret):
         whole = pl.BlockSpec(memory_space=pl.ANY)
-        w_block = (w_LXY.shape[0], _TILE, w_LXY.shape[2]) if is_transposed else (*w_LXY.shape[:2], _TILE)
+        w_block = (w_LXY.shape[0], tiling.width, w_LXY.shape[2]) if is_transposed else (*w_LXY.shape[:2], tiling.width)
         return pl.pallas_call(
             kernel,
-            grid=(len(layer_M), width // _TILE),
+            grid=(len(layer_M), width // tiling.width),
             in_specs=[whole, whole, whole, whole, pl.BlockSpec(w_block, partial(_column_block, is_transposed))],
-            out_specs=pl.BlockSpec((num_rows, _TILE), lambda m, n: (0, n)),
+            out_specs=pl.BlockSpec((num_rows, tiling.width), lambda m, n: (0, n)),
             out_shape=jax.ShapeDtypeStruct((num_rows, width), x_NX.dtype),
-            compiler_params=triton.CompilerParams(num_warps=4, num_stages=3),
+            compiler_params=tiling.params(),
             interpret=interpret,
             name="grouped_product",
         )(layer_M, begin_M, end_M, x_NX, w_LXY)
@@ -96,6 +126,10 @@ def _column_block(is_transposed, m, n):
     return (0, n, 0) if is_transposed else (0, 0, n)
 
 
+def _outer(x_PX, dy_PY):
+    return jnp.dot(x_PX.T, dy_PY, preferred_element_type=jnp.float32)
+
+
 def add_outer(total_LXY: jax.Array, x_NX: jax.Array, dy_NY: jax.Array, groups: Groups) -> jax.Array:
     """`total` and the gradient of each layer's matrix, the sum of x · dy over its rows, in the precision of `total`.
 
@@ -103,8 +137,10 @@ def add_outer(total_LXY: jax.Array, x_NX: jax.Array, dy_NY: jax.Array, groups: G
     """
     num_rows, shape = x_NX.shape[0], total_LXY.shape
     (rows,) = groups.segments.sizes
-    tiled = _to_tiles(total_LXY, (1, _TILE), (2, _TILE))
-    x_NX, dy_NY = _to_tiles(x_NX, (1, _TILE)), _to_tiles(dy_NY, (1, _TILE))
+    tiling = _outer_tiling(rows, *shape[1:])
+    rows, width = tiling.inner, tiling.width
+    tiled = _to_tiles(total_LXY, (1, width), (2, width))
+    x_NX, dy_NY = _to_tiles(x_NX, (1, width)), _to_tiles(dy_NY, (1, width))
 
     def kernel(begin_L, end_L, x_NX, dy_NY, old_LXY, new_LXY):
         begin, end = begin_L[pl.program_id(0)], end_L[pl.program_id(0)]
@@ -112,34 +148,36 @@ def add_outer(total_LXY: jax.Array, x_NX: jax.Array, dy_NY: jax.Array, groups: G
         @pl.when(begin < end)
         def _():
             def body(index, sum_XY):
-                first = begin + index * rows
-                start, is_own_P1 = _own_rows(first, end, rows, num_rows)
-                # Both: what lies in other rows may be no number at all.
-                x_PX = jnp.where(is_own_P1, x_NX[pl.ds(start, rows), :], 0).astype(x_NX.dtype)
-                dy_PY = jnp.where(is_own_P1, dy_NY[pl.ds(start, rows), :], 0).astype(dy_NY.dtype)
-                return sum_XY + jnp.dot(x_PX.T, dy_PY, preferred_element_type=jnp.float32)
+                here = pl.ds(begin + index * rows, rows)
+                return sum_XY + _outer(x_NX[here, :], dy_NY[here, :])
 
-            zeros_XY = jnp.zeros((_TILE, _TILE), jnp.float32)
-            sum_XY = jax.lax.fori_loop(0, (end - begin + rows - 1) // rows, body, zeros_XY)
+            num_whole = (end - begin) // rows
+            sum_XY = jax.lax.fori_loop(0, num_whole, body, jnp.zeros((width, width), jnp.float32))
+            # The rest by itself: a mask would keep the others from coming to their product as they lie.
+            start, is_own_P1 = _own_rows(begin + num_whole * rows, end, rows, num_rows)
+            here = pl.ds(start, rows)
+            # Both: what lies in other rows may be no number at all.
+            x_PX, dy_PY = (jnp.where(is_own_P1, x[here, :], 0).astype(x.dtype) for x in (x_NX, dy_NY))
+            sum_XY += _outer(x_PX, dy_PY)
             new_LXY[0] = old_LXY[0] + sum_XY.astype(old_LXY.dtype)
 
     def call(begin_L, end_L, x_NX, dy_NY, total_LXY, interpret):
         whole = pl.BlockSpec(memory_space=pl.ANY)
-        weights = pl.BlockSpec((1, _TILE, _TILE), lambda layer, m, n: (layer, m, n))
+        weights = pl.BlockSpec((1, width, width), lambda layer, m, n: (layer, m, n))
         return pl.pallas_call(
             kernel,
-            grid=(total_LXY.shape[0], total_LXY.shape[1] // _TILE, total_LXY.shape[2] // _TILE),
+            grid=(total_LXY.shape[0], total_LXY.shape[1] // width, total_LXY.shape[2] // width),
             in_specs=[
                 whole,
                 whole,
-                pl.BlockSpec((num_rows, _TILE), lambda layer, m, n: (0, m)),
-                pl.BlockSpec((num_rows, _TILE), lambda layer, m, n: (0, n)),
+                pl.BlockSpec((num_rows, width), lambda layer, m, n: (0, m)),
+                pl.BlockSpec((num_rows, width), lambda layer, m, n: (0, n)),
                 weights,
             ],
             out_specs=weights,
             out_shape=jax.ShapeDtypeStruct(total_LXY.shape, total_LXY.dtype),
             input_output_aliases={4: 0},
-            compiler_params=triton.CompilerParams(num_warps=4, num_stages=3),
+            compiler_params=tiling.params(),
             interpret=interpret,
             name="grouped_outer",
         )(begin_L, end_L, x_NX, dy_NY, total_LXY)

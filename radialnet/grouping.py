@@ -131,7 +131,8 @@ def _cut(count_L: jax.Array, num_rows: int, sizes: tuple[int, ...]) -> Segments:
     most_of_layer = 1 + sum(-(-larger // size) for larger, size in itertools.pairwise(sizes))
     max_segments = num_rows // sizes[0] + min(num_layers, num_rows) * most_of_layer
     index_M = jnp.arange(max_segments, dtype=jnp.int32)
-    cell_M = jnp.minimum(jnp.searchsorted(last_ZL, index_M, side="right"), last_ZL.shape[0] - 1)
+    cell_M = jnp.searchsorted(last_ZL, index_M, side="right", method="compare_all")
+    cell_M = jnp.minimum(cell_M, last_ZL.shape[0] - 1)
     layer_M = (cell_M % num_layers).astype(jnp.int32)
     nth_M = index_M - (last_ZL - num_ZL.ravel())[cell_M]
     size_M = size_Z1[cell_M // num_layers, 0]

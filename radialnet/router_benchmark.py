@@ -46,8 +46,12 @@ TPU = "v5e:2x2"
 MEASURES = ("FLOPs", "bytes", "this machine", "device")
 # Passes of a TPU's matrix unit for one product: of bfloat16, and of float32 at the highest precision.
 LAYER_PASSES, ROUTER_PASSES = 1, 6
-# Of a single layer the reference is a plain product.
-ON_TPU = {"model__dtype": "bfloat16", "model__grouped_backend": "masked_dense"}
+# Of a single layer the reference is a plain product; attention whose FLOPs XLA counts.
+ON_TPU = {
+    "model__dtype": "bfloat16",
+    "model__grouped_backend": "masked_dense",
+    "model__attention_backend": "tiles",
+}
 # Rows that a TPU trains on, of as many tokens as this machine's single one: with fewer, memory bounds all of it.
 TPU_ROWS = 16
 
@@ -61,7 +65,7 @@ def opt_config(d_model: int, num_heads: int, num_layers: int, divisor: int | Non
     config = base.get_config()
     config.model.update(pool_size=num_layers, max_depth=1, min_depth=0, init="distinct", d_model=d_model)
     config.model.update(num_heads=num_heads, num_kv_heads=num_heads, d_ff=4 * d_model, qk_norm=False)
-    config.model.update(norm="layer", mlp="relu", biases=True, attention_backend="tiles")
+    config.model.update(norm="layer", mlp="relu", biases=True)
     config.router.update(prior="none", depth_target=1.0)
     config.router.network = "mlp" if divisor else "linear"
     config.router.hidden = max(1, d_model // divisor) if divisor else 0
@@ -184,17 +188,23 @@ def benchmark_router(timings: Timings, sizes: dict) -> None:
     device = _tpu()
     for size, dimensions in OPT.items():
         for use, seq_len in (("training", sizes["seq_len"]), ("decoding", 1)):
-            _compare(timings, size, dimensions, use, seq_len, device)
+            _compare(timings, size, dimensions, use, seq_len, sizes["dtype"], device)
 
 
 def _compare(
-    timings: Timings, size: str, dimensions: tuple[int, int, int], use: str, seq_len: int, device: jax.Device | None
+    timings: Timings,
+    size: str,
+    dimensions: tuple[int, int, int],
+    use: str,
+    seq_len: int,
+    dtype: str,
+    device: jax.Device | None,
 ) -> None:
     """Rows of the routers of all widths against a layer of one size, in one use."""
     d_model, _, num_layers = dimensions
     trains = use == "training"
     shape, on_tpu = (1, seq_len), (TPU_ROWS if trains else 1, seq_len)
-    config, in_bf16 = opt_config(*dimensions), opt_config(*dimensions, **ON_TPU)
+    config, in_bf16 = opt_config(*dimensions, model__dtype=dtype), opt_config(*dimensions, **ON_TPU)
     layer = timed(layer_part(config, shape), shape, d_model, trains, 1) if fits(config) else None
     if device:
         layer_best_s = seconds_at_best(layer_part(in_bf16, on_tpu), on_tpu, d_model, trains, 1, LAYER_PASSES, device)

@@ -53,16 +53,30 @@ class Visibility:
             meet_BIJ &= overlap(self.layer_BQ, self.layer_BQ, self.layer_BC)
         return meet_BIJ
 
+    def tiles_that_see_all(self, num_queries: int, num_entries: int) -> jax.Array:
+        """Tiles in which every query sees every entry, [B, I, J], so that nobody has to ask. Layers are not looked at:
+        where they matter there is none."""
+        latest_first_BI = _tiled(self.first_BQ, num_queries, 0).max(-1)
+        earliest_last_BI = _tiled(self.last_BQ, num_queries, -1).min(-1)
+        token_BJC = _tiled(self.token_BC, num_entries, -1)
+        sees_lowest_BIJ = latest_first_BI[..., None] <= token_BJC.min(-1)[:, None]
+        sees_highest_BIJ = token_BJC.max(-1)[:, None] <= earliest_last_BI[..., None]
+        return sees_lowest_BIJ & sees_highest_BIJ & (self.layer_BQ is None)
+
 
 def _ranges(low_BX, high_BX, is_there_BX, size: int) -> tuple[jax.Array, jax.Array]:
     """The lowest and the highest of each tile of X, [B, I] each; of a tile with nothing in it, none between them."""
 
-    def tiled(x_BX, empty):
-        padding = -x_BX.shape[1] % size
-        there_BX = jnp.where(is_there_BX, x_BX, empty)
-        return jnp.pad(there_BX, ((0, 0), (0, padding)), constant_values=empty).reshape(len(x_BX), -1, size)
+    def of_tile(x_BX, empty):
+        return _tiled(jnp.where(is_there_BX, x_BX, empty), size, empty)
 
-    return tiled(low_BX, jnp.iinfo(jnp.int32).max).min(-1), tiled(high_BX, -1).max(-1)
+    return of_tile(low_BX, jnp.iinfo(jnp.int32).max).min(-1), of_tile(high_BX, -1).max(-1)
+
+
+def _tiled(x_BX, size, empty):
+    """[B, I, size], what is missing in the last tile filled up."""
+    padding = -x_BX.shape[1] % size
+    return jnp.pad(x_BX, ((0, 0), (0, padding)), constant_values=empty).reshape(len(x_BX), -1, size)
 
 
 def sees(first_Q1, last_Q1, token_1C, layer_Q1, layer_1C):

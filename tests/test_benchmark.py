@@ -22,7 +22,7 @@ from radialnet.timing import Timings
 from tests.test_cli import run
 from tests.test_model import plain_network
 
-SIZES = {"d_model": 16, "d_ff": 24, "seq_len": 8, "batch_size": 2, "max_depth": 3}
+SIZES = {"d_model": 16, "d_ff": 24, "seq_len": 8, "batch_size": 2, "max_depth": 3, "dtype": "float32"}
 NAMES = {
     "step/dense@L=8", "step/dense@L=16", "step/dense@L=32", "step/dense@L=64", "step L=64/L=8",
     "step depth=T÷2/depth=T", "attention all half/full", "router share", "memory/dense", "step/matmul limit",

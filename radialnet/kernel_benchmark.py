@@ -1,0 +1,127 @@
+"""What the products and the attention of a layer take against plain ones: `benchmark kernels`.
+
+Of rows that are spread at random over the layers of a pool, and of causal attention, by the backends that this machine
+trains with; forwards, and with the gradient. Each row of the table tells, too, how far the result is from the same in
+float32 (the norm of the difference over the norm), and how many TFLOP/s both come to.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from radialnet import attention, grouped
+from radialnet.baseline import HEAD_SIZE, fused_attention
+from radialnet.grouping import plan
+from radialnet.timing import Timings
+from radialnet.visibility import Visibility
+
+POOLS = 8, 64  # Layers.
+
+
+def benchmark_kernels(timings: Timings, sizes: dict) -> None:
+    _products(timings, sizes)
+    _attention(timings, sizes)
+
+
+def _products(timings: Timings, sizes: dict) -> None:
+    d_model, d_ff, dtype = sizes["d_model"], 2 * sizes["d_ff"], jnp.dtype(sizes["dtype"])
+    num_rows, rng = sizes["batch_size"] * sizes["seq_len"], np.random.default_rng(0)
+    x_ND, dy_NF = (jnp.asarray(rng.normal(size=(num_rows, size)), dtype) for size in (d_model, d_ff))
+    flops = 2 * num_rows * d_model * d_ff
+    w_DF = jnp.asarray(rng.normal(size=(d_model, d_ff)) * d_model**-0.5, jnp.float32)
+    plain = _both(lambda w_DF, x_ND: x_ND @ w_DF.astype(x_ND.dtype), w_DF, x_ND, dy_NF)
+    for num_layers in POOLS:
+        layer_N = jnp.asarray(rng.integers(0, num_layers, num_rows), jnp.int32)
+        w_LDF = jnp.asarray(rng.normal(size=(num_layers, d_model, d_ff)) * d_model**-0.5, jnp.float32)
+        backend = grouped.default_backend(jax.default_backend())
+        groups = plan(layer_N, num_layers, backend)
+        of_layers = _both(partial(_product, groups=groups), w_LDF, x_ND[groups.row_N], dy_NF[groups.row_N])
+        errors = _product_errors(of_layers, groups, w_LDF, x_ND, dy_NF)
+        for ours, theirs, what, times in zip(of_layers, plain, ("", " with its gradient"), (1, 3), strict=True):
+            row = timings.add(
+                f"product of {num_layers} layers{what}",
+                f"one product{what}",
+                ours,
+                theirs,
+                name=f"product@L={num_layers}{what}",
+                backend=backend,
+                error=errors[what],
+            )
+            _add_rates(row, times * flops)
+
+
+def _product(w_LDF, x_ND, groups):
+    return grouped.map_rows(lambda _, rows, product: product("w", rows[0]), {"w": w_LDF}, (x_ND,), groups)
+
+
+def _both(function: Callable, *arrays) -> tuple[Callable, Callable]:
+    """`function` of all arrays but the last, and the same with its gradient; the last is the gradient of the result."""
+
+    @jax.jit
+    def backward(*given):
+        value, transpose = jax.vjp(function, *given[:-1])
+        return value, transpose(given[-1])
+
+    return partial(jax.jit(function), *arrays[:-1]), partial(backward, *arrays)
+
+
+def _product_errors(of_layers, groups, w_LDF, x_ND, dy_NF) -> dict[str, float]:
+    """Relative to the same in float32, a layer at a time: of the result, and at most of it and both gradients."""
+    order_N = np.asarray(groups.row_N)
+    x_ND, dy_NF, w_LDF = (np.asarray(x, np.float32) for x in (x_ND[order_N], dy_NF[order_N], w_LDF))
+    ends = np.cumsum(np.asarray(groups.count_L))
+    spans = [slice(end - count, end) for end, count in zip(ends, np.asarray(groups.count_L), strict=True)]
+    y = np.concatenate([x_ND[span] @ w for span, w in zip(spans, w_LDF, strict=True)])
+    dw = np.stack([x_ND[span].T @ dy_NF[span] for span in spans])
+    dx = np.concatenate([dy_NF[span] @ w.T for span, w in zip(spans, w_LDF, strict=True)])
+    found_y, (found_dw, found_dx) = of_layers[1]()
+    errors = [_error(*pair) for pair in ((of_layers[0](), y), (found_y, y), (found_dw, dw), (found_dx, dx))]
+    return {"": errors[0], " with its gradient": max(errors)}
+
+
+def _attention(timings: Timings, sizes: dict) -> None:
+    batch, seq, dtype = sizes["batch_size"], sizes["seq_len"], jnp.dtype(sizes["dtype"])
+    heads, rng = max(sizes["d_model"] // HEAD_SIZE, 1), np.random.default_rng(0)
+    arrays = [jnp.asarray(rng.normal(size=(batch, seq, heads, HEAD_SIZE)), dtype) for _ in range(4)]
+    token_BS = jnp.broadcast_to(jnp.arange(seq, dtype=jnp.int32), (batch, seq))
+    visibility = Visibility(jnp.zeros_like(token_BS), token_BS, token_BS)
+    backend = attention.default_backend(jax.default_backend())
+    ours = _both(lambda q, k, v: attention.attend(q, k, v, visibility, backend), *arrays)
+    flops = 2 * batch * heads * seq * seq * HEAD_SIZE  # Half of the pairs, two products.
+    plain = partial(jax.nn.dot_product_attention, is_causal=True)
+    exact = [x.astype(jnp.float32) for x in arrays]
+    with jax.default_matmul_precision("highest"):
+        value, gradients = _both(plain, *exact)[1]()
+    found_value, found_gradients = ours[1]()
+    pairs = zip((found_value, *found_gradients), (value, *gradients), strict=True)
+    errors = [_error(*pair) for pair in pairs]
+    fused = fused_attention(heads, HEAD_SIZE, seq, sizes["dtype"])
+    for implementation in dict.fromkeys((None, fused)):
+        theirs = _both(partial(plain, implementation=implementation), *arrays)
+        against = f"attention of {implementation or 'XLA'}"
+        for mine, its, what, times, error in zip(
+            ours, theirs, ("", " with its gradient"), (1, 3.5), (errors[0], max(errors)), strict=True
+        ):
+            row = timings.add(
+                f"attention{what}",
+                f"{against}{what}",
+                mine,
+                its,
+                name=f"attention/{implementation or 'XLA'}{what}",
+                backend=backend,
+                error=error,
+            )
+            _add_rates(row, times * flops)
+
+
+def _error(found, exact) -> float:
+    found, exact = (np.asarray(x, np.float64) for x in (found, exact))
+    return float(f"{np.linalg.norm(found - exact) / np.linalg.norm(exact):.2g}")
+
+
+def _add_rates(row: dict, flops: float) -> None:
+    for name, ms in (("tflop_per_s", row["ms"]), ("against_tflop_per_s", row["against_ms"])):
+        row[name] = float(f"{flops / ms / 1e9:.3g}")
