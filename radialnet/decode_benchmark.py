@@ -310,7 +310,8 @@ def _depths(run: Run) -> dict:
 
 
 def _against_transformers(timings: Timings, sizes: dict, rows: str, ours: tuple, num_rows: int, num_new: int) -> None:
-    """Time greedy decoding by `transformers`, of a Llama of the same dimensions and T layers, against ours."""
+    """Time greedy decoding by `transformers`, of a Llama of the same dimensions and T layers, against ours; both
+    on a GPU where ours is."""
     if not all(importlib.util.find_spec(name) for name in ("torch", "transformers")):
         print("no torch and transformers here (requirements-torch.txt): not compared with", file=sys.stderr)
         return
@@ -331,8 +332,9 @@ def _against_transformers(timings: Timings, sizes: dict, rows: str, ours: tuple,
         eos_token_id=None,
         pad_token_id=None,
     )
-    model = LlamaForCausalLM(config).eval()
-    prompt_RS = torch.from_numpy(np.random.default_rng(0).integers(2, VOCAB, (num_rows, PROMPT + 1)))
+    device = "cuda" if jax.default_backend() == "gpu" and torch.cuda.is_available() else "cpu"
+    model = LlamaForCausalLM(config).eval().to(device, getattr(torch, sizes["dtype"]))
+    prompt_RS = torch.from_numpy(np.random.default_rng(0).integers(2, VOCAB, (num_rows, PROMPT + 1))).to(device)
     everything = torch.ones_like(prompt_RS)
 
     def theirs():
