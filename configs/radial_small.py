@@ -4,8 +4,8 @@ What: 48 layers in the pool, at most 16 per token and 12 on average; bf16 produc
 of them used by a token. The default text is small for a model of this size: give it your own by
 --config.data.source=jsonl --config.data.path=FILE.
 Cost: 5 GB for parameters and optimizer; about 0.1 GB a row for the state and the cache of all depth steps, and the
-activations of one of them beside it (rematerialised). 50,000 steps of 32 rows are 1.6 billion tokens. Not yet run on an
-accelerator.
+activations of one of them beside it (rematerialised). 50,000 steps of 32 rows are 1.6 billion tokens. On an H200 it
+compiles in 101 s; no more than two steps were run.
 Expected: not measured.
 Command: python train.py --config=configs/radial_small.py --workdir=runs/radial_small
 """

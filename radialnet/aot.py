@@ -15,6 +15,7 @@ come to (every token at full depth, each device its part); `collectives` by kind
 with all of its links busy, also between slices; `compile_s`. Exit code 1 if the program does not fit into memory.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -28,6 +29,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import rich.console
 import rich.table
 from absl import flags
@@ -120,7 +122,8 @@ def trace(config: Config, devices: Sequence) -> tuple[jax.stages.Traced, Placeme
     batch["is_target"] = jax.ShapeDtypeStruct(shape, jnp.bool_)
     batch = {name: _on(x, placement.by_row) for name, x in batch.items()}
     bytes_V = _on(jax.ShapeDtypeStruct((vocab_size,), jnp.int32), placement.everywhere)
-    return jitted_train_step(config, graph, optimizer, placement, state).trace(state, batch, bytes_V), placement
+    with _told_to_kernels(placement.mesh):
+        return jitted_train_step(config, graph, optimizer, placement, state).trace(state, batch, bytes_V), placement
 
 
 def trace_decode(config: Config, device) -> jax.stages.Traced:
@@ -141,7 +144,15 @@ def trace_decode(config: Config, device) -> jax.stages.Traced:
     sharding = jax.sharding.SingleDeviceSharding(device)
     given = jax.tree.map(lambda x: _on(x, sharding), jax.eval_shape(inputs, params))
     decoding = Decoding(config, graph, stages, separator_id=0)
-    return jax.jit(partial(decode_step, decoding), donate_argnums=1).trace(*given)
+    with _told_to_kernels(jax.sharding.Mesh(np.asarray([device]), ("device",))):
+        return jax.jit(partial(decode_step, decoding), donate_argnums=1).trace(*given)
+
+
+def _told_to_kernels(mesh: jax.sharding.Mesh) -> contextlib.AbstractContextManager:
+    """While a program is traced: what GPU it is for. Its kernels would ask the machine, from jax 0.11 on."""
+    if mesh.devices.flat[0].platform != "gpu":
+        return contextlib.nullcontext()
+    return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
 
 
 def _on(x: jax.ShapeDtypeStruct, sharding) -> jax.ShapeDtypeStruct:
