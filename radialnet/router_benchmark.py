@@ -3,8 +3,8 @@
 Of one depth step, the router and a layer, at the sizes of OPT (arXiv 2205.01068), whose layers make up the pool, for
 routers of several widths; in training, of a row of tokens, and in decoding, of a single token that sees nothing but
 itself (what a layer reads of a cache is left out, so that it costs rather more than here). By FLOPs, by bytes, by
-the time of this machine as far as a layer fits into it, and by that of a TPU v5e at best, compiled ahead of time:
-FLOPs over its peak, or bytes over what its memory gives, whichever takes longer.
+the time of this machine as far as a layer fits into it (unless --repeats=0), and by that of a TPU v5e at best, compiled
+ahead of time: FLOPs over its peak, or bytes over what its memory gives, whichever takes longer.
 """
 
 import dataclasses
@@ -205,7 +205,7 @@ def _compare(
     trains = use == "training"
     shape, on_tpu = (1, seq_len), (TPU_ROWS if trains else 1, seq_len)
     config, in_bf16 = opt_config(*dimensions, model__dtype=dtype), opt_config(*dimensions, **ON_TPU)
-    layer = timed(layer_part(config, shape), shape, d_model, trains, 1) if fits(config) else None
+    layer = timed(layer_part(config, shape), shape, d_model, trains, 1) if timings.repeats and fits(config) else None
     if device:
         layer_best_s = seconds_at_best(layer_part(in_bf16, on_tpu), on_tpu, d_model, trains, 1, LAYER_PASSES, device)
     for network, divisor in NETWORKS.items():

@@ -102,6 +102,29 @@ def _run_backend(visibility, backend):
     return mixed, *transpose(GRAD)
 
 
+def causal_visibility():
+    """Queries of later tokens than most entries are of: of tiles of 8 some are seen whole, some in part, some not."""
+    token_BQ, token_BC = (jnp.broadcast_to(jnp.arange(size, dtype=jnp.int32), (B, size)) for size in (Q, C))
+    return Visibility(jnp.zeros_like(token_BQ), token_BQ + 13, token_BC)
+
+
+def test_kernels_where_all_of_a_tile_is_seen():
+    visibility = causal_visibility()
+    seen_BIJ, all_BIJ = visibility.tiles_that_meet(8, 8), visibility.tiles_that_see_all(8, 8)
+    assert all_BIJ.any() and (seen_BIJ & ~all_BIJ).any() and not seen_BIJ.all()
+    for left, right in zip(*(_run_backend(visibility, backend) for backend in ATTENTION_BACKENDS), strict=True):
+        np.testing.assert_allclose(left, right, atol=1e-5)
+
+
+@pytest.mark.parametrize("tile", [1, 3, 8])
+def test_tiles_that_see_all_are_those_of_the_mask(tile):
+    for visibility in (causal_visibility(), *(random_visibility(seed, share_of_entries=1) for seed in range(3))):
+        mask_BQC = np.pad(np.asarray(visibility.mask()), ((0, 0), (0, -Q % tile), (0, -C % tile)))
+        expected_BIJ = mask_BQC.reshape(B, -(-Q // tile), tile, -1, tile).all((2, 4))
+        np.testing.assert_array_equal(visibility.tiles_that_see_all(tile, tile), expected_BIJ)
+    assert not random_visibility(0, by_layer=True).tiles_that_see_all(tile, tile).any()
+
+
 def test_kernels_are_a_program_of_their_own():
     visibility = random_visibility(0)
     for backend, num_kernels in (("tiles", 0), ("pallas", 3)):

@@ -16,6 +16,7 @@ from radialnet.baseline import dense_logits, dense_params
 from radialnet.benchmark import RadialStep, benchmark_input, make_batch, make_config
 from radialnet.cost import flops_by_part, weights_by_part
 from radialnet.decode_benchmark import benchmark_cache, benchmark_decode, line_of_run, plot_windows
+from radialnet.kernel_benchmark import benchmark_kernels
 from radialnet.program import work_of
 from radialnet.sections import ConfigError
 from radialnet.timing import Timings
@@ -63,6 +64,22 @@ def test_routes_of_the_timed_step_differ_by_token():
     step = RadialStep(config, make_batch(config))
     assert step.figures["depth"] == 3
     assert step.figures["load_entropy"] > 0.3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_products_and_attention_are_what_they_are_measured_as(dtype):
+    timings = Timings(repeats=1)
+    benchmark_kernels(timings, {**SIZES, "dtype": dtype})
+    assert {row["what"].split(" with")[0] for row in timings.rows} == {
+        "product of 8 layers", "product of 64 layers", "attention",
+    }  # fmt: skip
+    for row in timings.rows:
+        assert 0 < row["error"] < {"float32": 1e-5, "bfloat16": 1e-2}[dtype]
+    flops = {row["what"]: row["tflop_per_s"] * row["ms"] * 1e9 for row in timings.rows}
+    # 16 rows, of 16 channels each, with a matrix of 2 · 24 columns.
+    assert flops["product of 8 layers"] == pytest.approx(2 * 16 * 16 * 48, rel=0.01)
+    assert flops["product of 64 layers with its gradient"] == pytest.approx(3 * 2 * 16 * 16 * 48, rel=0.01)
 
 
 def test_routers_are_measured_against_the_layers_that_they_save(monkeypatch, tmp_path):
