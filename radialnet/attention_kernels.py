@@ -4,8 +4,8 @@ A program of the grid takes one tile of queries, or of entries, of one head, and
 in which somebody may see something, which are listed beforehand: a tile of empty slots, of later tokens or of another
 document costs nothing. Tiles in which everybody sees everything come first, in a loop that looks at no positions. The
 backward pass is two kernels, one that sums over entries and one that sums over queries, so that no two programs write
-to one place (arXiv 2307.08691). On a TPU the keys and values of a row and head have to fit into VMEM. Run on an H200,
-compiled ahead of time for a TPU v5e (docs/PERFORMANCE.md); elsewhere the same kernels run interpreted, for tests alone.
+to one place (arXiv 2307.08691). On a TPU the keys and values of a row and head have to fit into VMEM. Run on an H200;
+compiled ahead of time for TPUs, not yet run on one (docs/PERFORMANCE.md). Elsewhere they run interpreted, for tests.
 """
 
 from functools import partial
@@ -161,7 +161,7 @@ def _call(kernel, platform, grid, scalars, in_specs, inputs, out_specs, out_shap
         grid, axis = grid[::-1], 0
         specs, results = jax.tree.map(_reversed, (specs, results))
     params = {
-        "gpu": triton.CompilerParams(num_warps=4, num_stages=3),
+        "gpu": triton.CompilerParams(num_warps=4, num_stages=2),
         "tpu": tpu.CompilerParams(vmem_limit_bytes=_VMEM_BYTES),
         "interpreted": None,
     }

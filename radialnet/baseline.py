@@ -47,6 +47,11 @@ def dense_params(config: Config, seed: int = 0) -> dict:
     }
 
 
+def num_heads(d_model: int) -> int:
+    """Of `HEAD_SIZE` channels where that makes four or more of them."""
+    return d_model // HEAD_SIZE if d_model % HEAD_SIZE == 0 and d_model >= 4 * HEAD_SIZE else 4
+
+
 def fused_attention(num_heads: int, head_size: int, seq_len: int, dtype: str) -> str | None:
     """The `implementation` of `jax.nn.dot_product_attention` that is a kernel of NVIDIA's library; None where there is
     none, or not for these heads and this precision."""

@@ -6,7 +6,7 @@
 `kernels` what the step is made of, alone: products of rows with the matrices of their layers against one product of as
           many FLOPs, and attention against that of `jax.nn`.
 `decode`  tokens per second over depths, against lockstep, and against `transformers` where it is installed; with --runs
-          of trained runs, their layers saved and the time that it saves.
+          of trained runs, each against the first, and the layers that their tokens leave out and the time it saves.
 `cache`   bytes and time of a token over views and sizes; with --runs of trained runs, with their held-out loss, how far
           the logits of decoding are from those of the parallel pass, and what it costs to give up the oldest tokens.
 `router`  a router against the layers that it saves, over its width, at the sizes of OPT; S is --seq_len.
@@ -33,7 +33,7 @@ from flax import nnx
 
 from configs import base, radial_nano
 from radialnet import attention, cli
-from radialnet.baseline import HEAD_SIZE, VOCAB, DenseStep, fused_attention, program_mb
+from radialnet.baseline import VOCAB, DenseStep, fused_attention, num_heads, program_mb
 from radialnet.cache import Packing, UnifiedCache
 from radialnet.config import Config
 from radialnet.cost import flops_per_token
@@ -66,7 +66,7 @@ INPUT_STEPS = 32
 def make_config(sizes: dict, **overrides) -> Config:
     """A radial network that routes by the token and does not learn, so that every repeat runs the same routes."""
     config = base.get_config()
-    heads = max(4, sizes["d_model"] // HEAD_SIZE)
+    heads = num_heads(sizes["d_model"])
     config.model.update(num_heads=heads, num_kv_heads=heads, init="distinct", pool_size=8, min_depth=sizes["max_depth"])
     config.model.update({name: sizes[name] for name in ("d_model", "d_ff", "max_depth", "dtype")})
     config.train.update(batch_size=sizes["batch_size"], seq_len=sizes["seq_len"])
@@ -174,18 +174,18 @@ def benchmark_train(timings: Timings, sizes: dict) -> None:
     timings.add("attention, view all, half executes", "all of it", half, whole, name="attention all half/full")
     timings.add("router, all steps", "step, L=8", _router(config), full, name="router share")
     flops = 3 * batch["token"].size * flops_per_token(config, VOCAB, [1] * max_depth)
-    timings.add("step, L=8", "product of its FLOPs", full, _product(flops), name="step/matmul limit")
-    timings.add("dense step", "product of its FLOPs", dense, _product(flops), name=None)
+    timings.add("step, L=8", "product of its FLOPs", full, _product(flops, sizes["dtype"]), name="step/matmul limit")
+    timings.add("dense step", "product of its FLOPs", dense, _product(flops, sizes["dtype"]), name=None)
     timings.add_given("memory, L=8", "dense step", full.mb(), dense.mb(), "mb", name="memory/dense")
     again = make_config(sizes, model__remat="step")
     radial_mb, dense_mb = RadialStep(again, batch).mb(), DenseStep(again, batch, fused).mb()
     timings.add_given("memory, L=8, remat", "dense step, remat", radial_mb, dense_mb, "mb")
 
 
-def _product(flops: float) -> Callable[[], jax.Array]:
+def _product(flops: float, dtype: str) -> Callable[[], jax.Array]:
     """One matrix product of as many FLOPs."""
     size = max(128, round((flops / 2) ** (1 / 3) / 128) * 128)
-    left, right = jnp.ones((size, size)), jnp.ones((size, round(flops / 2 / size**2)))
+    left, right = jnp.ones((size, size), dtype), jnp.ones((size, round(flops / 2 / size**2)), dtype)
     program = jax.jit(jnp.matmul)
     return lambda: program(left, right)
 
@@ -194,10 +194,10 @@ def _attention(config: Config, share: float) -> Callable[[], object]:
     """Attention of the last step and its gradient in view `all`, with a share of all tokens executing each step."""
     model, rng = config.model, np.random.default_rng(0)
     shape, kv_heads = (config.train.batch_size, config.train.seq_len), model.num_kv_heads
-    cache = UnifiedCache.empty("all", model.max_depth, *shape, kv_heads, model.head_size, jnp.float32)
+    cache = UnifiedCache.empty("all", model.max_depth, *shape, kv_heads, model.head_size, jnp.dtype(model.dtype))
 
     def normal(heads: int) -> jax.Array:
-        return jnp.asarray(rng.normal(size=(*shape, heads, model.head_size)), jnp.float32)
+        return jnp.asarray(rng.normal(size=(*shape, heads, model.head_size)), model.dtype)
 
     layer_BS = jnp.zeros(shape, jnp.int32)
     for step in range(model.max_depth):
@@ -210,7 +210,7 @@ def _attention(config: Config, share: float) -> Callable[[], object]:
     def run(q_BSHK, d_mixed_BSHK, k_BCGK, v_BCGK, visibility):
         given = q_BSHK, k_BCGK, v_BCGK, visibility
         mixed_BSHK, lse_BSH = attention.attend_forward(*given, backend)
-        zeros = jnp.zeros_like(k_BCGK), jnp.zeros_like(v_BCGK)
+        zeros = (jnp.zeros(x.shape, jnp.float32) for x in (k_BCGK, v_BCGK))
         return attention.attend_backward(*given, mixed_BSHK, lse_BSH, d_mixed_BSHK, *zeros, backend)
 
     arrays = normal(model.num_heads), normal(model.num_heads), cache.k_BCGK, cache.v_BCGK

@@ -18,6 +18,7 @@ import numpy as np
 import optax
 
 from configs import base
+from radialnet.baseline import num_heads
 from radialnet.comparisons import plot_tradeoffs
 from radialnet.config import Config
 from radialnet.data import Rows, prepare
@@ -47,7 +48,8 @@ def make_trained(sizes: dict, **overrides) -> TrainedModel:
     It never ends a document, so that every request is as long as it may be.
     """
     config = base.get_config()
-    config.model.update(num_heads=4, num_kv_heads=4, init="distinct", pool_size=2 * sizes["max_depth"])
+    heads = num_heads(sizes["d_model"])
+    config.model.update(num_heads=heads, num_kv_heads=heads, init="distinct", pool_size=2 * sizes["max_depth"])
     config.model.update({name: sizes[name] for name in ("d_model", "d_ff", "max_depth", "dtype")})
     config.model.min_depth = sizes["max_depth"]
     config.train.seq_len = sizes["seq_len"]
@@ -107,10 +109,13 @@ class Run:
 
 
 def benchmark_decode(timings: Timings, sizes: dict, runs: Path | None) -> None:
-    """Tokens per second against depth, against lockstep, and against `transformers`; of trained runs against depth."""
+    """Tokens per second against depth, against lockstep, and against `transformers`; of trained runs against each other
+    and against depth."""
     max_depth, new = sizes["max_depth"], sizes["seq_len"] - PROMPT - 1
     if runs is not None:
-        _of_depths(timings, runs, new)
+        trained = {folder: load_trained(folder) for folder in _run_folders(runs)}
+        _as_trained(timings, trained, sizes["seq_len"])
+        _of_depths(timings, trained, new)
         return
     whole, exits = make_trained(sizes), make_trained(sizes, model__min_depth=1)
     dense = make_trained(sizes, router__form="sequential", model__pool_size=max_depth)
@@ -171,12 +176,26 @@ def _run_folders(runs: Path) -> list[Path]:
     return folders
 
 
-def _of_depths(timings: Timings, runs: Path, num_new: int) -> None:
+def _as_trained(timings: Timings, trained_runs: dict[Path, TrainedModel], num_tokens: int) -> None:
+    """The time in which each run reads a held-out text as one row of decoding, against the first run."""
+    against = None
+    for folder, trained in trained_runs.items():
+        rows, decoder = prepare(trained.config, RunFolder(folder)).eval, Decoder(trained, 1)
+        token_RS = rows[0]["token"][None, :num_tokens]
+        read = partial(decoder.read, token_RS, np.ones_like(token_RS, bool))
+        against = against or (folder.name, read)
+        stages = decoder.decoding.stages
+        depth = float((read()[1][..., stages.prelude : stages.first_coda] >= 0).sum(2).mean())
+        what = f"{folder.name}, as trained", f"{against[0]}, as trained"
+        timings.add(*what, read, against[1], name=None, tokens=token_RS.size, depth=round(depth, 2))
+
+
+def _of_depths(timings: Timings, trained_runs: dict[Path, TrainedModel], num_new: int) -> None:
     """Of each run whose tokens choose their depth: the time of the same requests, one at a time, at parts of that."""
-    chosen = {folder: trained for folder in _run_folders(runs) if _chooses_depth(trained := load_trained(folder))}
-    if not chosen:
-        raise ConfigError(f"--runs={runs}: no run in it whose tokens choose their depth yet")
-    for folder, trained in chosen.items():
+    for folder, trained in trained_runs.items():
+        if not _chooses_depth(trained):
+            print(f"{folder.name}: its tokens don't choose their depth (yet)", file=sys.stderr)
+            continue
         model, rows = trained.config.model, prepare(trained.config, RunFolder(folder)).eval
         texts = (rows[row]["token"] for row in evenly(len(rows), TEXTS))
         prompts = [text[text != trained.tokenizer.separator_id][:PROMPT].tolist() for text in texts]
@@ -325,8 +344,8 @@ def _against_transformers(timings: Timings, sizes: dict, rows: str, ours: tuple,
         hidden_size=sizes["d_model"],
         intermediate_size=sizes["d_ff"],
         num_hidden_layers=sizes["max_depth"],
-        num_attention_heads=4,
-        num_key_value_heads=4,
+        num_attention_heads=num_heads(sizes["d_model"]),
+        num_key_value_heads=num_heads(sizes["d_model"]),
         max_position_embeddings=2 * sizes["seq_len"],
         bos_token_id=None,
         eos_token_id=None,

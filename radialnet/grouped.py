@@ -126,7 +126,8 @@ def map_backward(
     )
     d_vectors_N, d_rows, pairs = transpose(_vectors_by_row(vectors, groups), _zero_idle(d_outputs, groups))
     d_matrices = {name: _add_grouped_outer(d_weights[name], x, dy, groups) for name, (x, dy) in pairs.items()}
-    d_vectors = {name: d_weights[name] + _sum_by_layer(grad_NX, groups) for name, grad_NX in d_vectors_N.items()}
+    sums = {name: _sum_by_layer(grad_NX, groups) for name, grad_NX in d_vectors_N.items()}
+    d_vectors = {name: d_weights[name] + sum_LX.astype(d_weights[name].dtype) for name, sum_LX in sums.items()}
     return d_matrices | d_vectors, _zero_idle(d_rows, groups)
 
 
@@ -147,8 +148,8 @@ def _vectors_by_row(vectors, groups):
 
 def _sum_by_layer(x_NX, groups):
     """The transpose of `_vectors_by_row`, [L, X]: as a product, for a scatter would have rows wait for each other."""
-    one_hot_NL = jax.nn.one_hot(_layer_of_row(groups), groups.count_L.shape[0], dtype=x_NX.dtype)
-    return jnp.einsum("NL,NX->LX", one_hot_NL, x_NX, precision=jax.lax.Precision.HIGHEST)
+    one_hot_NL = jax.nn.one_hot(_layer_of_row(groups), groups.count_L.shape[0], dtype=jnp.float32)
+    return jnp.einsum("NL,NX->LX", one_hot_NL, x_NX.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
 
 
 def _zero_idle(tree, groups):

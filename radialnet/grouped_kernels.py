@@ -29,15 +29,19 @@ class _Tiling:
         return triton.CompilerParams(num_warps=self.num_warps, num_stages=3)
 
 
-def _product_tiling(rows: int, num_inner: int, num_columns: int) -> _Tiling:
-    """Tiles as large as the registers of eight warps hold, where they fit: each reads its rows and matrix once more."""
+def _product_tiling(rows: int, num_channels: int, num_columns: int, itemsize: int) -> _Tiling:
+    """Tiles as large as the registers of eight warps hold, where they fit: each reads its rows and matrix once more.
+
+    Three stages of them have to fit into the shared memory of a multiprocessor: 150 KB.
+    """
     width = _largest_divisor((256, 128, 64), num_columns)
-    return _Tiling(width, _largest_divisor((64, 32), num_inner), num_warps=8 if rows * width >= 2**15 else 4)
+    inner = _largest_divisor((128 // itemsize, 32), num_channels)
+    return _Tiling(width, inner, num_warps=8 if rows * width >= 2**15 else 4)
 
 
-def _outer_tiling(rows: int, num_columns: int, num_others: int) -> _Tiling:
+def _outer_tiling(rows: int, num_columns: int, num_others: int, itemsize: int) -> _Tiling:
     width = _largest_divisor((128, 64), math.gcd(num_columns, num_others))
-    return _Tiling(width, min(rows, 64), num_warps=4)
+    return _Tiling(width, min(rows, 128 // itemsize), num_warps=4)
 
 
 def _largest_divisor(sizes: tuple[int, ...], size: int) -> int:
@@ -59,6 +63,11 @@ def _to_tiles(x, *sizes_by_axis):
     return jnp.pad(x, padding)
 
 
+def _at_least(x_NX, num_rows):
+    """Zeros behind fewer rows than one segment reads."""
+    return jnp.pad(x_NX, ((0, max(num_rows - x_NX.shape[0], 0)), (0, 0)))
+
+
 def _own_rows(begin, end, size, num_rows):
     """The first of `size` rows in which the rows begin…end lie, and which of them are those: [P, 1]."""
     start = jnp.minimum(begin, num_rows - size)
@@ -73,10 +82,12 @@ def product(x_NX: jax.Array, w_LXY: jax.Array, groups: Groups, is_transposed: bo
         w_LXY: [L, Y, X] if `is_transposed`.
         groups: with segments of one size.
     """
-    segments, num_rows = groups.segments, x_NX.shape[0]
+    segments, num_given = groups.segments, x_NX.shape[0]
     (rows,) = segments.sizes
+    x_NX = _at_least(x_NX, rows)
+    num_rows = x_NX.shape[0]
     num_columns = w_LXY.shape[1 if is_transposed else 2]
-    tiling = _product_tiling(rows, x_NX.shape[1], num_columns)
+    tiling = _product_tiling(rows, x_NX.shape[1], num_columns, x_NX.dtype.itemsize)
     x_NX = _to_tiles(x_NX, (1, tiling.inner))
     w_LXY = _to_tiles(
         w_LXY, *(((1, tiling.width), (2, tiling.inner)) if is_transposed else ((1, tiling.inner), (2, tiling.width)))
@@ -119,7 +130,7 @@ def product(x_NX: jax.Array, w_LXY: jax.Array, groups: Groups, is_transposed: bo
 
     exists_M = jnp.arange(len(segments.layer_M)) < segments.first_of_size[-1]
     end_M = jnp.where(exists_M, segments.end_M, 0)
-    return _on_gpu(call, segments.layer_M, segments.begin_M, end_M, x_NX, w_LXY)[:, :num_columns]
+    return _on_gpu(call, segments.layer_M, segments.begin_M, end_M, x_NX, w_LXY)[:num_given, :num_columns]
 
 
 def _column_block(is_transposed, m, n):
@@ -135,10 +146,11 @@ def add_outer(total_LXY: jax.Array, x_NX: jax.Array, dy_NY: jax.Array, groups: G
 
     In place where XLA lets it: the matrices of layers without rows are not touched.
     """
-    num_rows, shape = x_NX.shape[0], total_LXY.shape
-    (rows,) = groups.segments.sizes
-    tiling = _outer_tiling(rows, *shape[1:])
+    shape, (segment_size,) = total_LXY.shape, groups.segments.sizes
+    tiling = _outer_tiling(segment_size, *shape[1:], x_NX.dtype.itemsize)
     rows, width = tiling.inner, tiling.width
+    x_NX, dy_NY = _at_least(x_NX, rows), _at_least(dy_NY, rows)
+    num_rows = x_NX.shape[0]
     tiled = _to_tiles(total_LXY, (1, width), (2, width))
     x_NX, dy_NY = _to_tiles(x_NX, (1, width)), _to_tiles(dy_NY, (1, width))
 

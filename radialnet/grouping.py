@@ -61,12 +61,10 @@ def segment_sizes(num_rows: int, num_at_once: int) -> tuple[int, ...]:
 
 
 def kernel_segment_size(num_rows: int, num_at_once: int) -> int:
-    """The one size of segments that GPU kernels take: a power of two, about an average group."""
+    """The one size of segments that GPU kernels take: a power of two, about an average group, 16 at least."""
     size = 16
     while size < 128 and 2 * size * num_at_once <= num_rows:
         size *= 2
-    while size > num_rows:
-        size //= 2
     return size
 
 

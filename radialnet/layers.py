@@ -76,6 +76,8 @@ class Block(nnx.Module):
     """
 
     # The weights of each half, those that not every block has included.
+    # Those of the products, in `dtype`; all else is multiplied in float32.
+    MATRICES = ("qkv", "attention_out", "mlp_in", "mlp_out")
     _BEFORE = ("attention_norm", "attention_norm_bias", "qkv", "qkv_bias", "query_norm", "key_norm")
     _AFTER = ("attention_out", "attention_out_bias", "mlp_norm", "mlp_norm_bias")
     _AFTER += ("mlp_in", "mlp_in_bias", "mlp_out", "mlp_out_bias")

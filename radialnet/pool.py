@@ -123,11 +123,12 @@ class LayerPool(nnx.Module):
         """Bring the weights of all layers to this device, in place: once for all depth steps.
 
         Args:
-            dtype: of matrices from here on; None: as they are.
+            dtype: of the matrices of products from here on; None: as they are.
         """
-        for param in self.block.params().values():
-            weights = param[...] if dtype is None or param[...].ndim == 2 else param[...].astype(dtype)
-            param.set_value(self.parallel.gather(weights, param.axes) if self.parallel.num_devices > 1 else weights)
+        for name, param in self.block.params().items():
+            casts = dtype is not None and name in self.block.MATRICES
+            weights = param[...].astype(dtype) if casts else param[...]
+            param.set_value(self.parallel.gather(weights, param.axes))
 
     def scatter_sum(self, d_block: dict[str, jax.Array]) -> None:
         """The transpose of `gather_weights`: this device's part of the gradients' sums, in place of the weights.

@@ -5,7 +5,7 @@ import os
 import tempfile
 
 # Or JAX_PLATFORMS=cuda, for the kernels' own tests on a GPU (docs/PERFORMANCE.md).
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["JAX_PLATFORMS"] = os.environ.get("JAX_PLATFORMS") or "cpu"
 # Tests compile much and run little: a fifth of the compile time, by programs that are not optimised. What takes several
 # devices finds eight.
 if os.environ["JAX_PLATFORMS"] == "cpu":

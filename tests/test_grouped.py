@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from radialnet import grouped, grouping
+from radialnet import grouped, grouped_kernels, grouping
 from radialnet.sections import GROUPED_BACKENDS
 
 N, D, F, L, SIZES = 21, 6, 10, 5, (4, 2)
@@ -213,13 +213,41 @@ def test_sizes_follow_rows_per_layer():
         128,
         64,
         16,
-        2,
+        16,
     ]
 
 
 def test_unknown_backend():
     with pytest.raises(ValueError, match="'magic'"):
         grouping.plan(np.zeros(N, np.int32), L, "magic")
+
+
+@pytest.mark.parametrize(
+    ("sizes", "width", "inner"),
+    [((64, 256), 256, 32), ((96, 128), 128, 32), ((128, 384), 128, 32), ((40, 320), 64, 32)],
+)
+@pytest.mark.parametrize("num_rows", [5, 150])
+def test_kernels_in_tiles_of_several_sizes(sizes, width, inner, num_rows):
+    """Against a loop over layers. Idle rows hold what is no number."""
+    channels, columns = sizes
+    layer_N = np.sort(np.concatenate([np.full(num_rows - 4, 1), [2, 2, 4, 4]]))
+    groups = grouping.plan(jnp.asarray(layer_N), 4, "pallas", num_at_once=1)
+    (segment_size,) = groups.segments.sizes
+    found = grouped_kernels._product_tiling(segment_size, channels, columns, itemsize=4)
+    assert (found.width, found.inner) == (width, inner)
+    x_NX, dy_NY = (RNG.normal(size=(num_rows, size)).astype(np.float32) for size in sizes)
+    w_LXY = RNG.normal(size=(4, *sizes)).astype(np.float32)
+    idle_N1 = (layer_N == 4)[:, None]
+    arrays = jnp.where(idle_N1, jnp.nan, x_NX), jnp.where(idle_N1, jnp.nan, dy_NY)
+    runs = {layer: layer_N == layer for layer in range(4)}
+    for rows_NX, is_transposed in zip(arrays, (False, True), strict=True):
+        y_NY = grouped_kernels.product(rows_NX, jnp.asarray(w_LXY), groups, is_transposed)
+        for layer, here_N in runs.items():
+            w_XY = w_LXY[layer].T if is_transposed else w_LXY[layer]
+            np.testing.assert_allclose(y_NY[here_N], rows_NX[here_N] @ w_XY, rtol=1e-4, atol=1e-4)
+    total_LXY = grouped_kernels.add_outer(jnp.ones_like(w_LXY), *arrays, groups)
+    for layer, here_N in runs.items():
+        np.testing.assert_allclose(total_LXY[layer], 1 + x_NX[here_N].T @ dy_NY[here_N], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ROUTINGS)
