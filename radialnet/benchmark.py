@@ -6,7 +6,7 @@
 `kernels` what the step is made of, alone: products of rows with the matrices of their layers against one product of as
           many FLOPs, and attention against that of `jax.nn`.
 `decode`  tokens per second over depths, against lockstep, and against `transformers` where it is installed; with --runs
-          of trained runs, each against the first, and the layers that their tokens leave out and the time it saves.
+          of trained runs, each against a dense one, and the layers that their tokens leave out and the time it saves.
 `cache`   bytes and time of a token over views and sizes; with --runs of trained runs, with their held-out loss, how far
           the logits of decoding are from those of the parallel pass, and what it costs to give up the oldest tokens.
 `router`  a router against the layers that it saves, over its width, at the sizes of OPT; S is --seq_len.

@@ -177,9 +177,11 @@ def _run_folders(runs: Path) -> list[Path]:
 
 
 def _as_trained(timings: Timings, trained_runs: dict[Path, TrainedModel], num_tokens: int) -> None:
-    """The time in which each run reads a held-out text as one row of decoding, against the first run."""
+    """The time in which each run reads a held-out text as one row of decoding, against a dense one, or the first."""
+    is_dense = {folder: trained.config.router.form == "sequential" for folder, trained in trained_runs.items()}
     against = None
-    for folder, trained in trained_runs.items():
+    for folder in sorted(trained_runs, key=is_dense.get, reverse=True):
+        trained = trained_runs[folder]
         rows, decoder = prepare(trained.config, RunFolder(folder)).eval, Decoder(trained, 1)
         token_RS = rows[0]["token"][None, :num_tokens]
         read = partial(decoder.read, token_RS, np.ones_like(token_RS, bool))
