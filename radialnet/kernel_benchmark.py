@@ -42,17 +42,8 @@ def _products(timings: Timings, sizes: dict) -> None:
         groups = plan(layer_N, num_layers, backend)
         of_layers = _both(partial(_product, groups=groups), w_LDF, x_ND[groups.row_N], dy_NF[groups.row_N])
         errors = _product_errors(of_layers, groups, w_LDF, x_ND, dy_NF)
-        for ours, theirs, what, times in zip(of_layers, plain, ("", " with its gradient"), (1, 3), strict=True):
-            row = timings.add(
-                f"product of {num_layers} layers{what}",
-                f"one product{what}",
-                _several(ours),
-                _several(theirs),
-                name=f"product@L={num_layers}{what}",
-                backend=backend,
-                error=errors[what],
-            )
-            _add_rates(row, times * flops)
+        names = f"product of {num_layers} layers", "one product", f"product@L={num_layers}"
+        _compare(timings, names, of_layers, plain, errors, (flops, 3 * flops), backend)
 
 
 def _product(w_LDF, x_ND, groups):
@@ -75,7 +66,7 @@ def _several(run: Callable) -> Callable:
     return lambda: [run() for _ in range(CALLS)][-1]
 
 
-def _product_errors(of_layers, groups, w_LDF, x_ND, dy_NF) -> dict[str, float]:
+def _product_errors(of_layers, groups, w_LDF, x_ND, dy_NF) -> tuple[float, float]:
     """Relative to the same in float32, a layer at a time: of the result, and at most of it and both gradients."""
     order_N = np.asarray(groups.row_N)
     x_ND, dy_NF, w_LDF = (np.asarray(x, np.float32) for x in (x_ND[order_N], dy_NF[order_N], w_LDF))
@@ -86,7 +77,7 @@ def _product_errors(of_layers, groups, w_LDF, x_ND, dy_NF) -> dict[str, float]:
     dx = np.concatenate([dy_NF[span] @ w.T for span, w in zip(spans, w_LDF, strict=True)])
     found_y, (found_dw, found_dx) = of_layers[1]()
     errors = [_error(*pair) for pair in ((of_layers[0](), y), (found_y, y), (found_dw, dw), (found_dx, dx))]
-    return {"": errors[0], " with its gradient": max(errors)}
+    return errors[0], max(errors)
 
 
 def _attention(timings: Timings, sizes: dict) -> None:
@@ -108,20 +99,9 @@ def _attention(timings: Timings, sizes: dict) -> None:
     fused = fused_attention(heads, HEAD_SIZE, seq, sizes["dtype"])
     for implementation in dict.fromkeys((None, fused)):
         theirs = _both(partial(plain, implementation=implementation), *arrays)
-        against = f"attention of {implementation or 'XLA'}"
-        for mine, its, what, times, error in zip(
-            ours, theirs, ("", " with its gradient"), (1, 3.5), (errors[0], max(errors)), strict=True
-        ):
-            row = timings.add(
-                f"attention{what}",
-                f"{against}{what}",
-                _several(mine),
-                _several(its),
-                name=f"attention/{implementation or 'XLA'}{what}",
-                backend=backend,
-                error=error,
-            )
-            _add_rates(row, times * flops)
+        its = implementation or "XLA"
+        names = "attention", f"attention of {its}", f"attention/{its}"
+        _compare(timings, names, ours, theirs, (errors[0], max(errors)), (flops, 3.5 * flops), backend)
 
 
 def _error(found, exact) -> float:
@@ -129,6 +109,11 @@ def _error(found, exact) -> float:
     return float(f"{np.linalg.norm(found - exact) / np.linalg.norm(exact):.2g}")
 
 
-def _add_rates(row: dict, flops: float) -> None:
-    for name, ms in (("tflop_per_s", row["ms"]), ("against_tflop_per_s", row["against_ms"])):
-        row[name] = float(f"{CALLS * flops / ms / 1e9:.3g}")
+def _compare(timings: Timings, names: tuple[str, str, str], ours, theirs, errors, flops, backend: str) -> None:
+    """A row forwards and one with the gradient: of what, against what, and the name of the figure."""
+    for ending, *of_use in zip(("", " with its gradient"), ours, theirs, errors, flops, strict=True):
+        run, other, error, num_flops = of_use
+        what, against, name = (text + ending for text in names)
+        row = timings.add(what, against, _several(run), _several(other), name=name, backend=backend, error=error)
+        for rate, ms in (("tflop_per_s", row["ms"]), ("against_tflop_per_s", row["against_ms"])):
+            row[rate] = float(f"{CALLS * num_flops / ms / 1e9:.3g}")
