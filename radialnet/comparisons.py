@@ -268,7 +268,9 @@ def plot_lines(panels: dict[str, dict[str, list[tuple[float, float]]]], x: str, 
         axes.set_title(y, fontsize=10, loc="left")
     for axes in axes_RC[-1]:
         axes.set_xlabel(x)
-    axes_RC[0, 0].legend(frameon=False, fontsize=8)
+    drawn = {line.get_label(): line for axes in axes_RC.flat for line in axes.get_lines()}
+    place = {"loc": "outside lower center", "ncols": len(drawn)}
+    figure.legend(handles=list(drawn.values()), frameon=False, fontsize=8, **place)
     figure.suptitle(title, fontsize=11)
     save(plt, figure, path, dpi=100)
 

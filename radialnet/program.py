@@ -230,13 +230,45 @@ def _bytes(array: tuple[str, str]) -> float:
     return _BYTES.get(array[0], 0) * math.prod(int(size) for size in array[1].split(",") if size)
 
 
-def _summed_by_convolution(instruction: _Instruction, types: dict[str, str]) -> int:
-    """Elements that are summed up for each of the result: input features, times the window."""
-    kernel_labels = re.search(r"dim_labels=\w+_(\w+)->", instruction.rest)[1]
-    kernel = _dims(types[instruction.operands[1]])
-    window = re.search(r"window=\{size=([0-9x]+)", instruction.rest)
-    sizes = [int(size) for size in window[1].split("x")] if window else []
-    return kernel[kernel_labels.index("i")] * math.prod(sizes)
+def _summed_by_convolution(instruction: _Instruction, types: dict[str, str]) -> float:
+    """Elements that are summed up for each of the result, in the mean: input features, times those of the window that
+    lie on the input. TPUs have batches of products as windows of which all but one element is padding, or a hole.
+    """
+    labels_in, labels_kernel, labels_out = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.rest).groups()
+    inputs, kernel = (_dims(types[name]) for name in instruction.operands[:2])
+    summed = kernel[labels_kernel.index("i")]
+    for dim, window in enumerate(_windows(instruction.rest)):
+        size_in, size_out = inputs[labels_in.index(str(dim))], _dims(instruction.result)[labels_out.index(str(dim))]
+        summed *= window.num_on_input(size_in, size_out) / size_out
+    return summed
+
+
+@dataclasses.dataclass(frozen=True)
+class _Window:
+    """Of one spatial dimension of a convolution."""
+
+    size: int
+    stride: int = 1
+    pad: int = 0  # Before the first element.
+    lhs_dilate: int = 1
+    rhs_dilate: int = 1
+
+    def num_on_input(self, size_in: int, size_out: int) -> int:
+        """How many elements lie on the input, over all places of the window."""
+        firsts = range(-self.pad, size_out * self.stride - self.pad, self.stride)
+        places = collections.Counter(first + at * self.rhs_dilate for first in firsts for at in range(self.size))
+        return sum(places[place] for place in range(0, size_in * self.lhs_dilate, self.lhs_dilate))
+
+
+def _windows(attributes: str) -> list[_Window]:
+    found = re.search(r"window=\{([^}]*)\}", attributes)
+    if not found:
+        return []
+    given = dict(part.split("=") for part in found[1].split())
+    values = {name: given[name].split("x") for name in ("size", "stride", "lhs_dilate", "rhs_dilate") if name in given}
+    # Before and after; what is after follows from the sizes.
+    values |= {"pad": [pad.split("_")[0] for pad in given["pad"].split("x")]} if "pad" in given else {}
+    return [_Window(**dict(zip(values, map(int, of), strict=True))) for of in zip(*values.values(), strict=True)]
 
 
 def _summed_by_dot(instruction: _Instruction, types: dict[str, str]) -> int:
