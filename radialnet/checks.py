@@ -125,6 +125,12 @@ def _validate_router(config: Sections) -> None:
     _one_of("config.router.prior", router.prior, ("none", "sequential", "group", "hash"))
     _one_of("config.router.network", router.network, NETWORKS)
     _one_of("config.router.exit_training", router.exit_training, ("gate", "benefit"))
+    _one_of("config.router.exit_sees", router.exit_sees, ("state", "token"))
+    _require(
+        router.exit_sees == "state" or router.exit_training == "benefit",
+        f"config.router.exit_sees={router.exit_sees!r} is for config.router.exit_training='benefit', "
+        f"got {router.exit_training!r}",
+    )
     _one_of("config.router.depth_loss", router.depth_loss, ("price", "target"))
     non_negative = (
         "hidden",

@@ -81,7 +81,8 @@ def _outputs(config: Config) -> tuple[int, ...]:
         return (1,)
     if router.form == "recursion":
         return (model.max_depth // model.pool_size,)
-    return (model.pool_size + 1, 1) if router.predicts_benefit else (model.pool_size + 1,)
+    has_exit_network = router.predicts_benefit and not router.has_exit_table
+    return (model.pool_size + 1, 1) if has_exit_network else (model.pool_size + 1,)
 
 
 def _look(config: Config, num_outputs: int) -> int:
@@ -98,9 +99,10 @@ def weights_by_part(config: Config, vocab_size: int) -> dict[str, int]:
     attention = model.d_model * (q_width + 2 * kv_width) + q_width * model.d_model
     mlp = (3 if model.mlp == "swiglu" else 2) * model.d_model * model.d_ff
     steps = model.max_depth * model.d_model if router.sees_step else 0
+    table = model.max_depth * vocab_size if router.has_exit_table else 0
     return {
         "layer": attention + mlp,
-        "router": steps + sum(_look(config, outputs) // 2 for outputs in _outputs(config)),
+        "router": steps + table + sum(_look(config, outputs) // 2 for outputs in _outputs(config)),
         "head": model.d_model * vocab_size,
         "embedding": model.d_model * vocab_size,
     }

@@ -92,7 +92,7 @@ class RadialTransformer(nnx.Module):
 
         self.embedding = normal(vocab_size, model.d_model, model.d_model**-0.5, (None, "width"))
         self.prelude = unshared(model.prelude_layers)
-        self.router = make_router(model, config.router, rngs, parallel)
+        self.router = make_router(model, config.router, vocab_size, rngs, parallel)
         self.pool = LayerPool(model, model.pool_size, scale, rngs, self.is_in_order, "layer", parallel)
         self.coda = unshared(model.coda_layers)
         self.final_norm = nnx.Param(jnp.ones(model.d_model), axes=(None,))

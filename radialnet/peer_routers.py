@@ -20,10 +20,14 @@ from radialnet.sharding import ALONE, Parallel
 _NEVER = -1e9
 
 
-def make_router(model_cfg: ModelConfig, cfg: RouterConfig, rngs: nnx.Rngs, parallel: Parallel = ALONE) -> Router:
+def make_router(
+    model_cfg: ModelConfig, cfg: RouterConfig, vocab_size: int, rngs: nnx.Rngs, parallel: Parallel = ALONE
+) -> Router:
     """The router of a form."""
     forms = {"skip": SkipRouter, "mod": CapacityRouter, "recursion": RecursionRouter}
-    return forms.get(cfg.form, Router)(model_cfg, cfg, rngs, parallel)
+    if cfg.form in forms:
+        return forms[cfg.form](model_cfg, cfg, rngs, parallel)
+    return Router(model_cfg, cfg, rngs, parallel, vocab_size=vocab_size)
 
 
 class SkipRouter(Router):

@@ -177,7 +177,13 @@ class Router(nnx.Module):
         rngs: nnx.Rngs,
         parallel: Parallel = ALONE,
         num_outputs: int | None = None,
+        vocab_size: int = 0,
     ):
+        """
+        Args:
+            num_outputs: L + 1 by default.
+            vocab_size: of `router.exit_sees="token"`, which has a number for each token.
+        """
         d_model, num_layers = model_cfg.d_model, model_cfg.pool_size
         num_outputs = num_outputs or num_layers + 1
         self.cfg, self.num_layers, self.num_outputs, self.parallel = cfg, num_layers, num_outputs, parallel
@@ -192,7 +198,9 @@ class Router(nnx.Module):
         # Small: at first all layers are nearly as likely, and a token's exit depends on the exit bias alone.
         self.hidden, self.out = self._new_network(model_cfg, num_outputs, 0.1, rngs)
         self.out_bias = nnx.Param(jnp.zeros(num_outputs), axes=(None,))
-        if cfg.predicts_benefit:
+        if cfg.has_exit_table:
+            self.exit_table = nnx.Param(jnp.zeros((model_cfg.max_depth, vocab_size)), axes=(None, None))
+        elif cfg.predicts_benefit:
             self.exit_hidden, self.exit_out = self._new_network(model_cfg, 1, 0.0, rngs)
 
     def _new_network(
@@ -220,10 +228,11 @@ class Router(nnx.Module):
         trained_step = jnp.minimum(depth_step, self.max_depth - 1)
         plan = step.plan
         if self.cfg.every == 1:
-            logits_BSN = self._look(h_BSD, trained_step)
+            logits_BSN = self._look(h_BSD, step.token_BS, trained_step)
         else:
             is_looking = depth_step % self.cfg.every == 0
-            logits_BSN = jax.lax.cond(is_looking, self._look, lambda *_: plan.logits_BSN, h_BSD, trained_step)
+            given = h_BSD, step.token_BS, trained_step
+            logits_BSN = jax.lax.cond(is_looking, self._look, lambda *_: plan.logits_BSN, *given)
             plan = Plan(logits_BSN=logits_BSN)
         layer_logits_BSL, exit_logit_BS = logits_BSN[..., :-1], logits_BSN[..., -1]
         if self.cfg.form == "early_exit":
@@ -266,14 +275,17 @@ class Router(nnx.Module):
         """That of the first step."""
         return Plan() if self.cfg.every == 1 else Plan(logits_BSN=jnp.zeros((*shape, self.num_outputs)))
 
-    def _look(self, h_BSD: jax.Array, trained_step: jax.Array) -> jax.Array:
+    def _look(self, h_BSD: jax.Array, token_BS: jax.Array, trained_step: jax.Array) -> jax.Array:
         """The logits of the nodes."""
         x_BSD = self._inputs(h_BSD, trained_step)
         logits_BSN = self._logits(x_BSD)
         if not self.cfg.predicts_benefit:
             return logits_BSN
-        # It learns to predict, and changes nothing of what it predicts from.
-        predicted_BS1 = self._network(jax.lax.stop_gradient(x_BSD), self.exit_hidden, self.exit_out)
+        if self.cfg.has_exit_table:
+            predicted_BS1 = self.exit_table[...][trained_step][token_BS][..., None]
+        else:
+            # It learns to predict, and changes nothing of what it predicts from.
+            predicted_BS1 = self._network(jax.lax.stop_gradient(x_BSD), self.exit_hidden, self.exit_out)
         return jnp.concatenate([logits_BSN[..., :-1], predicted_BS1 + self.out_bias[...][-1]], axis=-1)
 
     def _inputs(self, h_BSD: jax.Array, trained_step: jax.Array) -> jax.Array:

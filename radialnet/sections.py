@@ -85,6 +85,7 @@ class RouterConfig:
     exit_bias_init: float
     exit_bias_rate: float
     exit_training: str
+    exit_sees: str
     read_coef: float
     explore: float
     load_bias_rate: float
@@ -106,6 +107,10 @@ class RouterConfig:
     @property
     def predicts_benefit(self) -> bool:
         return self.is_trained and self.exit_training == "benefit"
+
+    @property
+    def has_exit_table(self) -> bool:
+        return self.predicts_benefit and self.exit_sees == "token"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,15 +14,18 @@ _DEPTHS: Values = {
 _EXITS: Values = {**_DEPTHS, "router.exit_training": "benefit", "router.explore": 0.05}
 _LEARNED: Values = {"router.form": "factored"}
 _HASH: Values = {**_LEARNED, "router.prior": "hash", "router.prior_weight": 1000.0, "router.load_coef": 0.0}
+_RADIAL: Values = {**_HASH, "model.pool_size": 48, **_EXITS}
 # Each is to execute 4 layers per token on average, but where its name says otherwise. What differs from dense_micro.
 MODELS: dict[str, Values] = {
     "dense": {},
     "dense, 6 layers": {"model.pool_size": 6, "model.max_depth": 6, "model.min_depth": 6},
     # configs/radial_micro.py.
-    "radial": {**_HASH, "model.pool_size": 48, **_EXITS},
-    "radial, pool of 24": {**_HASH, "model.pool_size": 24, **_EXITS},
-    "radial, pool of 16": {**_HASH, "model.pool_size": 16, **_EXITS},
-    "radial, T/2": {**_HASH, "model.pool_size": 48, **_EXITS, "router.depth_target": 3.0},
+    "radial": _RADIAL,
+    "radial, pool of 24": {**_RADIAL, "model.pool_size": 24},
+    "radial, pool of 16": {**_RADIAL, "model.pool_size": 16},
+    "radial, T/2": {**_RADIAL, "router.depth_target": 3.0},
+    "radial, exits by token": {**_RADIAL, "router.exit_sees": "token"},
+    "radial, exits by token, T/2": {**_RADIAL, "router.exit_sees": "token", "router.depth_target": 3.0},
     "radial, learned routes": {**_LEARNED, "model.pool_size": 24, **_EXITS},
     "radial, learned routes, fixed depth": {**_LEARNED, "model.pool_size": 16},
     "early exit": {"router.form": "early_exit", "model.pool_size": 6, **_EXITS},

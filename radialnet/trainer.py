@@ -40,6 +40,7 @@ _FIXED_FIELDS = {
     ("router", "hidden"),
     ("router", "sees_step"),
     ("router", "exit_training"),
+    ("router", "exit_sees"),
     ("train", "batch_size"),
     ("train", "seq_len"),
     ("train", "seed"),

@@ -30,6 +30,8 @@ CONFIGS = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "base
         ({"router__network": "deep"}, ("network='deep'", "low_rank")),
         ({"router__every": 0}, ("every=0", "at least 1")),
         ({"router__every": 2, "router__form": "early_exit"}, ("every=2", "form='early_exit'")),
+        ({"router__exit_sees": "context"}, ("exit_sees='context'", "state, token")),
+        ({"router__exit_sees": "token"}, ("exit_sees='token'", "exit_training='benefit'", "'gate'")),
         ({"router__depth_target": 3.5}, ("depth_target=3.5", "max_depth=3")),
         ({"router__depth_target": float("nan")}, ("depth_target=nan",)),
         ({"router__prior_weight": float("inf")}, ("prior_weight=inf", "finite")),

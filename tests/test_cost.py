@@ -96,6 +96,7 @@ ROUTERS = {
     "linear": {"router__network": "linear", "router__sees_step": False},
     "low rank": {"router__network": "low_rank", "router__hidden": 3},
     "exits by benefit": {"router__exit_training": "benefit", "router__hidden": 7},
+    "exits by benefit of the token": {"router__exit_training": "benefit", "router__exit_sees": "token"},
     "skip": {"router__form": "skip"},
     "mod": {"router__form": "mod", "model__min_depth": 3, "router__estimator": "weighted"},
     "recursion": {"router__form": "recursion", "model__pool_size": 1},
@@ -106,7 +107,7 @@ ROUTERS = {
 def test_router_against_the_products_of_its_own_program(name):
     """FLOPs of one step, and what its matrices hold."""
     config = make_config(**ROUTERS[name])
-    graph, params = nnx.split(make_router(config.model, config.router, nnx.Rngs(0)))
+    graph, params = nnx.split(make_router(config.model, config.router, VOCAB, nnx.Rngs(0)))
     token_BS = jnp.zeros((1, 1), jnp.int32)
 
     def step(params, h_BSD):

@@ -71,6 +71,21 @@ def test_factored_decides_to_leave_before_it_picks_a_layer():
     np.testing.assert_array_equal(found.executes_BS, active & ~np.asarray(found.exits_BS))
 
 
+def test_exits_that_see_the_token_alone_go_by_its_number_for_the_step():
+    config = make_config(router__exit_training="benefit", router__exit_sees="token", router__exit_bias_init=-0.3)
+    model = Model(config).with_mixed_exits()
+    batch = make_batch(config)
+    output, other = (model(batch | {"token": token}) for token in (batch["token"], batch["token"][:, ::-1]))
+    table_TV = np.asarray(model.params["router"]["exit_table"])
+    assert table_TV.shape == (T, VOCAB)
+    # After one step, the first that a token may leave at, and after two.
+    leaves_TBS = table_TV[1:, batch["token"]] - 0.3 > 0
+    depth_BS = np.where(leaves_TBS[0], 1, np.where(leaves_TBS[1], 2, T))
+    np.testing.assert_array_equal(output.depth_BS, depth_BS)
+    np.testing.assert_array_equal(other.depth_BS, depth_BS[:, ::-1])
+    assert len(np.unique(depth_BS)) == T
+
+
 @pytest.mark.parametrize("form", ["flat", "factored"])
 def test_noise_of_scale_one_samples_from_the_probabilities(form):
     config = make_config(router__form=form, router__noise=1.0, router__noise_steps=10)

@@ -100,6 +100,8 @@ class Model:
         router["out"] = router["out"].at[:, -1].mul(30.0)
         if "exit_out" in router:
             router["exit_out"] = router["out"][:, -1:]
+        if "exit_table" in router:
+            router["exit_table"] = jax.random.normal(jax.random.key(1), router["exit_table"].shape)
         return self
 
 
