@@ -64,7 +64,8 @@ def get_config() -> ConfigDict:
     router.exit_bias_init = 0.0  # The exit bias before the controller's first update.
     router.exit_bias_rate = 0.1  # u of the controller: b += u * std(e) * clip(depth - d*, -1, 1). 0 = off.
     router.exit_training = "gate"  # gate: by the survival gate | benefit: e predicts what going on takes off the loss.
-    # Of `benefit`: state | token (a table of steps and token ids, so that a token's exit moves no more than its mean).
+    # Of `benefit`, what e is predicted from: state (by a network) | token (a number for each step and token id: all
+    # tokens of one id leave at the same step, whatever their context). The latter needs `explore`.
     router.exit_sees = "state"
     router.read_coef = 0.1  # Of `benefit`: of the cross-entropy at states between steps, one of each token.
     router.explore = 0.0  # Share of tokens that in training don't leave before T, whatever the router says.

@@ -220,9 +220,7 @@ def plot_tradeoffs(panels: dict[str, dict[str, list[tuple[float, float]]]], x: s
         axes.set_xlabel(x)
         _scale_costs(axes, [cost for line in lines.values() for cost, _ in line])
     axes_1P[0, 0].set_ylabel(y)
-    lines = {line.get_label(): line for axes in axes_1P[0] for line in axes.get_lines()}
-    # Beside the axes, whose lines may be anywhere.
-    figure.legend(lines.values(), lines, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+    _legend_below(figure)
     save(plt, figure, path, dpi=100)
 
 
@@ -268,11 +266,15 @@ def plot_lines(panels: dict[str, dict[str, list[tuple[float, float]]]], x: str, 
         axes.set_title(y, fontsize=10, loc="left")
     for axes in axes_RC[-1]:
         axes.set_xlabel(x)
-    drawn = {line.get_label(): line for axes in axes_RC.flat for line in axes.get_lines()}
-    place = {"loc": "outside lower center", "ncols": len(drawn)}
-    figure.legend(handles=list(drawn.values()), frameon=False, fontsize=8, **place)
+    _legend_below(figure)
     figure.suptitle(title, fontsize=11)
     save(plt, figure, path, dpi=100)
+
+
+def _legend_below(figure) -> None:
+    """Of the lines in all axes, beside these: the lines may be anywhere in them."""
+    lines = {line.get_label(): line for axes in figure.axes for line in axes.get_lines()}
+    figure.legend(lines.values(), lines, loc="outside lower center", ncols=5, frameon=False, fontsize=8)
 
 
 def _scale_costs(axes, costs: list[float]) -> None:

@@ -181,7 +181,7 @@ def _own(instruction: _Instruction, types: dict[str, str]) -> Work:
     """What an instruction does by itself."""
     operation = instruction.operation
     if operation == "convolution":
-        return Work(2 * _elements(instruction.result) * _summed_by_convolution(instruction, types))
+        return Work(2 * _multiplied_by_convolution(instruction, types))
     if operation == "dot":
         return Work(2 * _elements(instruction.result) * _summed_by_dot(instruction, types))
     if operation == "custom-call" and (flops := re.search(r'"cost_estimate":\{"flops":"(\d+)"', instruction.rest)):
@@ -230,17 +230,17 @@ def _bytes(array: tuple[str, str]) -> float:
     return _BYTES.get(array[0], 0) * math.prod(int(size) for size in array[1].split(",") if size)
 
 
-def _summed_by_convolution(instruction: _Instruction, types: dict[str, str]) -> float:
-    """Elements that are summed up for each of the result, in the mean: input features, times those of the window that
-    lie on the input. TPUs have batches of products as windows of which all but one element is padding, or a hole.
+def _multiplied_by_convolution(instruction: _Instruction, types: dict[str, str]) -> int:
+    """Products of two elements: of the result's numbers and the input features, at all places of the window that lie on
+    the input. TPUs have batches of products as windows of which all but one element is padding, or a hole.
     """
     labels_in, labels_kernel, labels_out = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.rest).groups()
     inputs, kernel = (_dims(types[name]) for name in instruction.operands[:2])
-    summed = kernel[labels_kernel.index("i")]
+    result = _dims(instruction.result)
+    products = kernel[labels_kernel.index("i")] * result[labels_out.index("b")] * result[labels_out.index("f")]
     for dim, window in enumerate(_windows(instruction.rest)):
-        size_in, size_out = inputs[labels_in.index(str(dim))], _dims(instruction.result)[labels_out.index(str(dim))]
-        summed *= window.num_on_input(size_in, size_out) / size_out
-    return summed
+        products *= window.num_on_input(inputs[labels_in.index(str(dim))], result[labels_out.index(str(dim))])
+    return products
 
 
 @dataclasses.dataclass(frozen=True)
@@ -254,10 +254,10 @@ class _Window:
     rhs_dilate: int = 1
 
     def num_on_input(self, size_in: int, size_out: int) -> int:
-        """How many elements lie on the input, over all places of the window."""
+        """How many elements of the window lie on the input, over all its places."""
+        on_input = range(0, size_in * self.lhs_dilate, self.lhs_dilate)
         firsts = range(-self.pad, size_out * self.stride - self.pad, self.stride)
-        places = collections.Counter(first + at * self.rhs_dilate for first in firsts for at in range(self.size))
-        return sum(places[place] for place in range(0, size_in * self.lhs_dilate, self.lhs_dilate))
+        return sum(first + at * self.rhs_dilate in on_input for first in firsts for at in range(self.size))
 
 
 def _windows(attributes: str) -> list[_Window]:

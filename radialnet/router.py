@@ -199,6 +199,7 @@ class Router(nnx.Module):
         self.hidden, self.out = self._new_network(model_cfg, num_outputs, 0.1, rngs)
         self.out_bias = nnx.Param(jnp.zeros(num_outputs), axes=(None,))
         if cfg.has_exit_table:
+            assert vocab_size > 0
             self.exit_table = nnx.Param(jnp.zeros((model_cfg.max_depth, vocab_size)), axes=(None, None))
         elif cfg.predicts_benefit:
             self.exit_hidden, self.exit_out = self._new_network(model_cfg, 1, 0.0, rngs)
@@ -282,7 +283,7 @@ class Router(nnx.Module):
         if not self.cfg.predicts_benefit:
             return logits_BSN
         if self.cfg.has_exit_table:
-            predicted_BS1 = self.exit_table[...][trained_step][token_BS][..., None]
+            predicted_BS1 = self.exit_table[...][trained_step, token_BS][..., None]
         else:
             # It learns to predict, and changes nothing of what it predicts from.
             predicted_BS1 = self._network(jax.lax.stop_gradient(x_BSD), self.exit_hidden, self.exit_out)

@@ -7,7 +7,7 @@ import pytest
 from configs import base
 from radialnet.config import Config
 from radialnet.sections import ConfigError
-from tests.tiny import make_config
+from tests.tiny import TOKEN_EXITS, make_config
 
 FOLDER = Path(__file__).parents[1] / "configs"
 CONFIGS = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "base")
@@ -32,6 +32,7 @@ CONFIGS = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "base
         ({"router__every": 2, "router__form": "early_exit"}, ("every=2", "form='early_exit'")),
         ({"router__exit_sees": "context"}, ("exit_sees='context'", "state, token")),
         ({"router__exit_sees": "token"}, ("exit_sees='token'", "exit_training='benefit'", "'gate'")),
+        ({**TOKEN_EXITS, "router__explore": 0.0}, ("exit_sees='token'", "explore=0.0", "more than 0")),
         ({"router__depth_target": 3.5}, ("depth_target=3.5", "max_depth=3")),
         ({"router__depth_target": float("nan")}, ("depth_target=nan",)),
         ({"router__prior_weight": float("inf")}, ("prior_weight=inf", "finite")),

@@ -13,7 +13,7 @@ from radialnet.cost import entry_bytes, flops_by_part, flops_per_token, weights_
 from radialnet.model import abstract_params
 from radialnet.peer_routers import make_router
 from radialnet.router import Controllers, StepInputs, row_keys, schedule
-from tests.tiny import VOCAB, make_config
+from tests.tiny import TOKEN_EXITS, VOCAB, make_config
 
 
 def count_flops(function, *arguments) -> int:
@@ -96,7 +96,7 @@ ROUTERS = {
     "linear": {"router__network": "linear", "router__sees_step": False},
     "low rank": {"router__network": "low_rank", "router__hidden": 3},
     "exits by benefit": {"router__exit_training": "benefit", "router__hidden": 7},
-    "exits by benefit of the token": {"router__exit_training": "benefit", "router__exit_sees": "token"},
+    "exits by benefit of the token": {**TOKEN_EXITS},
     "skip": {"router__form": "skip"},
     "mod": {"router__form": "mod", "model__min_depth": 3, "router__estimator": "weighted"},
     "recursion": {"router__form": "recursion", "model__pool_size": 1},

@@ -18,7 +18,7 @@ from radialnet.sampling import Sampling
 from radialnet.sections import VIEWS
 from radialnet.tokenizer import Tokenizer
 from radialnet.trained import TrainedModel
-from tests.tiny import VOCAB, Model, make_config
+from tests.tiny import TOKEN_EXITS, VOCAB, Model, make_config
 
 SEQ, PAGE, CHUNK = 13, 4, 7
 
@@ -104,7 +104,7 @@ CASES = {
     "linear router at every second step": {"exit_bias": 0.0, "router__network": "linear", "router__every": 2},
     "hash": {"router__form": "hash", "cache__view": "all"},
     "early exit by benefit": {"router__form": "early_exit", "router__exit_training": "benefit"},
-    "by benefit of the token": {"exit_bias": 0.0, "router__exit_training": "benefit", "router__exit_sees": "token"},
+    "by benefit of the token": {"exit_bias": 0.0, **TOKEN_EXITS},
     "mod": {"router__form": "mod", "router__estimator": "weighted", "model__min_depth": 4},
     "mod, all": {"router__form": "mod", "router__estimator": "weighted", "model__min_depth": 4, "cache__view": "all"},
     "skip": {"router__form": "skip", "cache__view": "same_layer"},

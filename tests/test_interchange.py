@@ -27,12 +27,12 @@ from radialnet.trained import load_trained
 from radialnet.trainer import train
 from tests.test_cli import run
 from tests.test_model import perturbed
-from tests.tiny import Model, make_batch, make_config
+from tests.tiny import TOKEN_EXITS, Model, make_batch, make_config
 
 FORMS = {
     "factored": {"model__prelude_layers": 1, "model__coda_layers": 2},
     "benefit": {"router__exit_training": "benefit"},
-    "benefit of the token": {"router__exit_training": "benefit", "router__exit_sees": "token"},
+    "benefit of the token": {**TOKEN_EXITS},
     "mod": {"router__form": "mod", "model__min_depth": 3},
     "recursion": {"router__form": "recursion", "model__pool_size": 3, "model__max_depth": 6},
     "skip": {"router__form": "skip"},

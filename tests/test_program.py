@@ -68,23 +68,26 @@ def test_a_loop_within_one_of_a_usual_length_is_not_taken_for_it():
     assert work.flops == 6 * 2 * A * B * B and len(work.unknown) == 1
 
 
-@pytest.mark.parametrize("case", ["plain", "padded", "strided", "holes in the input", "holes in the kernel", "batched"])
+CONVOLUTIONS = {
+    "plain": {},
+    "padded": {"padding": [(11, 2), (0, 9)]},
+    "cut": {"padding": [(-1, 2), (0, -3)]},
+    "strided": {"window_strides": (2, 3), "padding": [(4, 1), (1, 0)]},
+    "holes in the input": {"lhs_dilation": (3, 2), "padding": [(1, 0), (0, 2)]},
+    "holes in the kernel": {"rhs_dilation": (2, 3)},
+    "groups of features": {"feature_group_count": 3},
+    # A batch of 11 products: each place of the window finds one element.
+    "batched": {"window_strides": (10, 1), "lhs_dilation": (11, 1)},
+}
+
+
+@pytest.mark.parametrize("case", CONVOLUTIONS)
 def test_a_convolution_counts_what_lies_on_its_input(case):
     """By XLA's own count. A layer of a TPU's program had 4 to 19 times its FLOPs when windows were counted as a whole:
     its gradient of `qkv` is a window of 12 × 3 over one element and what it is padded with."""
-    N, F, G, X, Y = 2, 3, 5, 11, 7
-    windows = {
-        "plain": {},
-        "padded": {"padding": [(11, 2), (0, 9)]},
-        "strided": {"window_strides": (2, 3), "padding": [(4, 1), (1, 0)]},
-        "holes in the input": {"lhs_dilation": (3, 2), "padding": [(1, 0), (0, 2)]},
-        "holes in the kernel": {"rhs_dilation": (2, 3)},
-        # A batch of X products: each place of the window finds one element.
-        "batched": {"window_strides": (X - 1, 1), "lhs_dilation": (X, 1)},
-    }
-    asked = {"window_strides": (1, 1), "padding": [(0, 0), (0, 0)], **windows[case]}
-    size = (X, 2) if case == "batched" else (4, 2)
-    program = compiled(partial(jax.lax.conv_general_dilated, **asked), (N, F, X, Y), (G, F, *size))
+    asked = {"window_strides": (1, 1), "padding": [(0, 0), (0, 0)], **CONVOLUTIONS[case]}
+    kernel = (6, 3 // asked.get("feature_group_count", 1), 11 if case == "batched" else 4, 2)
+    program = compiled(partial(jax.lax.conv_general_dilated, **asked), (2, 3, 11, 7), kernel)
     assert " convolution(" in program.as_text()
     assert work_of(program.as_text()).flops == program.cost_analysis()["flops"] > 0
 

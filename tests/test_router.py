@@ -15,7 +15,7 @@ from radialnet.router import (
     update_exit_bias,
     update_load_bias,
 )
-from tests.tiny import VOCAB, Model, make_batch, make_config
+from tests.tiny import TOKEN_EXITS, VOCAB, Model, make_batch, make_config
 
 L, T = 5, 3
 
@@ -72,7 +72,7 @@ def test_factored_decides_to_leave_before_it_picks_a_layer():
 
 
 def test_exits_that_see_the_token_alone_go_by_its_number_for_the_step():
-    config = make_config(router__exit_training="benefit", router__exit_sees="token", router__exit_bias_init=-0.3)
+    config = make_config(**TOKEN_EXITS, router__exit_bias_init=-0.3)
     model = Model(config).with_mixed_exits()
     batch = make_batch(config)
     output, other = (model(batch | {"token": token}) for token in (batch["token"], batch["token"][:, ::-1]))

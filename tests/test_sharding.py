@@ -17,7 +17,7 @@ from radialnet.optimizer import make_optimizer
 from radialnet.sections import ConfigError
 from radialnet.sharding import AXES, ONE_DEVICE, RULES, Parallel, make_mesh, mesh_sizes
 from radialnet.train_step import eval_step, init_state, state_shardings, train_step
-from tests.tiny import VOCAB, make_batch, make_config
+from tests.tiny import TOKEN_EXITS, VOCAB, make_batch, make_config
 
 BYTES = jnp.arange(VOCAB, dtype=jnp.int32)
 MESHES = {
@@ -43,6 +43,7 @@ RECIPES = {
         "train__accumulate_steps": 2,
         "train__batch_size": 16,
     },
+    "exits by benefit of the token": {**TOKEN_EXITS, "router__explore": 0.2, "cache__view": "latest"},
     "remat, prelude and coda, score, a linear router at every second step": {
         "model__remat": "step",
         "router__network": "linear",
@@ -121,6 +122,8 @@ def with_uneven_routes(params):
     router["out_bias"] = router["out_bias"].at[jnp.array([1, 4, 5])].set(-100.0)
     if "exit_out" in router:
         router["exit_out"] = router["out"][:, -1:]
+    if "exit_table" in router:
+        router["exit_table"] = jax.random.normal(jax.random.key(1), router["exit_table"].shape)
     return params
 
 

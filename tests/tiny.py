@@ -14,6 +14,8 @@ from radialnet.router import Controllers, schedule
 from radialnet.train_step import forward
 
 VOCAB = 17
+# So few explore that in a test nobody does.
+TOKEN_EXITS = {"router__exit_training": "benefit", "router__exit_sees": "token", "router__explore": 1e-9}
 
 
 def make_config(**overrides) -> Config:
