@@ -131,11 +131,6 @@ def _validate_router(config: Sections) -> None:
         f"config.router.exit_sees={router.exit_sees!r} is for config.router.exit_training='benefit', "
         f"got {router.exit_training!r}",
     )
-    _require(
-        router.exit_sees == "state" or router.explore > 0,
-        f"config.router.exit_sees={router.exit_sees!r} learns no more of a token once it always leaves: "
-        f"config.router.explore={router.explore}, more than 0 is needed",
-    )
     _one_of("config.router.depth_loss", router.depth_loss, ("price", "target"))
     non_negative = (
         "hidden",
@@ -196,6 +191,11 @@ def _validate_benefit(model: ModelConfig, router: RouterConfig) -> None:
     _require(
         router.depth_coef == 0,
         f"{of_benefit} has no expected depth: config.router.depth_coef={router.depth_coef}, 0 is needed",
+    )
+    _require(
+        router.exit_sees == "state" or router.explore > 0,
+        f"config.router.exit_sees={router.exit_sees!r} learns no more of a token once it always leaves: "
+        f"config.router.explore={router.explore}, more than 0 is needed",
     )
 
 

@@ -96,7 +96,7 @@ ROUTERS = {
     "linear": {"router__network": "linear", "router__sees_step": False},
     "low rank": {"router__network": "low_rank", "router__hidden": 3},
     "exits by benefit": {"router__exit_training": "benefit", "router__hidden": 7},
-    "exits by benefit of the token": {**TOKEN_EXITS},
+    "exits by benefit of the token": TOKEN_EXITS,
     "skip": {"router__form": "skip"},
     "mod": {"router__form": "mod", "model__min_depth": 3, "router__estimator": "weighted"},
     "recursion": {"router__form": "recursion", "model__pool_size": 1},

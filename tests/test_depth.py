@@ -64,7 +64,7 @@ CASES = {
     "early exit": {"router__form": "early_exit"},
     "exits by benefit": {"router__exit_training": "benefit"},
     "exits by benefit remat": {"router__exit_training": "benefit", "model__remat": "step", "cache__view": "all"},
-    "exits by benefit of the token": {**TOKEN_EXITS},
+    "exits by benefit of the token": TOKEN_EXITS,
     "mod": {"router__form": "mod", "router__estimator": "weighted", "model__min_depth": 4, "cache__view": "same_step"},
     "recursion": {"router__form": "recursion", "train__seed": 1, "model__pool_size": 2, "cache__view": "all"},
     "skip": {"router__form": "skip", "router__estimator": "score", "cache__view": "same_layer"},

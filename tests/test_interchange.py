@@ -32,7 +32,7 @@ from tests.tiny import TOKEN_EXITS, Model, make_batch, make_config
 FORMS = {
     "factored": {"model__prelude_layers": 1, "model__coda_layers": 2},
     "benefit": {"router__exit_training": "benefit"},
-    "benefit of the token": {**TOKEN_EXITS},
+    "benefit of the token": TOKEN_EXITS,
     "mod": {"router__form": "mod", "model__min_depth": 3},
     "recursion": {"router__form": "recursion", "model__pool_size": 3, "model__max_depth": 6},
     "skip": {"router__form": "skip"},

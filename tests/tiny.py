@@ -100,11 +100,16 @@ class Model:
         """Make the exit logit depend strongly on the token, so that about half of the tokens leave at each step."""
         router = self.params["router"]
         router["out"] = router["out"].at[:, -1].mul(30.0)
-        if "exit_out" in router:
-            router["exit_out"] = router["out"][:, -1:]
-        if "exit_table" in router:
-            router["exit_table"] = jax.random.normal(jax.random.key(1), router["exit_table"].shape)
+        mix_predicted_exits(router)
         return self
+
+
+def mix_predicted_exits(router: dict) -> None:
+    """Let what predicts exits, and begins at 0, differ by token: by the router's other weights, or at random."""
+    if "exit_out" in router:
+        router["exit_out"] = router["out"][:, -1:]
+    if "exit_table" in router:
+        router["exit_table"] = jax.random.normal(jax.random.key(1), router["exit_table"].shape)
 
 
 def logits_of(trained, token_BS: np.ndarray) -> np.ndarray:
