@@ -19,27 +19,42 @@ from configs import base
 def get_config() -> ConfigDict:
     config = base.get_config()
 
-    # A look-up takes a layer, and so does telling the tokens of a pair, or of a query, whom they belong to.
-    config.model.pool_size = 12
-    config.model.max_depth = 6
-    config.model.min_depth = 2
+    # The prelude tells the tokens of a pair, and of a query, whom they belong to; each look-up is the same layer again.
+    config.model.prelude_layers = 1
+    config.model.pool_size = 1
+    config.model.max_depth = 7
+    config.model.min_depth = 1
+    config.model.init = "distinct"
     config.model.d_model = 64
     config.model.d_ff = 192
+    # Wide heads and fast angles: a head has to tell the token before from the one before that (docs/LOG.md).
+    config.model.num_heads = 2
+    config.model.num_kv_heads = 2
+    config.model.rope_base = 100.0
 
     config.router.hidden = 16
+    config.router.prior = "none"
+    config.router.load_coef = 0.0
     config.router.exit_training = "benefit"
-    config.router.explore = 0.05
-    # Not before the task is learned: 6 dense layers see through it after 6,500 steps.
-    config.router.exit_warmup_steps = 8000
-    config.router.depth_ramp_steps = 2000
+    config.router.read_coef = 0.03
+    # Without these hardly anybody is left, once exits begin, to tell what many look-ups are worth.
+    config.router.explore = 0.2
+    # A fixed price in nats per layer: what depth the task takes is to be found, and not to be held.
+    config.router.exit_bias_init = 0.02
+    config.router.exit_bias_rate = 0.0
+    config.router.depth_target = 2.0
+    # Not before the task is learned.
+    config.router.exit_warmup_steps = 6500
 
     config.data.source = "hops"
     config.data.hops_symbols = 8
     config.data.hops_max = 4
 
-    config.optimizer.learning_rate = 2e-3
+    config.optimizer.learning_rate = 4e-3
 
     config.train.num_steps = 12_000
+    config.train.seq_len = 64
+    config.train.batch_size = 32
     config.eval.every_steps = 2000
     config.checkpoint.every_steps = 2000
     config.log.every_steps = 50

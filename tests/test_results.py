@@ -59,8 +59,8 @@ def example():
     for name in study.HOP_MODELS:
         found = {"spearman": 0.5, "by_k": by_k, "depth": 3.0}
         runs.append({"model": name, "commit": "abc", **row(1.0), "hops": found})
-    runs.append({**runs[-2], "seed": 3, "hops": {"spearman": None, "by_k": by_k, "depth": 4.0}})
-    assert runs[-1]["model"] == "hops, radial"
+    (hops_radial,) = of(runs, "hops, radial")
+    runs.append({**hops_radial, "seed": 3, "hops": {"spearman": None, "by_k": by_k, "depth": 4.0}})
     return runs
 
 
