@@ -37,11 +37,12 @@ def get_config() -> ConfigDict:
     config.router.load_coef = 0.0
     config.router.exit_training = "benefit"
     config.router.read_coef = 0.03
-    # Without these hardly anybody is left, once exits begin, to tell what many look-ups are worth.
+    # Share of tokens that always go on: without them hardly any is left, once exits begin, to tell what that is worth.
     config.router.explore = 0.2
-    # A fixed price in nats per layer: what depth the task takes is to be found, and not to be held.
+    # A fixed price in nats per layer, and no controller: what depth the task takes is to be found.
     config.router.exit_bias_init = 0.02
     config.router.exit_bias_rate = 0.0
+    # What plots and alarms compare the depth with; it steers nothing.
     config.router.depth_target = 2.0
     # Not before the task is learned.
     config.router.exit_warmup_steps = 6500

@@ -155,25 +155,26 @@ def read_losses(
     """The terms that train exits by what going on is worth.
 
     Args:
-        target_N, is_target_N, nats_N: of this device's tokens (`Parallel.my_tokens`).
+        target_N, is_target_N, nats_N: of this device's tokens (`Parallel.my_tokens`); 0 nats of one without a target.
 
     Returns:
         `loss_read`: mean cross-entropy at the states that were read, without which an exit there would mean nothing;
-        `loss_benefit`: mean squared error of -e as a prediction of what each further layer took off the cross-entropy,
-        which is nothing for a token that has no target.
+        `loss_benefit`: mean squared error of -e as a prediction of what each further layer took off the cross-entropy;
+        off that of a token without a target, nothing.
     """
     is_read_N = parallel.my_tokens(read.is_read_BS.ravel())
     final_ND = parallel.my_tokens(read.final_BSD.reshape(-1, read.final_BSD.shape[-1]))
     of_target_N = is_target_N & is_read_N
     read_nats, read_nats_N = cross_entropy(final_ND, head_DV, target_N, of_target_N)
-    benefit_N = jnp.where(is_target_N, read_nats_N - nats_N, 0) / parallel.my_tokens(
-        read.num_left_BS.ravel(), filling=1
-    )
+    benefit_N = (read_nats_N - nats_N) / parallel.my_tokens(read.num_left_BS.ravel(), filling=1)
     error_N = jax.lax.stop_gradient(benefit_N) + parallel.my_tokens(read.exit_logit_BS.ravel())
     squares = jnp.where(is_read_N, error_N**2, 0).sum()
-    sums = parallel.sum_all((of_target_N.sum(), is_read_N.sum(), read_nats, squares))
-    num_targets, num_reads, read_nats, squares = (*(jnp.maximum(count, 1) for count in sums[:2]), *sums[2:])
-    return {"loss_read": read_nats / num_targets, "loss_benefit": squares / num_reads}
+    sums = is_read_N.sum(), of_target_N.sum(), squares, read_nats
+    num_reads, num_read_targets, squares, read_nats = parallel.sum_all(sums)
+    return {
+        "loss_read": read_nats / jnp.maximum(num_read_targets, 1),
+        "loss_benefit": squares / jnp.maximum(num_reads, 1),
+    }
 
 
 def skip_losses(

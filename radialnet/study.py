@@ -72,7 +72,6 @@ HOP_MODELS: dict[str, Values] = {
     "hops, looped": {"router.form": "cyclic", "model.min_depth": 7},
     "hops, dense": {
         "router.form": "sequential",
-        "model.prelude_layers": 0,
         "model.pool_size": 7,
         "model.min_depth": 7,
     },

@@ -70,16 +70,18 @@ def test_exits_are_trained_by_what_each_further_layer_took_off_the_loss():
     is_read = np.asarray(read.is_read_BS)
     for row, column in zip(*is_read.nonzero(), strict=True):
         step = steps[row, column]
+        assert 1 <= step < depth[row, column], "it could have left there and went on"
+        np.testing.assert_allclose(read.exit_logit_BS[row, column], output.exit_logit_TBS[step, row, column], rtol=1e-5)
         if not is_target[row, column]:
             errors.append(read.exit_logit_BS[row, column])
             continue
-        assert 1 <= step < depth[row, column], "it could have left there and went on"
         before, after = (nats_of(h)[row, column] for h in (output.h_TBSD[step], output.exit_BSD))
         errors.append((before - after) / (depth[row, column] - step) + read.exit_logit_BS[row, column])
         nats.append(before)
-        np.testing.assert_allclose(read.exit_logit_BS[row, column], output.exit_logit_TBS[step, row, column], rtol=1e-5)
     assert len(set(steps[is_read])) == 3
-    flat = (x.ravel() for x in (batch["target"], is_target, nats_of(output.exit_BSD)))
+    assert 0 < len(nats) < len(errors)
+    nats_BS = jnp.where(is_target, nats_of(output.exit_BSD), 0)
+    flat = (x.ravel() for x in (batch["target"], is_target, nats_BS))
     found = read_losses(read, head, *flat)
     np.testing.assert_allclose(found["loss_benefit"], np.square(errors).mean(), rtol=1e-4)
     np.testing.assert_allclose(found["loss_read"], np.mean(nats), rtol=1e-4)
