@@ -55,7 +55,7 @@ def get_config() -> ConfigDict:
     config.train.num_steps = 12_000
     config.train.seq_len = 64
     config.train.batch_size = 32
-    config.eval.every_steps = 2000
+    config.eval.every_steps = 1000
     config.checkpoint.every_steps = 2000
     config.log.every_steps = 50
 
