@@ -104,7 +104,7 @@ def markdown(result: dict) -> str:
             "## Hop task",
             "",
             "Accuracy and executed depth of the token that answers, by the number of look-ups k (`radialnet.hops`).",
-            "Beside the pool's layers that depth counts, every token goes through one layer of a prelude.",
+            "Depth counts layers of the pool; those of a prelude are not in it.",
             "",
         ]
     for name, runs in hop_runs.items():

@@ -70,11 +70,7 @@ EXIT_BIASES = (-1e9, -0.1, -0.05, -0.03, -0.02, -0.01, 0.0, 0.01, 0.02, 0.03, 0.
 HOP_MODELS: dict[str, Values] = {
     "hops, radial": {},
     "hops, looped": {"router.form": "cyclic", "model.min_depth": 7},
-    "hops, dense": {
-        "router.form": "sequential",
-        "model.pool_size": 7,
-        "model.min_depth": 7,
-    },
+    "hops, dense": {"router.form": "sequential", "model.pool_size": 7, "model.min_depth": 7},
 }
 
 
