@@ -48,7 +48,8 @@ def get_config() -> ConfigDict:
     # It looks at every this many-th step, and keeps its logits for those between; T: once per token. Where several rows
     # are generated, each of them at a step of its own, it is computed at every step all the same.
     router.every = 1
-    # none | sequential (layer t mod L) | group (the L/T layers of step t's own group) | hash (one by token and step).
+    # none | sequential (layer t mod L) | group (the L/T layers of step t's own group) | hash (one by token and step) |
+    # group_hash (one of step t's own group, by the token).
     router.prior = "group"
     router.prior_weight = 8.0  # Added to the layer logits that the prior favours.
     router.prior_steps = 0  # Training steps over which the prior fades to 0; 0 = it is kept.

@@ -122,7 +122,7 @@ def _validate_router(config: Sections) -> None:
     model, router = config.model, config.router
     _one_of("config.router.form", router.form, TRAINED_FORMS + FIXED_FORMS)
     _one_of("config.router.estimator", router.estimator, ESTIMATORS)
-    _one_of("config.router.prior", router.prior, ("none", "sequential", "group", "hash"))
+    _one_of("config.router.prior", router.prior, ("none", "sequential", "group", "hash", "group_hash"))
     _one_of("config.router.network", router.network, NETWORKS)
     _one_of("config.router.exit_training", router.exit_training, ("gate", "benefit"))
     _one_of("config.router.exit_sees", router.exit_sees, ("state", "token"))
@@ -163,9 +163,11 @@ def _validate_router(config: Sections) -> None:
     if not router.is_trained:
         return
     _require(
-        router.form not in ("factored", "flat") or router.prior != "group" or model.pool_size >= model.max_depth,
-        f"config.router.prior='group' needs a layer for each step, but config.model.pool_size={model.pool_size} "
-        f"is less than config.model.max_depth={model.max_depth}",
+        router.form not in ("factored", "flat")
+        or router.prior not in ("group", "group_hash")
+        or model.pool_size >= model.max_depth,
+        f"config.router.prior={router.prior!r} needs a layer for each step, but "
+        f"config.model.pool_size={model.pool_size} is less than config.model.max_depth={model.max_depth}",
     )
     _require(
         router.noise == 0 or router.noise_steps > 0,

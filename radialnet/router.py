@@ -297,6 +297,10 @@ class Router(nnx.Module):
         """1 for the layers that the prior favours, else 0: [L], or [B, S, L] where it goes by the token."""
         if self.cfg.prior == "hash":
             return jax.nn.one_hot(_hash(token_BS, depth_step, self.num_layers), self.num_layers)
+        if self.cfg.prior == "group_hash":
+            in_group_L = group_of_layer(self.num_layers, self.max_depth) == depth_step
+            chosen_BS = jnp.argmax(in_group_L) + _hash(token_BS, depth_step, in_group_L.sum())
+            return jax.nn.one_hot(chosen_BS, self.num_layers)
         return prior_logits(self.cfg.prior, self.num_layers, self.max_depth, depth_step)
 
     def _logits(self, x_BSD: jax.Array) -> jax.Array:
@@ -341,13 +345,13 @@ def _normal(rngs: nnx.Rngs, rows: int, columns: int, scale: float, axes: Axes) -
     return nnx.Param(drawn, axes=axes)
 
 
-def _hash(token_BS: jax.Array, depth_step: jax.Array, num_layers: int) -> jax.Array:
+def _hash(token_BS: jax.Array, depth_step: jax.Array, num_layers: int | jax.Array) -> jax.Array:
     """A layer by token id, another one at each step (arXiv 2106.04426): the murmur3 finaliser, modulo L."""
     step = (jnp.asarray(depth_step, jnp.uint32) + 1) * jnp.uint32(0x85EBCA77)
     x = token_BS.astype(jnp.uint32) * jnp.uint32(0x9E3779B1) + step
     x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
     x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
-    return ((x ^ (x >> 16)) % jnp.uint32(num_layers)).astype(jnp.int32)
+    return ((x ^ (x >> 16)) % jnp.asarray(num_layers, jnp.uint32)).astype(jnp.int32)
 
 
 def row_keys(rng: jax.Array, first_row: jax.Array | int, num_rows: int) -> jax.Array:

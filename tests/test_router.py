@@ -225,3 +225,15 @@ def test_a_heavy_hash_prior_is_the_hash_route():
     )
     np.testing.assert_array_equal(heavy.layer_TBS, hashed.layer_TBS)
     assert (light.layer_TBS != hashed.layer_TBS).any()
+
+
+def test_a_heavy_group_hash_prior_gives_each_token_one_layer_of_the_group():
+    """Of a group of two layers both are used, and a token goes to the same one wherever it stands."""
+    config = make_config(model__min_depth=3, router__prior="group_hash", router__prior_weight=1000.0)
+    batch = make_batch(config)
+    layer_TBS = np.asarray(Model(config)(batch).layer_TBS)
+    token_BS = batch["token"]
+    for step, group in enumerate(([0, 1], [2, 3], [4])):
+        chosen = [set(layer_TBS[step][token_BS == token]) for token in np.unique(token_BS)]
+        assert all(len(layers) == 1 for layers in chosen)
+        assert set.union(*chosen) == set(group)
