@@ -17,12 +17,12 @@ def get_config() -> ConfigDict:
     config = dense_micro.get_config()
 
     config.model.pool_size = 48
-    config.model.max_depth = 6
-    config.model.min_depth = 2
+    config.model.max_depth = 5
+    config.model.min_depth = 3
 
     config.router.form = "factored"
     # A weight that leaves the router no choice but when to leave. Layers that are loaded unevenly can't be helped then.
-    config.router.prior = "hash"
+    config.router.prior = "group_hash"
     config.router.prior_weight = 1000.0
     config.router.load_coef = 0.0
     config.router.exit_training = "benefit"

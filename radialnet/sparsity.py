@@ -227,7 +227,14 @@ def over_seeds(rows: list[dict]) -> list[dict]:
 
 
 # Of docs/RESULTS.md, what sparsity within layers is seen beside.
-_PEERS = ("dense, 6 layers", "radial", "radial, T/2", "early exit", "Mixture-of-Depths", "Mixture-of-Recursions")
+_PEERS = (
+    "dense, 6 layers",
+    "radial",
+    "radial, any order, T/2",
+    "early exit",
+    "Mixture-of-Depths",
+    "Mixture-of-Recursions",
+)
 
 
 def peers(path: Path) -> list[dict]:

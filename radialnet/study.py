@@ -13,19 +13,25 @@ _DEPTHS: Values = {
 }
 _EXITS: Values = {**_DEPTHS, "router.exit_training": "benefit", "router.explore": 0.05}
 _LEARNED: Values = {"router.form": "factored"}
+# Routes that the token and the step give: to any layer, or to one of the step's own.
 _HASH: Values = {**_LEARNED, "router.prior": "hash", "router.prior_weight": 1000.0, "router.load_coef": 0.0}
-_RADIAL: Values = {**_HASH, "model.pool_size": 48, **_EXITS}
+_GROUPS: Values = {**_HASH, "router.prior": "group_hash", "model.pool_size": 48}
+_RADIAL: Values = {**_GROUPS, **_EXITS, "model.max_depth": 5, "model.min_depth": 3}
+_ANY_ORDER: Values = {**_HASH, "model.pool_size": 48, **_EXITS}
 # Each is to execute 4 layers per token on average, but where its name says otherwise. What differs from dense_micro.
 MODELS: dict[str, Values] = {
     "dense": {},
     "dense, 6 layers": {"model.pool_size": 6, "model.max_depth": 6, "model.min_depth": 6},
     # configs/radial_micro.py.
     "radial": _RADIAL,
-    "radial, pool of 24": {**_RADIAL, "model.pool_size": 24},
-    "radial, pool of 16": {**_RADIAL, "model.pool_size": 16},
-    "radial, T/2": {**_RADIAL, "router.depth_target": 3.0},
     "radial, exits by token": {**_RADIAL, "router.exit_sees": "token"},
-    "radial, exits by token, T/2": {**_RADIAL, "router.exit_sees": "token", "router.depth_target": 3.0},
+    "radial, fixed depth": _GROUPS,
+    "radial, any order": _ANY_ORDER,
+    "radial, any order, pool of 24": {**_ANY_ORDER, "model.pool_size": 24},
+    "radial, any order, pool of 16": {**_ANY_ORDER, "model.pool_size": 16},
+    "radial, any order, T/2": {**_ANY_ORDER, "router.depth_target": 3.0},
+    "radial, any order, exits by token": {**_ANY_ORDER, "router.exit_sees": "token"},
+    "radial, any order, exits by token, T/2": {**_ANY_ORDER, "router.exit_sees": "token", "router.depth_target": 3.0},
     "radial, learned routes": {**_LEARNED, "model.pool_size": 24, **_EXITS},
     "radial, learned routes, fixed depth": {**_LEARNED, "model.pool_size": 16},
     "early exit": {"router.form": "early_exit", "model.pool_size": 6, **_EXITS},
@@ -163,7 +169,7 @@ def figures_of(models: dict[str, dict], curve: list[dict], hop_runs: list[dict])
         "radial/dense equal depth": ratio("radial", "dense"),
         "depth radial/dense": depth / dense_depth if depth and dense_depth else None,
         "radial learned routes/dense": ratio("radial, learned routes", "dense"),
-        "radial T÷2/dense T": ratio("radial, T/2", "dense, 6 layers"),
+        "radial T÷2/dense T": ratio("radial, any order, T/2", "dense, 6 layers"),
         "layers saved at 0.5 % loss": layers_saved(curve, 0.005) if curve else None,
         "radial/best baseline": ratio("radial", *BASELINES),
         "hops spearman": statistics.fmean(correlations) if correlations else None,
