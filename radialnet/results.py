@@ -22,7 +22,7 @@ import jax
 from absl import flags
 from rich.console import Console
 
-from configs import dense_micro, hops
+from configs import dense_micro, dense_mini, hops
 from radialnet import cli
 from radialnet.comparisons import SweepPoint, plot_sweep
 from radialnet.data import prepare
@@ -37,6 +37,7 @@ from radialnet.study import (
     EXIT_BIASES,
     FIGURES,
     HOP_MODELS,
+    MINI_MODELS,
     MODELS,
     cells_of,
     figures_of,
@@ -174,6 +175,11 @@ def earlier_runs(path: Path, settings: dict[str, dict]) -> list[dict]:
     return kept
 
 
+# By the name of a config file: the file, and the models that differ from it.
+_STUDIES = {"dense_micro": (dense_micro, MODELS), "dense_mini": (dense_mini, MINI_MODELS), "hops": (hops, HOP_MODELS)}
+_STUDIED = [name for _, models in _STUDIES.values() for name in models]
+
+
 def _studied(fields: dict, models: dict[str, Values], seeds: list[Values]) -> tuple[dict[str, list[Cell]], dict]:
     """The cells of the models that were asked for, and the settings of all."""
     asked = {name: values for name, values in models.items() if not _MODEL.value or name in _MODEL.value}
@@ -187,9 +193,9 @@ def main() -> None:
     workdir, out, console = Path(_WORKDIR.value), Path(_OUT.value), Console(highlight=False, soft_wrap=True)
     commit, cells, settings = _commit(), {}, {}
     for name in _MODEL.value or []:
-        if name not in MODELS and name not in HOP_MODELS:
-            raise ConfigError(f"--model={name}: one of {'; '.join([*MODELS, *HOP_MODELS])} is needed")
-    for file, config, models in (("dense_micro", dense_micro, MODELS), ("hops", hops, HOP_MODELS)):
+        if name not in _STUDIED:
+            raise ConfigError(f"--model={name}: one of {'; '.join(_STUDIED)} is needed")
+    for file, (config, models) in _STUDIES.items():
         cells[file], known = _studied(config.get_config().to_dict(), models, seeds)
         settings |= known
         # Before anything is trained: what is there already must be of these configs.
@@ -226,8 +232,8 @@ def main() -> None:
 
 def write_results(runs: list[dict], out: Path) -> None:
     """RESULTS.json, RESULTS.md and results.png of all runs, and a line of figures on stdout."""
-    by_model = {name: [run for run in runs if run["model"] == name] for name in [*MODELS, *HOP_MODELS]}
-    models = {name: summary(by_model[name]) for name in MODELS if by_model[name]}
+    by_model = {name: [run for run in runs if run["model"] == name] for name in _STUDIED}
+    models = {name: summary(by_model[name]) for name in [*MODELS, *MINI_MODELS] if by_model[name]}
     curves = [run["curve"] for run in by_model["radial"]]
     curve = mean_curve(curves) if curves else []
     result = {

@@ -72,6 +72,22 @@ BASELINES = (
 # Added to the trained exit bias (nats that another layer must take off the loss) to read one model at many depths. The
 # first one switches exits off.
 EXIT_BIASES = (-1e9, -0.1, -0.05, -0.03, -0.02, -0.01, 0.0, 0.01, 0.02, 0.03, 0.05)
+# Of runs of 1,350 steps.
+_SHORT: Values = {"router.exit_warmup_steps": 135, "router.depth_ramp_steps": 315}
+_MINI: Values = {**_RADIAL, **_SHORT, "model.pool_size": 20}
+# Models of words, by what differs from configs/dense_mini.py.
+MINI_MODELS: dict[str, Values] = {
+    **{f"BPE, dense, {w}": {"optimizer.weight_decay": w} for w in (1.0, 2.0, 4.0)},
+    **{f"BPE, radial, {w}": {**_MINI, "optimizer.weight_decay": w} for w in (1.0, 2.0, 4.0)},
+    "BPE, dense, rate": {"optimizer.learning_rate": 6e-3},
+    "BPE, radial, rate": {**_MINI, "optimizer.learning_rate": 6e-3},
+    "BPE, radial, pool of 40, 2": {**_MINI, "model.pool_size": 40, "optimizer.weight_decay": 2.0},
+    "BPE, radial, pool of 40, 4": {**_MINI, "model.pool_size": 40, "optimizer.weight_decay": 4.0},
+    "BPE, radial, pool of 10, 2": {**_MINI, "model.pool_size": 10, "optimizer.weight_decay": 2.0},
+    "BPE, radial, exits by token, 2": {**_MINI, "router.exit_sees": "token", "optimizer.weight_decay": 2.0},
+    "BPE, radial, fixed depth, 2": {**_GROUPS, "model.pool_size": 16, "optimizer.weight_decay": 2.0},
+    "BPE, hash, 2": {"router.form": "hash", "model.pool_size": 20, "optimizer.weight_decay": 2.0},
+}
 # Models of the hop task, by what differs from configs/hops.py.
 HOP_MODELS: dict[str, Values] = {
     "hops, radial": {},
@@ -112,7 +128,7 @@ FIGURES = ("ce", "bpb", "depth", "flops_per_token", "load_entropy", "route_mi", 
 def merged(before: list[dict], now: list[dict]) -> list[dict]:
     """The runs of both, those of now in place of earlier ones of the same model and seed, in the order of `MODELS`."""
     runs = {(run["model"], run["seed"]): run for run in [*before, *now]}
-    order = [*MODELS, *HOP_MODELS]
+    order = [*MODELS, *MINI_MODELS, *HOP_MODELS]
     return sorted(runs.values(), key=lambda run: (order.index(run["model"]), run["seed"]))
 
 
