@@ -51,6 +51,26 @@ from radialnet.sweep import EXIT_FAILED_CELLS, command_of, finished, train_grid
 from radialnet.trained import load_trained
 
 
+def _table(models: dict[str, dict], names: list[str], dense: str) -> list[str]:
+    lines = [
+        "| model | seeds | depth | MFLOP / token | loss | against dense "
+        "| load entropy | route_mi | M tokens | minutes |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name in filter(models.__contains__, names):
+        found = models[name]
+        spread = "" if found["ce_std"] is None else f" ± {found['ce_std']:.4f}"
+        ratio = loss_ratio(found, models[dense]) if dense in models else None
+        against = "–" if ratio is None else f"{100 * (ratio - 1):+.1f} %"
+        lines.append(
+            f"| {name} | {', '.join(found['ce_by_seed'])} | {found['depth']:.2f} "
+            f"| {found['flops_per_token'] / 1e6:.3f} | {found['ce']:.4f}{spread} | {against} "
+            f"| {found['load_entropy']:.2f} | {found['route_mi']:.2f} "
+            f"| {found['tokens_trained'] / 1e6:.1f} | {found['seconds'] / 60:.0f} |"
+        )
+    return lines
+
+
 def markdown(result: dict) -> str:
     """docs/RESULTS.md."""
     lines = [
@@ -60,29 +80,18 @@ def markdown(result: dict) -> str:
         "",
         f"Written by this command, which adds its runs to those before; last on {result['date']}, {result['machine']}.",
         f"Commits of the runs: {', '.join(sorted({run['commit'] for run in result['runs']}))}.",
-        "Held-out loss in nats per byte of Python's standard library, means over seeds ± their standard deviation; one",
-        "model against another by the seeds that both have.",
-        "Every model is trained with the same optimizer on as many tokens. Depth and FLOPs are what held-out tokens",
-        "executed. Minutes are those of the training steps, on a core that others may have shared.",
-        "",
-        "| model | seeds | depth | MFLOP / token | loss | against dense "
-        "| load entropy | route_mi | M tokens | minutes |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "Held-out loss in nats per token of Python's standard library, means over seeds ± their standard deviation;",
+        "one model against another by the seeds that both have. Depth and FLOPs are what held-out tokens executed.",
+        "Minutes are those of the training steps, on a device that others may have shared.",
     ]
-    dense = result["models"].get("dense")
-    for name, found in result["models"].items():
-        spread = "" if found["ce_std"] is None else f" ± {found['ce_std']:.4f}"
-        ratio = dense and loss_ratio(found, dense)
-        against = "–" if ratio is None else f"{100 * (ratio - 1):+.1f} %"
-        lines.append(
-            f"| {name} | {', '.join(found['ce_by_seed'])} | {found['depth']:.2f} "
-            f"| {found['flops_per_token'] / 1e6:.3f} | {found['ce']:.4f}{spread} | {against} "
-            f"| {found['load_entropy']:.2f} | {found['route_mi']:.2f} "
-            f"| {found['tokens_trained'] / 1e6:.1f} | {found['seconds'] / 60:.0f} |"
-        )
-    if result["models"]:
+    if any(name in MODELS for name in result["models"]):
+        lines += ["", "## Bytes", "", "Every model is trained with the same optimizer on as many of them.", ""]
+        lines += _table(result["models"], list(MODELS), "dense")
         lines += ["", "![Held-out loss against executed FLOPs](results.png)"]
-    lines += ["", "| figure | |", "|---|---|"]
+    if any(name in MINI_MODELS for name in result["models"]):
+        lines += ["", "## Words", "", "Tokens are those of a BPE of 1,024.", ""]
+        lines += _table(result["models"], list(MINI_MODELS), "BPE, dense")
+    lines += ["", "## Figures", "", "| figure | |", "|---|---|"]
     lines += [f"| {name} | {'–' if value is None else f'{value:.4f}'} |" for name, value in result["figures"].items()]
     lines += [
         "",
@@ -176,8 +185,8 @@ def earlier_runs(path: Path, settings: dict[str, dict]) -> list[dict]:
 
 
 # By the name of a config file: the file, and the models that differ from it.
-_STUDIES = {"dense_micro": (dense_micro, MODELS), "dense_mini": (dense_mini, MINI_MODELS), "hops": (hops, HOP_MODELS)}
-_STUDIED = [name for _, models in _STUDIES.values() for name in models]
+STUDIES = {"dense_micro": (dense_micro, MODELS), "dense_mini": (dense_mini, MINI_MODELS), "hops": (hops, HOP_MODELS)}
+_STUDIED = [name for _, models in STUDIES.values() for name in models]
 
 
 def _studied(fields: dict, models: dict[str, Values], seeds: list[Values]) -> tuple[dict[str, list[Cell]], dict]:
@@ -195,7 +204,7 @@ def main() -> None:
     for name in _MODEL.value or []:
         if name not in _STUDIED:
             raise ConfigError(f"--model={name}: one of {'; '.join(_STUDIED)} is needed")
-    for file, (config, models) in _STUDIES.items():
+    for file, (config, models) in STUDIES.items():
         cells[file], known = _studied(config.get_config().to_dict(), models, seeds)
         settings |= known
         # Before anything is trained: what is there already must be of these configs.
@@ -245,7 +254,7 @@ def write_results(runs: list[dict], out: Path) -> None:
         "machine": f"{platform.machine()}, Python {platform.python_version()}, jax {jax.__version__}",
     }
     out.mkdir(parents=True, exist_ok=True)
-    points = [SweepPoint(name, "", run["flops_per_token"], run["ce"]) for name in models for run in by_model[name]]
+    points = [SweepPoint(name, "", run["flops_per_token"], run["ce"]) for name in MODELS for run in by_model[name]]
     if points:
         plot_sweep(points, out / "results.png")
     write_whole(out / "RESULTS.json", json.dumps(result, indent=1) + "\n")

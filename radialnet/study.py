@@ -72,21 +72,25 @@ BASELINES = (
 # Added to the trained exit bias (nats that another layer must take off the loss) to read one model at many depths. The
 # first one switches exits off.
 EXIT_BIASES = (-1e9, -0.1, -0.05, -0.03, -0.02, -0.01, 0.0, 0.01, 0.02, 0.03, 0.05)
-# Of runs of 1,350 steps.
-_SHORT: Values = {"router.exit_warmup_steps": 135, "router.depth_ramp_steps": 315}
-_MINI: Values = {**_RADIAL, **_SHORT, "model.pool_size": 20}
+_SLOW: Values = {"optimizer.learning_rate": 3e-3}
 # Models of words, by what differs from configs/dense_mini.py.
 MINI_MODELS: dict[str, Values] = {
-    **{f"BPE, dense, {w}": {"optimizer.weight_decay": w} for w in (1.0, 2.0, 4.0)},
-    **{f"BPE, radial, {w}": {**_MINI, "optimizer.weight_decay": w} for w in (1.0, 2.0, 4.0)},
-    "BPE, dense, rate": {"optimizer.learning_rate": 6e-3},
-    "BPE, radial, rate": {**_MINI, "optimizer.learning_rate": 6e-3},
-    "BPE, radial, pool of 40, 2": {**_MINI, "model.pool_size": 40, "optimizer.weight_decay": 2.0},
-    "BPE, radial, pool of 40, 4": {**_MINI, "model.pool_size": 40, "optimizer.weight_decay": 4.0},
-    "BPE, radial, pool of 10, 2": {**_MINI, "model.pool_size": 10, "optimizer.weight_decay": 2.0},
-    "BPE, radial, exits by token, 2": {**_MINI, "router.exit_sees": "token", "optimizer.weight_decay": 2.0},
-    "BPE, radial, fixed depth, 2": {**_GROUPS, "model.pool_size": 16, "optimizer.weight_decay": 2.0},
-    "BPE, hash, 2": {"router.form": "hash", "model.pool_size": 20, "optimizer.weight_decay": 2.0},
+    "BPE, dense": {},
+    "BPE, dense, half the rate": _SLOW,
+    "BPE, dense, half the rate, decay 2": {**_SLOW, "optimizer.weight_decay": 2.0},
+    "BPE, dense, half the rate, decay 4": {**_SLOW, "optimizer.weight_decay": 4.0},
+    "BPE, radial, fixed depth, half the rate, decay 2": {
+        **_GROUPS,
+        **_SLOW,
+        "model.pool_size": 16,
+        "optimizer.weight_decay": 2.0,
+    },
+    "BPE, hash, half the rate, decay 2": {
+        **_SLOW,
+        "router.form": "hash",
+        "model.pool_size": 20,
+        "optimizer.weight_decay": 2.0,
+    },
 }
 # Models of the hop task, by what differs from configs/hops.py.
 HOP_MODELS: dict[str, Values] = {
@@ -188,6 +192,9 @@ def figures_of(models: dict[str, dict], curve: list[dict], hop_runs: list[dict])
         "radial T÷2/dense T": ratio("radial, any order, T/2", "dense, 6 layers"),
         "layers saved at 0.5 % loss": layers_saved(curve, 0.005) if curve else None,
         "radial/best baseline": ratio("radial", *BASELINES),
+        "BPE, radial fixed depth/dense": ratio(
+            "BPE, radial, fixed depth, half the rate, decay 2", "BPE, dense, half the rate, decay 2"
+        ),
         "hops spearman": statistics.fmean(correlations) if correlations else None,
         "load entropy": of("radial", "load_entropy"),
         "route_mi": of("radial", "route_mi"),

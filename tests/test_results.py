@@ -2,17 +2,19 @@ import json
 
 import pytest
 
-from configs import dense_micro, hops, radial_micro
+from configs import dense_micro, radial_micro
 from radialnet import results, study
 from radialnet.config import Config
 from radialnet.sections import ConfigError
 from tests.test_cli import run
 
 SEEDS = [{"train.seed": 0}, {"train.seed": 3}]
+# The models that are compared by their loss.
+LOSSES_OF = [*study.MODELS, *study.MINI_MODELS]
 
 
 def test_every_model_is_a_config_that_works_with_each_seed():
-    for config, models in ((dense_micro, study.MODELS), (hops, study.HOP_MODELS)):
+    for config, models in results.STUDIES.values():
         cells = study.cells_of(config.get_config().to_dict(), models, SEEDS)
         assert list(cells) == list(models)
         for name, runs in cells.items():
@@ -51,7 +53,7 @@ CURVE = study.mean_curve([curve(-0.5), curve(0.5)])
 
 def example():
     """Runs of all models, two seeds of the radial ones."""
-    runs = [{"model": name, "commit": "abc", **row(2.0 + index)} for index, name in enumerate(study.MODELS)]
+    runs = [{"model": name, "commit": "abc", **row(2.0 + index)} for index, name in enumerate(LOSSES_OF)]
     (radial,) = of(runs, "radial")
     runs.append({**radial, "seed": 3, "curve": curve(0.5)})
     radial["curve"] = curve(-0.5)
@@ -69,7 +71,7 @@ def of(runs, name):
 
 
 def figures(runs):
-    models = {name: study.summary(of(runs, name)) for name in study.MODELS if of(runs, name)}
+    models = {name: study.summary(of(runs, name)) for name in LOSSES_OF if of(runs, name)}
     return models, study.figures_of(models, CURVE, of(runs, "hops, radial"))
 
 
@@ -95,6 +97,8 @@ def test_figures_compare_what_they_say():
     assert found["radial learned routes/dense"] == ce["radial, learned routes"] / ce["dense"]
     assert found["radial T÷2/dense T"] == ce["radial, any order, T/2"] / ce["dense, 6 layers"]
     assert found["radial/best baseline"] == ce["radial"] / ce["early exit"]
+    slow = "half the rate, decay 2"
+    assert found["BPE, radial fixed depth/dense"] == ce[f"BPE, radial, fixed depth, {slow}"] / ce[f"BPE, dense, {slow}"]
     assert found["hops spearman"] == 0.5
     assert study.figures_of(models, CURVE, [])["hops spearman"] is None
     few = {name: models[name] for name in ("dense", "radial")}
@@ -112,7 +116,7 @@ def test_runs_are_added_to_those_before(tmp_path, capsys):
     again = {**runs[0], "ce": 1.5}
     results.write_results(study.merged(before, [*reversed(runs[3:]), again]), tmp_path)
     written = json.loads((tmp_path / "RESULTS.json").read_text())
-    assert [run["model"] for run in written["runs"] if run["seed"] == 0] == [*study.MODELS, *study.HOP_MODELS]
+    assert [run["model"] for run in written["runs"] if run["seed"] == 0] == [*LOSSES_OF, *study.HOP_MODELS]
     assert len(written["runs"]) == len(runs) and written["models"]["dense"]["ce"] == 1.5
     assert set(written["models"]["radial"]["ce_by_seed"]) == {"0", "3"}
     capsys.readouterr()
@@ -124,7 +128,7 @@ def test_runs_are_added_to_those_before(tmp_path, capsys):
         results.earlier_runs(tmp_path / "RESULTS.json", settings)
 
 
-@pytest.mark.parametrize("name", ["dense", "radial", "looped", "hops, radial"])
+@pytest.mark.parametrize("name", ["dense", "radial", "looped", "BPE, dense", "hops, radial"])
 def test_any_model_may_be_the_first(tmp_path, name):
     runs = [{**run, "settings": {}} for run in of(example(), name)]
     results.write_results(runs, tmp_path)
@@ -150,12 +154,14 @@ def test_markdown_has_a_line_for_each_model_and_figure():
     rest = {"date": "2026-01-01", "machine": "x", "models": models, "figures": found, "curve": CURVE}
     text = results.markdown({"runs": runs, **rest})
     assert "Commits of the runs: abc." in text
-    for name in (*study.MODELS, *found):
+    for name in (*LOSSES_OF, *found):
         assert sum(line.startswith(f"| {name} |") for line in text.splitlines()) == 1, name
     assert "| radial | 0, 3 |" in text
     assert "| 2 | 0.800 | 4.00 |" in text
     assert "Mean depth of all tokens 3.50; seeds 0, 3." in text
-    assert "Hop task" not in results.markdown({"runs": runs[:3], **rest})
+    assert "| BPE, dense | 0 | " in text and "+0.0 %" in text.split("| BPE, dense |")[1].splitlines()[0]
+    few = results.markdown({"runs": runs[:3], **rest, "models": {"dense": models["dense"]}})
+    assert "Hop task" not in few and "## Words" not in few
 
 
 @pytest.mark.parametrize(
