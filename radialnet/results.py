@@ -39,6 +39,7 @@ from radialnet.study import (
     HOP_MODELS,
     MINI_MODELS,
     MODELS,
+    SLOW_MODELS,
     cells_of,
     figures_of,
     loss_ratio,
@@ -84,13 +85,15 @@ def markdown(result: dict) -> str:
         "one model against another by the seeds that both have. Depth and FLOPs are what held-out tokens executed.",
         "Minutes are those of the training steps, on a device that others may have shared.",
     ]
-    if any(name in MODELS for name in result["models"]):
-        lines += ["", "## Bytes", "", "Every model is trained with the same optimizer on as many of them.", ""]
-        lines += _table(result["models"], list(MODELS), "dense")
-        lines += ["", "![Held-out loss against executed FLOPs](results.png)"]
-    if any(name in MINI_MODELS for name in result["models"]):
-        lines += ["", "## Words", "", "Tokens are those of a BPE of 1,024.", ""]
-        lines += _table(result["models"], list(MINI_MODELS), "BPE, dense")
+    for title, names, dense, said in (
+        ("Bytes", MODELS, "dense", "Every model is trained with the same optimizer on as many of them."),
+        ("Bytes, all peers", SLOW_MODELS, "slow, dense", "The same with half the learning rate."),
+        ("Words", MINI_MODELS, "BPE, dense", "Tokens are those of a BPE of 1,024."),
+    ):
+        if any(name in names for name in result["models"]):
+            lines += ["", f"## {title}", "", said, "", *_table(result["models"], list(names), dense)]
+        if names is SLOW_MODELS and any(name in MODELS | SLOW_MODELS for name in result["models"]):
+            lines += ["", "![Held-out loss against executed FLOPs](results.png)"]
     lines += ["", "## Figures", "", "| figure | |", "|---|---|"]
     lines += [f"| {name} | {'–' if value is None else f'{value:.4f}'} |" for name, value in result["figures"].items()]
     lines += [
@@ -185,7 +188,11 @@ def earlier_runs(path: Path, settings: dict[str, dict]) -> list[dict]:
 
 
 # By the name of a config file: the file, and the models that differ from it.
-STUDIES = {"dense_micro": (dense_micro, MODELS), "dense_mini": (dense_mini, MINI_MODELS), "hops": (hops, HOP_MODELS)}
+STUDIES = {
+    "dense_micro": (dense_micro, MODELS | SLOW_MODELS),
+    "dense_mini": (dense_mini, MINI_MODELS),
+    "hops": (hops, HOP_MODELS),
+}
 _STUDIED = [name for _, models in STUDIES.values() for name in models]
 
 
@@ -242,7 +249,7 @@ def main() -> None:
 def write_results(runs: list[dict], out: Path) -> None:
     """RESULTS.json, RESULTS.md and results.png of all runs, and a line of figures on stdout."""
     by_model = {name: [run for run in runs if run["model"] == name] for name in _STUDIED}
-    models = {name: summary(by_model[name]) for name in [*MODELS, *MINI_MODELS] if by_model[name]}
+    models = {name: summary(by_model[name]) for name in [*MODELS, *SLOW_MODELS, *MINI_MODELS] if by_model[name]}
     curves = [run["curve"] for run in by_model["radial"]]
     curve = mean_curve(curves) if curves else []
     result = {
@@ -254,7 +261,11 @@ def write_results(runs: list[dict], out: Path) -> None:
         "machine": f"{platform.machine()}, Python {platform.python_version()}, jax {jax.__version__}",
     }
     out.mkdir(parents=True, exist_ok=True)
-    points = [SweepPoint(name, "", run["flops_per_token"], run["ce"]) for name in MODELS for run in by_model[name]]
+    points = [
+        SweepPoint(name, "", run["flops_per_token"], run["ce"])
+        for name in MODELS | SLOW_MODELS
+        for run in by_model[name]
+    ]
     if points:
         plot_sweep(points, out / "results.png")
     write_whole(out / "RESULTS.json", json.dumps(result, indent=1) + "\n")

@@ -227,13 +227,16 @@ def over_seeds(rows: list[dict]) -> list[dict]:
 
 
 # Of docs/RESULTS.md, what sparsity within layers is seen beside.
-_PEERS = (
-    "dense, 6 layers",
-    "radial",
-    "radial, any order, T/2",
-    "early exit",
-    "Mixture-of-Depths",
-    "Mixture-of-Recursions",
+_PEERS = tuple(
+    f"slow, {name}"
+    for name in (
+        "dense, 6 layers",
+        "radial",
+        "radial, any order, T/2",
+        "early exit",
+        "Mixture-of-Depths",
+        "Mixture-of-Recursions",
+    )
 )
 
 

@@ -21,53 +21,69 @@ _ANY_ORDER: Values = {**_HASH, "model.pool_size": 48, **_EXITS}
 # Each is to execute 4 layers per token on average, but where its name says otherwise. What differs from dense_micro.
 MODELS: dict[str, Values] = {
     "dense": {},
-    "dense, 6 layers": {"model.pool_size": 6, "model.max_depth": 6, "model.min_depth": 6},
     # configs/radial_micro.py.
     "radial": _RADIAL,
     "radial, exits by token": {**_RADIAL, "router.exit_sees": "token"},
     "radial, fixed depth": _GROUPS,
-    "radial, any order": _ANY_ORDER,
-    "radial, any order, pool of 24": {**_ANY_ORDER, "model.pool_size": 24},
-    "radial, any order, pool of 16": {**_ANY_ORDER, "model.pool_size": 16},
-    "radial, any order, T/2": {**_ANY_ORDER, "router.depth_target": 3.0},
-    "radial, any order, exits by token": {**_ANY_ORDER, "router.exit_sees": "token"},
-    "radial, any order, exits by token, T/2": {**_ANY_ORDER, "router.exit_sees": "token", "router.depth_target": 3.0},
-    "radial, learned routes": {**_LEARNED, "model.pool_size": 24, **_EXITS},
-    "radial, learned routes, fixed depth": {**_LEARNED, "model.pool_size": 16},
-    "early exit": {"router.form": "early_exit", "model.pool_size": 6, **_EXITS},
-    "Mixture-of-Depths": {
-        "router.form": "mod",
-        "router.estimator": "weighted",
-        # All tokens at every other step, a third of them at the steps between: 3 + 3/3 layers.
-        "router.capacity": 0.3334,
-        "model.pool_size": 6,
-        "model.max_depth": 6,
-        "model.min_depth": 6,
-        "cache.view": "same_step",
-    },
-    "Mixture-of-Recursions": {
-        "router.form": "recursion",
-        "router.estimator": "weighted",
-        "router.z_coef": 0.02,
-        "model.pool_size": 2,
-        "model.init": "distinct",
-        **_DEPTHS,
-    },
-    "looped": {"router.form": "cyclic", "model.pool_size": 2, "model.init": "distinct"},
-    "random": {"router.form": "random", "model.pool_size": 16},
-    "hash": {"router.form": "hash", "model.pool_size": 16},
-    "hash, pool of 24": {"router.form": "hash", "model.pool_size": 24},
     "hash, pool of 48": {"router.form": "hash", "model.pool_size": 48},
 }
-BASELINES = (
-    "early exit",
-    "Mixture-of-Depths",
-    "Mixture-of-Recursions",
-    "looped",
-    "random",
-    "hash",
-    "hash, pool of 24",
-    "hash, pool of 48",
+# All peers, with half the learning rate.
+SLOW_MODELS: dict[str, Values] = {
+    f"slow, {name}": {**values, "optimizer.learning_rate": 3e-3}
+    for name, values in {
+        "dense": {},
+        "dense, 6 layers": {"model.pool_size": 6, "model.max_depth": 6, "model.min_depth": 6},
+        "radial": _RADIAL,
+        "radial, any order": _ANY_ORDER,
+        "radial, any order, pool of 24": {**_ANY_ORDER, "model.pool_size": 24},
+        "radial, any order, pool of 16": {**_ANY_ORDER, "model.pool_size": 16},
+        "radial, any order, T/2": {**_ANY_ORDER, "router.depth_target": 3.0},
+        "radial, any order, exits by token": {**_ANY_ORDER, "router.exit_sees": "token"},
+        "radial, any order, exits by token, T/2": {
+            **_ANY_ORDER,
+            "router.exit_sees": "token",
+            "router.depth_target": 3.0,
+        },
+        "radial, learned routes": {**_LEARNED, "model.pool_size": 24, **_EXITS},
+        "radial, learned routes, fixed depth": {**_LEARNED, "model.pool_size": 16},
+        "early exit": {"router.form": "early_exit", "model.pool_size": 6, **_EXITS},
+        "Mixture-of-Depths": {
+            "router.form": "mod",
+            "router.estimator": "weighted",
+            # All tokens at every other step, a third of them at the steps between: 3 + 3/3 layers.
+            "router.capacity": 0.3334,
+            "model.pool_size": 6,
+            "model.max_depth": 6,
+            "model.min_depth": 6,
+            "cache.view": "same_step",
+        },
+        "Mixture-of-Recursions": {
+            "router.form": "recursion",
+            "router.estimator": "weighted",
+            "router.z_coef": 0.02,
+            "model.pool_size": 2,
+            "model.init": "distinct",
+            **_DEPTHS,
+        },
+        "looped": {"router.form": "cyclic", "model.pool_size": 2, "model.init": "distinct"},
+        "random": {"router.form": "random", "model.pool_size": 16},
+        "hash": {"router.form": "hash", "model.pool_size": 16},
+        "hash, pool of 24": {"router.form": "hash", "model.pool_size": 24},
+        "hash, pool of 48": {"router.form": "hash", "model.pool_size": 48},
+    }.items()
+}
+BASELINES = tuple(
+    f"slow, {name}"
+    for name in (
+        "early exit",
+        "Mixture-of-Depths",
+        "Mixture-of-Recursions",
+        "looped",
+        "random",
+        "hash",
+        "hash, pool of 24",
+        "hash, pool of 48",
+    )
 )
 # Added to the trained exit bias (nats that another layer must take off the loss) to read one model at many depths. The
 # first one switches exits off.
@@ -132,7 +148,7 @@ FIGURES = ("ce", "bpb", "depth", "flops_per_token", "load_entropy", "route_mi", 
 def merged(before: list[dict], now: list[dict]) -> list[dict]:
     """The runs of both, those of now in place of earlier ones of the same model and seed, in the order of `MODELS`."""
     runs = {(run["model"], run["seed"]): run for run in [*before, *now]}
-    order = [*MODELS, *MINI_MODELS, *HOP_MODELS]
+    order = [*MODELS, *SLOW_MODELS, *MINI_MODELS, *HOP_MODELS]
     return sorted(runs.values(), key=lambda run: (order.index(run["model"]), run["seed"]))
 
 
@@ -188,10 +204,11 @@ def figures_of(models: dict[str, dict], curve: list[dict], hop_runs: list[dict])
     return {
         "radial/dense equal depth": ratio("radial", "dense"),
         "depth radial/dense": depth / dense_depth if depth and dense_depth else None,
-        "radial learned routes/dense": ratio("radial, learned routes", "dense"),
-        "radial T÷2/dense T": ratio("radial, any order, T/2", "dense, 6 layers"),
+        "radial learned routes/dense": ratio("slow, radial, learned routes", "slow, dense"),
+        "radial T÷2/dense T": ratio("slow, radial, any order, T/2", "slow, dense, 6 layers"),
         "layers saved at 0.5 % loss": layers_saved(curve, 0.005) if curve else None,
-        "radial/best baseline": ratio("radial", *BASELINES),
+        "radial/hash": ratio("radial", "hash, pool of 48"),
+        "radial/best baseline": ratio("slow, radial", *BASELINES),
         "BPE, radial fixed depth/dense": ratio(
             "BPE, radial, fixed depth, half the rate, decay 2", "BPE, dense, half the rate, decay 2"
         ),
