@@ -25,7 +25,7 @@ def get_config() -> ConfigDict:
     config.model.d_ff = 11_008
     config.model.init = "distinct"
 
-    # As in radial_micro: routes that are given balance the load of devices, and their depth is learned.
+    # Routes by the token's hash over the whole pool: they balance the load of devices. Their depth is learned.
     config.router.prior = "hash"
     config.router.prior_weight = 1000.0
     config.router.load_coef = 0.0

@@ -63,8 +63,8 @@ def plot_sweep(points: list[SweepPoint], path: Path) -> None:
     axes.set_xlabel("executed forward FLOPs per token" + ("\n" + ", ".join(shown) if shown else ""))
     axes.set(ylabel="held-out loss (nats per token)", title="Quality against compute")
     several = f"means of {least if least == most else f'{least} to {most}'} seeds,\nbars from min to max"
-    # Beside the axes when it would cover points.
-    beside = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)} if len(axes.containers) > _MAX_COVERING else {}
+    names = {point.series for point in points}
+    beside = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)} if len(names) > _MAX_INSIDE else {}
     axes.legend(frameon=False, fontsize=9, title=several if most > 1 else None, title_fontsize=9, **beside)
     save(plt, figure, path)
 
@@ -72,7 +72,8 @@ def plot_sweep(points: list[SweepPoint], path: Path) -> None:
 _MEANINGS = {"T": "T: max depth", "d*": "d*: target of the mean depth"}
 # More labels than this are not legible beside their points.
 _MAX_LABELLED = 40
-_MAX_COVERING = 8
+# A legend of more series would cover points.
+_MAX_INSIDE = 8
 
 
 def plot_residuals(

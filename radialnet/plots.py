@@ -14,8 +14,7 @@ AMOUNT = "#1a5fb4"
 # Of runs, or of training and held out. Told apart by their lines and markers as well.
 SERIES = ("#1f77b4", "#d95f02", "#2a8c3f", "#b3369b", "#8c6d1f", "#7a7a7a")
 # One more than colours, so that no two of many series look the same.
-# Fewer than the ten colours, and no divisor of their number: 90 series differ.
-MARKERS = "osD^vPX<>"
+MARKERS = "osD^vPX<>*h"
 # Inches. At its own size a figure of this width goes onto a phone.
 SIZE = (5.2, 3.4)
 

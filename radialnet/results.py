@@ -12,10 +12,9 @@ nothing is written then.
 import datetime
 import json
 import platform
+import re
 import statistics
-import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -26,6 +25,7 @@ from configs import dense_micro, dense_mini, hops
 from radialnet import cli
 from radialnet.comparisons import SweepPoint, plot_sweep
 from radialnet.data import prepare
+from radialnet.environment import read_starts
 from radialnet.evaluate import evaluate_trained
 from radialnet.files import write_whole
 from radialnet.grid import Cell, Values, parse_axis
@@ -33,13 +33,16 @@ from radialnet.hops import hop_figures
 from radialnet.run_folder import RunFolder
 from radialnet.sections import ConfigError
 from radialnet.study import (
+    ALL_MODELS,
     CURVE_FIGURES,
     EXIT_BIASES,
     FIGURES,
     HOP_MODELS,
     MINI_MODELS,
     MODELS,
-    SLOW_MODELS,
+    PEER_MODELS,
+    TABLES,
+    Table,
     cells_of,
     figures_of,
     loss_ratio,
@@ -52,16 +55,22 @@ from radialnet.sweep import EXIT_FAILED_CELLS, command_of, finished, train_grid
 from radialnet.trained import load_trained
 
 
-def _table(models: dict[str, dict], names: list[str], dense: str) -> list[str]:
-    lines = [
-        "| model | seeds | depth | MFLOP / token | loss | against dense "
+def _table(table: Table, result: dict) -> list[str]:
+    """A section for the models of a table; nothing where none of them was trained."""
+    models = {name: found for name, found in result["models"].items() if name in table.models}
+    if not models:
+        return []
+    runs = [run for run in result["runs"] if run["model"] in models]
+    where = sorted({f"Python {run['python']}, {run['device']}" for run in runs})
+    lines = ["", f"## {table.title}", "", f"{table.said} Trained with {'; '.join(where)}.", ""]
+    lines += [
+        f"| model | seeds | depth | MFLOP / token | loss | against {table.dense} "
         "| load entropy | route_mi | M tokens | minutes |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for name in filter(models.__contains__, names):
-        found = models[name]
+    for name, found in models.items():
         spread = "" if found["ce_std"] is None else f" ± {found['ce_std']:.4f}"
-        ratio = loss_ratio(found, models[dense]) if dense in models else None
+        ratio = loss_ratio(found, models[table.dense]) if table.dense in models else None
         against = "–" if ratio is None else f"{100 * (ratio - 1):+.1f} %"
         lines.append(
             f"| {name} | {', '.join(found['ce_by_seed'])} | {found['depth']:.2f} "
@@ -85,26 +94,23 @@ def markdown(result: dict) -> str:
         "one model against another by the seeds that both have. Depth and FLOPs are what held-out tokens executed.",
         "Minutes are those of the training steps, on a device that others may have shared.",
     ]
-    for title, names, dense, said in (
-        ("Bytes", MODELS, "dense", "Every model is trained with the same optimizer on as many of them."),
-        ("Bytes, all peers", SLOW_MODELS, "slow, dense", "The same with half the learning rate."),
-        ("Words", MINI_MODELS, "BPE, dense", "Tokens are those of a BPE of 1,024."),
-    ):
-        if any(name in names for name in result["models"]):
-            lines += ["", f"## {title}", "", said, "", *_table(result["models"], list(names), dense)]
-        if names is SLOW_MODELS and any(name in MODELS | SLOW_MODELS for name in result["models"]):
-            lines += ["", "![Held-out loss against executed FLOPs](results.png)"]
-    lines += ["", "## Figures", "", "| figure | |", "|---|---|"]
+    for table in TABLES:
+        lines += _table(table, result)
+    if any(name in BYTES for name in result["models"]):
+        lines += ["", "Of both tables of bytes:", "", "![Held-out loss against executed FLOPs](results.png)"]
+    lines += ["", "## Figures", "", "Learned routes, T÷2, the best baseline and words: at a rate of 3e-3.", ""]
+    lines += ["| figure | |", "|---|---|"]
     lines += [f"| {name} | {'–' if value is None else f'{value:.4f}'} |" for name, value in result["figures"].items()]
-    lines += [
-        "",
-        "## One model, many depths",
-        "",
-        "The model `radial`, read with other exit biases than the trained one (+0.00).",
-        "",
-        "| exit bias | depth | MFLOP per token | loss |",
-        "|---|---|---|---|",
-    ]
+    if result["curve"]:
+        lines += [
+            "",
+            "## One model, many depths",
+            "",
+            "The model `radial`, read with other exit biases than the trained one (+0.00).",
+            "",
+            "| exit bias | depth | MFLOP per token | loss |",
+            "|---|---|---|---|",
+        ]
     lines += [
         f"| {'off' if row['exit_bias'] < -1 else format(row['exit_bias'], '+.2f')} | {row['depth']:.2f} "
         f"| {row['flops_per_token'] / 1e6:.3f} | {row['ce']:.4f} |"
@@ -146,25 +152,25 @@ def _hop_report(folder: Path) -> dict:
     return hop_figures(trained, rows, trained.config.model.max_depth, 0.0)
 
 
-def _commit() -> str:
-    command = ["git", "describe", "--always", "--dirty"]
-    try:
-        asked = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parent)
-    except OSError:
-        return "unknown"
-    return asked.stdout.strip() or "unknown"
+def trained_with(folder: RunFolder) -> dict[str, str]:
+    """Commit, Python (whose library is the text) and device of a run; several where it went on elsewhere."""
+    starts = read_starts(folder)
+    starts = read_starts(folder)
+    told = {
+        name: " and ".join(dict.fromkeys(start.get(name) or "unknown" for start in starts)) or "unknown"
+        for name in ("commit", "python", "device")
+    }
+    return {**told, "commit": re.sub(r"\b([0-9a-f]{7})[0-9a-f]+", r"\1", told["commit"])}
 
 
-def _note(commit: str, folder: Path) -> None:
-    """Note in a run's folder that it is trained at a commit, or in part."""
-    with (folder / "commits.txt").open("a") as file:
-        file.write(commit + "\n")
-
-
-def _noted(folder: Path) -> str:
-    """The commits that a run was trained at, or "": another command may have trained it."""
-    path = folder / "commits.txt"
-    return " and ".join(dict.fromkeys(path.read_text().split())) if path.exists() else ""
+def check_texts(runs: list[dict]) -> None:
+    """Raise ConfigError where models that are compared were trained on the libraries of several versions of Python."""
+    for table in TABLES:
+        first, *others = [run for run in runs if run["model"] in table.models] or [None]
+        for run in others:
+            if run["python"] != first["python"]:
+                one, other = (f"{at['model']}, seed {at['seed']} (Python {at['python']})" for at in (first, run))
+                raise ConfigError(f"{one} and {other} know another text, each its Python's library; take another --out")
 
 
 def earlier_runs(path: Path, settings: dict[str, dict]) -> list[dict]:
@@ -187,13 +193,13 @@ def earlier_runs(path: Path, settings: dict[str, dict]) -> list[dict]:
     return kept
 
 
+BYTES = MODELS | PEER_MODELS
 # By the name of a config file: the file, and the models that differ from it.
 STUDIES = {
-    "dense_micro": (dense_micro, MODELS | SLOW_MODELS),
+    "dense_micro": (dense_micro, BYTES),
     "dense_mini": (dense_mini, MINI_MODELS),
     "hops": (hops, HOP_MODELS),
 }
-_STUDIED = [name for _, models in STUDIES.values() for name in models]
 
 
 def _studied(fields: dict, models: dict[str, Values], seeds: list[Values]) -> tuple[dict[str, list[Cell]], dict]:
@@ -207,25 +213,31 @@ def main() -> None:
     text = ",".join(_SEEDS.value)
     seeds = parse_axis(f"train.seed={text}", dense_micro.get_config().to_dict(), f"--seeds={text}")
     workdir, out, console = Path(_WORKDIR.value), Path(_OUT.value), Console(highlight=False, soft_wrap=True)
-    commit, cells, settings = _commit(), {}, {}
+    cells, settings, waiting = {}, {}, []
     for name in _MODEL.value or []:
-        if name not in _STUDIED:
-            raise ConfigError(f"--model={name}: one of {'; '.join(_STUDIED)} is needed")
+        if name not in ALL_MODELS:
+            raise ConfigError(f"--model={name}: one of {'; '.join(ALL_MODELS)} is needed")
     for file, (config, models) in STUDIES.items():
         cells[file], known = _studied(config.get_config().to_dict(), models, seeds)
         settings |= known
         # Before anything is trained: what is there already must be of these configs.
-        finished([cell for runs in cells[file].values() for cell in runs], workdir / file)
+        rows = finished([cell for runs in cells[file].values() for cell in runs], workdir / file)
+        waiting += [
+            {"model": name, "seed": cell.config.train.seed, "python": platform.python_version()}
+            for name, of_model in cells[file].items()
+            for cell in of_model
+            if not rows[cell.name]
+        ]
     if out.exists() and not out.is_dir():
         raise ConfigError(f"--out={out}: not a folder")
     before, runs = earlier_runs(out / "RESULTS.json", settings), []
-    known_commits = {(run["model"], run["seed"]): run["commit"] for run in before}
+    check_texts(merged(before, waiting))
     for file, models in cells.items():
         every = [cell for of_model in models.values() for cell in of_model]
         if not every:
             continue
         commands = [command_of(cell, f"configs/{file}.py", workdir / file) for cell in every]
-        rows, num_failed = train_grid(every, commands, workdir / file, _JOBS.value, console, partial(_note, commit))
+        rows, num_failed = train_grid(every, commands, workdir / file, _JOBS.value, console)
         lost = [row["cell"] for row in rows if row["ce"] is None]
         for name in lost:
             print(f"error: {name}: its held-out loss is not finite", file=sys.stderr)
@@ -234,22 +246,23 @@ def main() -> None:
         found = {row["cell"]: row for row in rows}
         for name, of_model in models.items():
             for cell in of_model:
-                seed = cell.config.train.seed
-                commits = _noted(workdir / file / cell.name) or known_commits.get((name, seed), "unknown")
-                run = {"model": name, "seed": seed, "commit": commits, "settings": settings[name]}
+                run = {"model": name, "seed": cell.config.train.seed, "settings": settings[name]}
+                run |= trained_with(RunFolder(workdir / file / cell.name))
                 run |= {figure: found[cell.name][figure] for figure in FIGURES}
                 if name == "radial":
                     run["curve"] = _read_depths(workdir / file / cell.name)
                 if file == "hops":
                     run["hops"] = _hop_report(workdir / file / cell.name)
                 runs.append(run)
-    write_results(merged(before, runs), out)
+    runs = merged(before, runs)
+    check_texts(runs)
+    write_results(runs, out)
 
 
 def write_results(runs: list[dict], out: Path) -> None:
     """RESULTS.json, RESULTS.md and results.png of all runs, and a line of figures on stdout."""
-    by_model = {name: [run for run in runs if run["model"] == name] for name in _STUDIED}
-    models = {name: summary(by_model[name]) for name in [*MODELS, *SLOW_MODELS, *MINI_MODELS] if by_model[name]}
+    by_model = {name: [run for run in runs if run["model"] == name] for name in ALL_MODELS}
+    models = {name: summary(by_model[name]) for table in TABLES for name in table.models if by_model[name]}
     curves = [run["curve"] for run in by_model["radial"]]
     curve = mean_curve(curves) if curves else []
     result = {
@@ -261,11 +274,7 @@ def write_results(runs: list[dict], out: Path) -> None:
         "machine": f"{platform.machine()}, Python {platform.python_version()}, jax {jax.__version__}",
     }
     out.mkdir(parents=True, exist_ok=True)
-    points = [
-        SweepPoint(name, "", run["flops_per_token"], run["ce"])
-        for name in MODELS | SLOW_MODELS
-        for run in by_model[name]
-    ]
+    points = [SweepPoint(name, "", run["flops_per_token"], run["ce"]) for name in BYTES for run in by_model[name]]
     if points:
         plot_sweep(points, out / "results.png")
     write_whole(out / "RESULTS.json", json.dumps(result, indent=1) + "\n")

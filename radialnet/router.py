@@ -158,7 +158,7 @@ def group_of_layer(num_layers: int, max_depth: int) -> jax.Array:
 
 
 def prior_logits(kind: str, num_layers: int, max_depth: int, depth_step: jax.Array) -> jax.Array:
-    """1 for the layers that the prior favours at a depth step, else 0. [L]"""
+    """1 for the layers that a prior favours at a depth step whatever the token, else 0; none of a hash. [L]"""
     if kind == "sequential":
         return (jnp.arange(num_layers) == depth_step % num_layers).astype(jnp.float32)
     if kind == "group":
@@ -345,13 +345,13 @@ def _normal(rngs: nnx.Rngs, rows: int, columns: int, scale: float, axes: Axes) -
     return nnx.Param(drawn, axes=axes)
 
 
-def _hash(token_BS: jax.Array, depth_step: jax.Array, num_layers: int | jax.Array) -> jax.Array:
-    """A layer by token id, another one at each step (arXiv 2106.04426): the murmur3 finaliser, modulo L."""
+def _hash(token_BS: jax.Array, depth_step: jax.Array, num_choices: int | jax.Array) -> jax.Array:
+    """A number below `num_choices` by token id, another one at each step (arXiv 2106.04426): the murmur3 finaliser."""
     step = (jnp.asarray(depth_step, jnp.uint32) + 1) * jnp.uint32(0x85EBCA77)
     x = token_BS.astype(jnp.uint32) * jnp.uint32(0x9E3779B1) + step
     x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
     x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
-    return ((x ^ (x >> 16)) % jnp.asarray(num_layers, jnp.uint32)).astype(jnp.int32)
+    return ((x ^ (x >> 16)) % jnp.asarray(num_choices, jnp.uint32)).astype(jnp.int32)
 
 
 def row_keys(rng: jax.Array, first_row: jax.Array | int, num_rows: int) -> jax.Array:

@@ -228,10 +228,10 @@ def over_seeds(rows: list[dict]) -> list[dict]:
 
 # Of docs/RESULTS.md, what sparsity within layers is seen beside.
 _PEERS = tuple(
-    f"slow, {name}"
+    f"{name}, rate 3e-3"
     for name in (
         "dense, 6 layers",
-        "radial",
+        "radial, any order",
         "radial, any order, T/2",
         "early exit",
         "Mixture-of-Depths",

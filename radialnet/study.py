@@ -1,5 +1,6 @@
 """The models that docs/RESULTS.md compares, and the figures that follow from their runs. Pure; no jax."""
 
+import dataclasses
 import statistics
 
 from configs import base
@@ -18,6 +19,8 @@ _HASH: Values = {**_LEARNED, "router.prior": "hash", "router.prior_weight": 1000
 _GROUPS: Values = {**_HASH, "router.prior": "group_hash", "model.pool_size": 48}
 _RADIAL: Values = {**_GROUPS, **_EXITS, "model.max_depth": 5, "model.min_depth": 3}
 _ANY_ORDER: Values = {**_HASH, "model.pool_size": 48, **_EXITS}
+_RATE: Values = {"optimizer.learning_rate": 3e-3}
+_DECAY: Values = {"optimizer.weight_decay": 2.0}
 # Each is to execute 4 layers per token on average, but where its name says otherwise. What differs from dense_micro.
 MODELS: dict[str, Values] = {
     "dense": {},
@@ -27,9 +30,9 @@ MODELS: dict[str, Values] = {
     "radial, fixed depth": _GROUPS,
     "hash, pool of 48": {"router.form": "hash", "model.pool_size": 48},
 }
-# All peers, with half the learning rate.
-SLOW_MODELS: dict[str, Values] = {
-    f"slow, {name}": {**values, "optimizer.learning_rate": 3e-3}
+# All peers, at the learning rate that dense_micro had until 2026-11-27.
+PEER_MODELS: dict[str, Values] = {
+    f"{name}, rate 3e-3": {**values, **_RATE}
     for name, values in {
         "dense": {},
         "dense, 6 layers": {"model.pool_size": 6, "model.max_depth": 6, "model.min_depth": 6},
@@ -73,7 +76,7 @@ SLOW_MODELS: dict[str, Values] = {
     }.items()
 }
 BASELINES = tuple(
-    f"slow, {name}"
+    f"{name}, rate 3e-3"
     for name in (
         "early exit",
         "Mixture-of-Depths",
@@ -88,25 +91,14 @@ BASELINES = tuple(
 # Added to the trained exit bias (nats that another layer must take off the loss) to read one model at many depths. The
 # first one switches exits off.
 EXIT_BIASES = (-1e9, -0.1, -0.05, -0.03, -0.02, -0.01, 0.0, 0.01, 0.02, 0.03, 0.05)
-_SLOW: Values = {"optimizer.learning_rate": 3e-3}
 # Models of words, by what differs from configs/dense_mini.py.
 MINI_MODELS: dict[str, Values] = {
     "BPE, dense": {},
-    "BPE, dense, half the rate": _SLOW,
-    "BPE, dense, half the rate, decay 2": {**_SLOW, "optimizer.weight_decay": 2.0},
-    "BPE, dense, half the rate, decay 4": {**_SLOW, "optimizer.weight_decay": 4.0},
-    "BPE, radial, fixed depth, half the rate, decay 2": {
-        **_GROUPS,
-        **_SLOW,
-        "model.pool_size": 16,
-        "optimizer.weight_decay": 2.0,
-    },
-    "BPE, hash, half the rate, decay 2": {
-        **_SLOW,
-        "router.form": "hash",
-        "model.pool_size": 20,
-        "optimizer.weight_decay": 2.0,
-    },
+    "BPE, dense, rate 3e-3": _RATE,
+    "BPE, dense, rate 3e-3, decay 2": {**_RATE, **_DECAY},
+    "BPE, dense, rate 3e-3, decay 4": {**_RATE, "optimizer.weight_decay": 4.0},
+    "BPE, radial, fixed depth, rate 3e-3, decay 2": {**_GROUPS, "model.pool_size": 16, **_RATE, **_DECAY},
+    "BPE, hash, rate 3e-3, decay 2": {"router.form": "hash", "model.pool_size": 20, **_RATE, **_DECAY},
 }
 # Models of the hop task, by what differs from configs/hops.py.
 HOP_MODELS: dict[str, Values] = {
@@ -114,6 +106,30 @@ HOP_MODELS: dict[str, Values] = {
     "hops, looped": {"router.form": "cyclic", "model.min_depth": 7},
     "hops, dense": {"router.form": "sequential", "model.pool_size": 7, "model.min_depth": 7},
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """Models that are compared by their loss."""
+
+    title: str
+    models: dict[str, Values]
+    dense: str  # The model that the others are compared with.
+    said: str  # What they have in common.
+
+
+TABLES = (
+    Table("Bytes", MODELS, "dense", "6 million bytes, AdamW at a learning rate of 6e-3."),
+    Table("Bytes, all peers", PEER_MODELS, "dense, rate 3e-3", "6 million bytes, AdamW at a learning rate of 3e-3."),
+    Table(
+        "Words",
+        MINI_MODELS,
+        "BPE, dense, rate 3e-3, decay 2",
+        "22 million tokens of a BPE of 1,024; AdamW, rate 6e-3 and weight decay 1 but where a name says otherwise.",
+    ),
+)
+# In the order of the tables.
+ALL_MODELS = [*(name for table in TABLES for name in table.models), *HOP_MODELS]
 
 
 def cells_of(fields: dict, models: dict[str, Values], seeds: list[Values]) -> dict[str, list[Cell]]:
@@ -146,10 +162,9 @@ FIGURES = ("ce", "bpb", "depth", "flops_per_token", "load_entropy", "route_mi", 
 
 
 def merged(before: list[dict], now: list[dict]) -> list[dict]:
-    """The runs of both, those of now in place of earlier ones of the same model and seed, in the order of `MODELS`."""
+    """The runs of both in the order of `ALL_MODELS`; now's in place of earlier ones of the same model and seed."""
     runs = {(run["model"], run["seed"]): run for run in [*before, *now]}
-    order = [*MODELS, *SLOW_MODELS, *MINI_MODELS, *HOP_MODELS]
-    return sorted(runs.values(), key=lambda run: (order.index(run["model"]), run["seed"]))
+    return sorted(runs.values(), key=lambda run: (ALL_MODELS.index(run["model"]), run["seed"]))
 
 
 def settings_of(cell: Cell) -> dict:
@@ -204,13 +219,13 @@ def figures_of(models: dict[str, dict], curve: list[dict], hop_runs: list[dict])
     return {
         "radial/dense equal depth": ratio("radial", "dense"),
         "depth radial/dense": depth / dense_depth if depth and dense_depth else None,
-        "radial learned routes/dense": ratio("slow, radial, learned routes", "slow, dense"),
-        "radial T÷2/dense T": ratio("slow, radial, any order, T/2", "slow, dense, 6 layers"),
+        "radial learned routes/dense": ratio("radial, learned routes, rate 3e-3", "dense, rate 3e-3"),
+        "radial T÷2/dense T": ratio("radial, any order, T/2, rate 3e-3", "dense, 6 layers, rate 3e-3"),
         "layers saved at 0.5 % loss": layers_saved(curve, 0.005) if curve else None,
-        "radial/hash": ratio("radial", "hash, pool of 48"),
-        "radial/best baseline": ratio("slow, radial", *BASELINES),
+        "radial/hash, pool of 48": ratio("radial", "hash, pool of 48"),
+        "radial/best baseline": ratio("radial, rate 3e-3", *BASELINES),
         "BPE, radial fixed depth/dense": ratio(
-            "BPE, radial, fixed depth, half the rate, decay 2", "BPE, dense, half the rate, decay 2"
+            "BPE, radial, fixed depth, rate 3e-3, decay 2", "BPE, dense, rate 3e-3, decay 2"
         ),
         "hops spearman": statistics.fmean(correlations) if correlations else None,
         "load entropy": of("radial", "load_entropy"),

@@ -169,14 +169,12 @@ def train_grid(
     workdir: Path,
     jobs: int,
     console: Console,
-    begins: Callable[[Path], None] = lambda folder: None,
 ) -> tuple[list[dict], int]:
     """Train the cells that are not finished. Returns the rows of all that are, and how many failed.
 
     Args:
         commands: of each cell.
         jobs: cells trained at a time.
-        begins: called with the folder of each that begins to be trained.
 
     Raises:
         ConfigError: a finished cell was trained with another config; nothing was trained then.
@@ -194,7 +192,6 @@ def train_grid(
         return [row for _, row in done]
 
     def on_start(log: Path) -> None:
-        begins(log.parent)
         console.print(f"{logs[log].name}: training, its output is in {log}")
 
     def on_end(log: Path, code: int) -> None:

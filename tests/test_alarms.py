@@ -60,7 +60,8 @@ def test_what_a_config_asks_for_is_no_alarm():
     assert alarms(make_config(), lines_of(*every, num_healthy=0)), "a line after the warm-up, where there is none"
     assert not alarms(make_config(router__depth_target=1.0), lines_of(*[SICK["depth"]] * PATIENCE))
     assert not alarms(make_config(model__min_depth=3), lines_of(*[{**SICK["depth"], **SICK["soft_depth"]}] * PATIENCE))
-    for prior in ({"router__prior": "sequential"}, {"router__prior": "group", "model__pool_size": 3}):
+    groups = [{"router__prior": prior, "model__pool_size": 3} for prior in ("group", "group_hash")]
+    for prior in ({"router__prior": "sequential"}, *groups):
         for steps, is_raised in ((0, False), (1000, False), (400, True)):
             config = make_config(router__prior_steps=steps, **prior)
             assert bool(alarms(config, lines_of(*[SICK["route_mi"]] * PATIENCE))) == is_raised

@@ -3,14 +3,15 @@ import json
 import pytest
 
 from configs import dense_micro, radial_micro
-from radialnet import results, study
+from radialnet import results, sparsity, study
 from radialnet.config import Config
+from radialnet.run_folder import RunFolder
 from radialnet.sections import ConfigError
 from tests.test_cli import run
 
 SEEDS = [{"train.seed": 0}, {"train.seed": 3}]
 # The models that are compared by their loss.
-LOSSES_OF = [*study.MODELS, *study.SLOW_MODELS, *study.MINI_MODELS]
+LOSSES_OF = [name for table in study.TABLES for name in table.models]
 
 
 def test_every_model_is_a_config_that_works_with_each_seed():
@@ -22,14 +23,16 @@ def test_every_model_is_a_config_that_works_with_each_seed():
             for field, value in models[name].items():
                 section, key = field.split(".")
                 assert all(getattr(getattr(cell.config, section), key) == value for cell in runs), field
-    assert set(study.BASELINES) < set(study.SLOW_MODELS)
+    assert set(study.BASELINES) < set(study.PEER_MODELS) > set(sparsity._PEERS)
+    assert len(set(study.ALL_MODELS)) == len(study.ALL_MODELS)
     cells = study.cells_of(dense_micro.get_config().to_dict(), study.MODELS, SEEDS[:1])
     assert cells["radial"][0].config == Config.from_dict(radial_micro.get_config())
     assert study.cells_of(dense_micro.get_config().to_dict(), {}, SEEDS) == {}
 
 
 def row(ce, seed=0, **more):
-    return {"seed": seed, **dict.fromkeys(study.FIGURES, 1e6), "ce": ce, **more}
+    trained = {"commit": "abc", "python": "3.11.7", "device": "cpu"}
+    return {"seed": seed, **trained, **dict.fromkeys(study.FIGURES, 1e6), "ce": ce, **more}
 
 
 def test_summary_is_mean_and_standard_deviation():
@@ -53,14 +56,14 @@ CURVE = study.mean_curve([curve(-0.5), curve(0.5)])
 
 def example():
     """Runs of all models, two seeds of the radial ones."""
-    runs = [{"model": name, "commit": "abc", **row(2.0 + index)} for index, name in enumerate(LOSSES_OF)]
+    runs = [{"model": name, **row(2.0 + index)} for index, name in enumerate(LOSSES_OF)]
     (radial,) = of(runs, "radial")
     runs.append({**radial, "seed": 3, "curve": curve(0.5)})
     radial["curve"] = curve(-0.5)
     by_k = [{"k": k, "queries": 9, "accuracy": 1 - k / 10, "depth": 2.0 + k} for k in (1, 2)]
     for name in study.HOP_MODELS:
         found = {"spearman": 0.5, "by_k": by_k, "depth": 3.0}
-        runs.append({"model": name, "commit": "abc", **row(1.0), "hops": found})
+        runs.append({"model": name, **row(1.0), "hops": found})
     (hops_radial,) = of(runs, "hops, radial")
     runs.append({**hops_radial, "seed": 3, "hops": {"spearman": None, "by_k": by_k, "depth": 4.0}})
     return runs
@@ -92,14 +95,16 @@ def test_layers_saved_counts_the_deepest_cut_that_keeps_the_loss():
 
 def test_figures_compare_what_they_say():
     models, found = figures(example())
+    ce = {name.removesuffix(", rate 3e-3"): summary["ce"] for name, summary in models.items() if name.endswith("3e-3")}
+    learned, half, early = "radial, learned routes", "radial, any order, T/2", "early exit"
+    assert found["radial learned routes/dense"] == ce[learned] / ce["dense"]
+    assert found["radial T÷2/dense T"] == ce[half] / ce["dense, 6 layers"]
+    assert found["radial/best baseline"] == ce["radial"] / ce[early]
     ce = {name: summary["ce"] for name, summary in models.items()}
     assert found["radial/dense equal depth"] == ce["radial"] / ce["dense"]
-    assert found["radial learned routes/dense"] == ce["slow, radial, learned routes"] / ce["slow, dense"]
-    assert found["radial T÷2/dense T"] == ce["slow, radial, any order, T/2"] / ce["slow, dense, 6 layers"]
-    assert found["radial/best baseline"] == ce["slow, radial"] / ce["slow, early exit"]
-    assert found["radial/hash"] == ce["radial"] / ce["hash, pool of 48"]
-    slow = "half the rate, decay 2"
-    assert found["BPE, radial fixed depth/dense"] == ce[f"BPE, radial, fixed depth, {slow}"] / ce[f"BPE, dense, {slow}"]
+    assert found["radial/hash, pool of 48"] == ce["radial"] / ce["hash, pool of 48"]
+    left, right = (ce[f"BPE, {name}, rate 3e-3, decay 2"] for name in ("radial, fixed depth", "dense"))
+    assert found["BPE, radial fixed depth/dense"] == left / right
     assert found["hops spearman"] == 0.5
     assert study.figures_of(models, CURVE, [])["hops spearman"] is None
     few = {name: models[name] for name in ("dense", "radial")}
@@ -129,15 +134,41 @@ def test_runs_are_added_to_those_before(tmp_path, capsys):
         results.earlier_runs(tmp_path / "RESULTS.json", settings)
 
 
-@pytest.mark.parametrize("name", ["dense", "radial", "slow, looped", "BPE, dense", "hops, radial"])
+@pytest.mark.parametrize("name", ["dense", "radial", "looped, rate 3e-3", "BPE, dense", "hops, radial"])
 def test_any_model_may_be_the_first(tmp_path, name):
     runs = [{**run, "settings": {}} for run in of(example(), name)]
     results.write_results(runs, tmp_path)
     assert (
         (tmp_path / "results.png").exists()
-        == (name in study.MODELS | study.SLOW_MODELS)
+        == (name in study.MODELS | study.PEER_MODELS)
         == ("results.png" in (tmp_path / "RESULTS.md").read_text())
     )
+
+
+def test_models_are_compared_on_one_text_only():
+    """Each table has its own."""
+    runs = example()
+    results.check_texts(runs)
+    for of_model in runs:
+        of_model["python"] = "3.12.1" if of_model["model"] in study.MINI_MODELS else "3.11.7"
+    results.check_texts(runs)
+    of(runs, "radial")[1]["python"] = "3.12.1"
+    told = r"dense, seed 0 \(Python 3.11.7\) and radial, seed 3 \(Python 3.12.1\)"
+    with pytest.raises(ConfigError, match=told):
+        results.check_texts(runs)
+
+
+def test_a_run_tells_what_it_was_trained_with(tmp_path):
+    folder = RunFolder(tmp_path)
+    assert results.trained_with(folder) == {"commit": "unknown", "python": "unknown", "device": "unknown"}
+    starts = [
+        {"commit": "0123456789abcdef-dirty", "python": "3.11.7", "device": "cpu"},
+        {"commit": "fedcba9876543210", "python": "3.11.7", "device": "cpu"},
+        {"commit": None, "python": "3.11.7", "device": "cpu"},
+    ]
+    folder.environment.write_text(json.dumps(starts))
+    commits = "0123456-dirty and fedcba9 and unknown"
+    assert results.trained_with(folder) == {"commit": commits, "python": "3.11.7", "device": "cpu"}
 
 
 def test_settings_are_what_figures_follow_from():
@@ -160,7 +191,8 @@ def test_markdown_has_a_line_for_each_model_and_figure():
     assert "| radial | 0, 3 |" in text
     assert "| 2 | 0.800 | 4.00 |" in text
     assert "Mean depth of all tokens 3.50; seeds 0, 3." in text
-    assert "| BPE, dense | 0 | " in text and "+0.0 %" in text.split("| BPE, dense |")[1].splitlines()[0]
+    for table in study.TABLES:
+        assert "+0.0 %" in text.split(f"| {table.dense} | 0 |")[1].splitlines()[0]
     few = results.markdown({"runs": runs[:3], **rest, "models": {"dense": models["dense"]}})
     assert "Hop task" not in few and "## Words" not in few
 

@@ -246,11 +246,11 @@ def test_the_pareto_front_is_what_no_other_point_beats(points):
     assert pareto_front(points) == expected
 
 
-@pytest.mark.parametrize("num_depths, num_seeds, scale", [(1, 1, 1), (3, 2, 100), (50, 1, 1.01)])
-def test_the_plot_can_be_drawn_of_few_and_many_points(tmp_path, num_depths, num_seeds, scale):
+@pytest.mark.parametrize("num_series, num_depths, num_seeds, scale", [(2, 1, 1, 1), (9, 3, 2, 100), (2, 50, 1, 1.01)])
+def test_the_plot_can_be_drawn_of_few_and_many_points(tmp_path, num_series, num_depths, num_seeds, scale):
     points = [
         SweepPoint(series, f"T={depth}", 1e6 * scale**depth, 2 - depth / 100 + seed / 1000)
-        for series in ("form=factored", "form=random")
+        for series in map("seed={}".format, range(num_series))
         for depth in range(num_depths)
         for seed in range(num_seeds)
     ]
