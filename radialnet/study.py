@@ -16,8 +16,8 @@ _EXITS: Values = {**_DEPTHS, "router.exit_training": "benefit", "router.explore"
 _LEARNED: Values = {"router.form": "factored"}
 # Routes that the token and the step give: to any layer, or to one of the step's own.
 _HASH: Values = {**_LEARNED, "router.prior": "hash", "router.prior_weight": 1000.0, "router.load_coef": 0.0}
-_GROUPS: Values = {**_HASH, "router.prior": "group_hash", "model.pool_size": 48}
-_RADIAL: Values = {**_GROUPS, **_EXITS, "model.max_depth": 5, "model.min_depth": 3}
+_GROUPS: Values = {**_HASH, "router.prior": "group_hash", "model.pool_size": 50}
+_RADIAL: Values = {**_GROUPS, **_EXITS, "model.max_depth": 5, "model.min_depth": 3, "cache.view": "same_step"}
 _ANY_ORDER: Values = {**_HASH, "model.pool_size": 48, **_EXITS}
 _RATE: Values = {"optimizer.learning_rate": 3e-3}
 _DECAY: Values = {"optimizer.weight_decay": 2.0}
@@ -28,7 +28,7 @@ MODELS: dict[str, Values] = {
     "radial": _RADIAL,
     "radial, exits by token": {**_RADIAL, "router.exit_sees": "token"},
     "radial, fixed depth": _GROUPS,
-    "hash, pool of 48": {"router.form": "hash", "model.pool_size": 48},
+    "hash, pool of 50": {"router.form": "hash", "model.pool_size": 50},
 }
 # All peers, at the learning rate that dense_micro had until 2026-11-27.
 PEER_MODELS: dict[str, Values] = {
@@ -36,7 +36,6 @@ PEER_MODELS: dict[str, Values] = {
     for name, values in {
         "dense": {},
         "dense, 6 layers": {"model.pool_size": 6, "model.max_depth": 6, "model.min_depth": 6},
-        "radial": _RADIAL,
         "radial, any order": _ANY_ORDER,
         "radial, any order, pool of 24": {**_ANY_ORDER, "model.pool_size": 24},
         "radial, any order, pool of 16": {**_ANY_ORDER, "model.pool_size": 16},
@@ -222,8 +221,8 @@ def figures_of(models: dict[str, dict], curve: list[dict], hop_runs: list[dict])
         "radial learned routes/dense": ratio("radial, learned routes, rate 3e-3", "dense, rate 3e-3"),
         "radial T÷2/dense T": ratio("radial, any order, T/2, rate 3e-3", "dense, 6 layers, rate 3e-3"),
         "layers saved at 0.5 % loss": layers_saved(curve, 0.005) if curve else None,
-        "radial/hash, pool of 48": ratio("radial", "hash, pool of 48"),
-        "radial/best baseline": ratio("radial, rate 3e-3", *BASELINES),
+        "radial/hash, pool of 50": ratio("radial", "hash, pool of 50"),
+        "radial/best baseline": ratio("radial, any order, rate 3e-3", *BASELINES),
         "BPE, radial fixed depth/dense": ratio(
             "BPE, radial, fixed depth, rate 3e-3, decay 2", "BPE, dense, rate 3e-3, decay 2"
         ),
