@@ -2,10 +2,11 @@
 
     python -m radialnet.results --workdir=runs/results [--seeds=0,1,2] [--model=radial] [--jobs=1] [--out=docs]
 
-Trains what is missing of the models of `study` (from configs/dense_micro.py and configs/hops.py), each with every seed,
-as `radialnet.sweep` does: the same command again goes on, and finished runs are not trained again. Then adds their
-figures to RESULTS.json in --out, and writes RESULTS.md and results.png of all runs in it. So a study may be made
-in parts, on several days or machines; runs of another config than today's are left out. Exit code 1 when a run failed;
+Trains what is missing of the models of `study` (from configs/dense_micro.py, dense_mini.py and hops.py), each with
+every seed, as `radialnet.sweep` does: the same command again goes on, and finished runs are not trained again. Then
+adds their figures to RESULTS.json in --out, and writes RESULTS.md and results.png of all runs in it. So a study may be
+made in parts, on several days or machines; runs of another config than today's are left out. The models of a table are
+trained on one text, the library of one version of Python: exit code 2 where they would not be. 1 when a run failed;
 nothing is written then.
 """
 
@@ -286,7 +287,7 @@ if __name__ == "__main__":
     _WORKDIR = flags.DEFINE_string("workdir", None, "Where the runs go.", required=True)
     _SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "config.train.seed of the runs of each model.")
     _MODEL = flags.DEFINE_multi_string(
-        "model", None, "A model to train; may be given again. All by default: 6 hours a seed."
+        "model", None, "A model to train; may be given again. All by default: 12 hours a seed."
     )
     _JOBS = flags.DEFINE_integer("jobs", 1, "Runs at a time.", lower_bound=1)
     _OUT = flags.DEFINE_string("out", "docs", "Where the results are written to, and added to.")
