@@ -103,7 +103,6 @@ CASES = {
     "flat": {"router__form": "flat"},
     "linear router at every second step": {"exit_bias": 0.0, "router__network": "linear", "router__every": 2},
     "hash": {"router__form": "hash", "cache__view": "all"},
-    "group hash": {"router__prior": "group_hash", "router__prior_weight": 1000.0},
     "group hash, deeper than trained": {"max_depth": 7, "exit_bias": -4.0, "router__prior": "group_hash"},
     "early exit by benefit": {"router__form": "early_exit", "router__exit_training": "benefit"},
     "by benefit of the token": {"exit_bias": 0.0, **TOKEN_EXITS},
