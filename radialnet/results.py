@@ -95,11 +95,18 @@ def markdown(result: dict) -> str:
         "one model against another by the seeds that both have. Depth and FLOPs are what held-out tokens executed.",
         "Minutes are those of the training steps, on a device that others may have shared.",
     ]
+    if any(name in BYTES for name in result["models"]):
+        lines += ["", "![Held-out loss against executed FLOPs, of bytes at both rates](results.png)"]
     for table in TABLES:
         lines += _table(table, result)
-    if any(name in BYTES for name in result["models"]):
-        lines += ["", "Of both tables of bytes:", "", "![Held-out loss against executed FLOPs](results.png)"]
-    lines += ["", "## Figures", "", "Learned routes, T÷2, the best baseline and words: at a rate of 3e-3.", ""]
+    lines += [
+        "",
+        "## Figures",
+        "",
+        "Learned routes, T÷2 and words are at a learning rate of 3e-3; the best baseline is that of both rates, each",
+        "against a radial network of its own.",
+        "",
+    ]
     lines += ["| figure | |", "|---|---|"]
     lines += [f"| {name} | {'–' if value is None else f'{value:.4f}'} |" for name, value in result["figures"].items()]
     if result["curve"]:

@@ -74,6 +74,7 @@ PEER_MODELS: dict[str, Values] = {
         "hash, pool of 48": {"router.form": "hash", "model.pool_size": 48},
     }.items()
 }
+# Of these; a hash over the whole pool is one too, at the rate of `MODELS`.
 BASELINES = tuple(
     f"{name}, rate 3e-3"
     for name in (
@@ -82,9 +83,6 @@ BASELINES = tuple(
         "Mixture-of-Recursions",
         "looped",
         "random",
-        "hash",
-        "hash, pool of 24",
-        "hash, pool of 48",
     )
 )
 # Added to the trained exit bias (nats that another layer must take off the loss) to read one model at many depths. The
@@ -215,14 +213,15 @@ def figures_of(models: dict[str, dict], curve: list[dict], hop_runs: list[dict])
         return models[model][name] if model in models else None
 
     depth, dense_depth = of("radial", "depth"), of("dense", "depth")
+    # Each against a radial network of the same learning rate.
+    of_hash, of_peers = ratio("radial", "hash, pool of 50"), ratio("radial, any order, rate 3e-3", *BASELINES)
     return {
         "radial/dense equal depth": ratio("radial", "dense"),
         "depth radial/dense": depth / dense_depth if depth and dense_depth else None,
         "radial learned routes/dense": ratio("radial, learned routes, rate 3e-3", "dense, rate 3e-3"),
         "radial T÷2/dense T": ratio("radial, any order, T/2, rate 3e-3", "dense, 6 layers, rate 3e-3"),
         "layers saved at 0.5 % loss": layers_saved(curve, 0.005) if curve else None,
-        "radial/hash, pool of 50": ratio("radial", "hash, pool of 50"),
-        "radial/best baseline": ratio("radial, any order, rate 3e-3", *BASELINES),
+        "radial/best baseline": max((ratio for ratio in (of_hash, of_peers) if ratio is not None), default=None),
         "BPE, radial fixed depth/dense": ratio(
             "BPE, radial, fixed depth, rate 3e-3, decay 2", "BPE, dense, rate 3e-3, decay 2"
         ),
