@@ -3,7 +3,7 @@
 What: a plain transformer of 4 layers of width 128, which every token goes through.
 Cost: 2.2 MFLOP per token forward; 22 million tokens, the standard library six times over: an hour on a CPU core, a
 minute on a GPU. 1.1M parameters.
-Expected: 2.316 nats per token held out, on Debian's Python 3.12 and an H200.
+Expected: 2.316 nats per token held out, with Python 3.12.3 and an H200.
 Command: python train.py --config=configs/dense_mini.py --workdir=runs/dense_mini
 """
 
@@ -18,7 +18,7 @@ def get_config() -> ConfigDict:
     config.model.pool_size = 4
 
     config.router.form = "sequential"
-    # Of forms that have a router.
+    # Of forms that have a router: a quarter of the width.
     config.router.hidden = 32
 
     config.data.vocab_size = 1024
@@ -33,6 +33,7 @@ def get_config() -> ConfigDict:
     config.eval.every_steps = 450
     config.eval.num_batches = 20
     config.log.every_steps = 50
+    # Generating is another program to compile, and these runs take a minute.
     config.log.sample_prompt = ""
 
     return config

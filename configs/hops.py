@@ -4,7 +4,7 @@ What: rows of 8 pairs of a permutation and queries for 1 to 4 look-ups (radialne
 layers that every token goes through, one layer that is used 1 to 7 times: as often as a token gains by it.
 The run logs bits per answer (as bpb, for a word counts as one byte); accuracy and depth by the number of look-ups are
 told by python -m radialnet.hops --workdir=runs/hops.
-Cost: 0.4 MFLOP per token forward at depth 1.8; 24.6 million tokens, 40 minutes on one CPU core. 0.2M parameters.
+Cost: 0.45 MFLOP per token forward at depth 1.8; 24.6 million tokens, 40 minutes on one CPU core. 0.2M parameters.
 Expected: 99.5 % of the answers right or more for each number of look-ups, 1.8 of 7 layers on average, 1.3, 2.5, 4.2 and
 4.6 for k = 1 to 4, a rank correlation of 0.85 to 0.94. Bits per answer stay at 2.8 until step 3,500 to 5,000
 (docs/LOG.md).

@@ -163,9 +163,7 @@ def _validate_router(config: Sections) -> None:
     if not router.is_trained:
         return
     _require(
-        router.form not in ("factored", "flat")
-        or router.prior not in ("group", "group_hash")
-        or model.pool_size >= model.max_depth,
+        router.form not in ("factored", "flat") or not router.prefers_group or model.pool_size >= model.max_depth,
         f"config.router.prior={router.prior!r} needs a layer for each step, but "
         f"config.model.pool_size={model.pool_size} is less than config.model.max_depth={model.max_depth}",
     )

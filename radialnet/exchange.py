@@ -236,6 +236,6 @@ def wire_bytes(config: Config, sizes: dict[str, int], depth: float) -> tuple[flo
 def _goes_by_step(router: RouterConfig) -> bool:
     """Whether all tokens go to the same few layers at a depth step."""
     if router.form in ("factored", "flat"):
-        goes = router.prior in ("sequential", "group", "group_hash")
-        return goes and router.prior_steps == 0 and router.prior_weight > 0
+        is_by_step = router.prior == "sequential" or router.prefers_group
+        return is_by_step and router.prior_steps == 0 and router.prior_weight > 0
     return router.form not in ("random", "hash")

@@ -163,7 +163,6 @@ def _hop_report(folder: Path) -> dict:
 def trained_with(folder: RunFolder) -> dict[str, str]:
     """Commit, Python (whose library is the text) and device of a run; several where it went on elsewhere."""
     starts = read_starts(folder)
-    starts = read_starts(folder)
     told = {
         name: " and ".join(dict.fromkeys(start.get(name) or "unknown" for start in starts)) or "unknown"
         for name in ("commit", "python", "device")
@@ -193,6 +192,7 @@ def earlier_runs(path: Path, settings: dict[str, dict]) -> list[dict]:
         runs = json.loads(path.read_text())["runs"]
         names = [f"{run['model']}, seed {run['seed']}" for run in runs]
         kept = [run for run in runs if settings.get(run["model"]) == run["settings"]]
+        check_texts(kept)
     except (ValueError, KeyError, TypeError, RecursionError):
         raise ConfigError(f"{path}: not what this command has written; take another --out") from None
     for name, run in zip(names, runs, strict=True):

@@ -101,6 +101,11 @@ class RouterConfig:
         return self.form in TRAINED_FORMS
 
     @property
+    def prefers_group(self) -> bool:
+        """Whether its prior favours layers of the step's own group alone."""
+        return self.prior in ("group", "group_hash")
+
+    @property
     def is_in_order(self) -> bool:
         return self.form in IN_ORDER_FORMS
 

@@ -221,7 +221,7 @@ def figures_of(models: dict[str, dict], curve: list[dict], hop_runs: list[dict])
         "radial learned routes/dense": ratio("radial, learned routes, rate 3e-3", "dense, rate 3e-3"),
         "radial T÷2/dense T": ratio("radial, any order, T/2, rate 3e-3", "dense, 6 layers, rate 3e-3"),
         "layers saved at 0.5 % loss": layers_saved(curve, 0.005) if curve else None,
-        "radial/best baseline": max((ratio for ratio in (of_hash, of_peers) if ratio is not None), default=None),
+        "radial/best baseline": max((found for found in (of_hash, of_peers) if found is not None), default=None),
         "BPE, radial fixed depth/dense": ratio(
             "BPE, radial, fixed depth, rate 3e-3, decay 2", "BPE, dense, rate 3e-3, decay 2"
         ),

@@ -58,7 +58,6 @@ CASES = {
     **{estimator: {"router__estimator": estimator} for estimator in ("score", "weighted")},
     "flat with noise": {"router__form": "flat", "router__noise": 0.5, "router__noise_steps": 9},
     "group prior": {"router__prior": "group"},
-    "group hash": {"router__prior": "group_hash", "router__prior_weight": 1000.0},
     "bf16": {"model__dtype": "bfloat16"},
     "bf16 remat": {"model__dtype": "bfloat16", "model__remat": "step", "cache__view": "all"},
     "random": {"router__form": "random", "cache__view": "all"},

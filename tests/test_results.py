@@ -131,9 +131,11 @@ def test_runs_are_added_to_those_before(tmp_path, capsys):
     settings["dense"] = {"model": "another"}
     assert len(results.earlier_runs(tmp_path / "RESULTS.json", settings)) == len(runs) - 1
     assert "dense, seed 0: was trained with another config and is left out" in capsys.readouterr().err
-    (tmp_path / "RESULTS.json").write_text("{}")
-    with pytest.raises(ConfigError, match="RESULTS.json: not what"):
-        results.earlier_runs(tmp_path / "RESULTS.json", settings)
+    del runs[1]["python"]
+    for text in ("{}", json.dumps({"runs": runs})):
+        (tmp_path / "RESULTS.json").write_text(text)
+        with pytest.raises(ConfigError, match="RESULTS.json: not what"):
+            results.earlier_runs(tmp_path / "RESULTS.json", settings)
 
 
 @pytest.mark.parametrize("name", ["dense", "radial", "looped, rate 3e-3", "BPE, dense", "hops, radial"])
