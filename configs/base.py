@@ -20,6 +20,8 @@ def get_config() -> ConfigDict:
     model.d_ff = 384  # F: hidden size of the MLP.
     model.prelude_layers = 0  # Unshared layers before the first depth step; every token runs them.
     model.coda_layers = 0  # Unshared layers after the last one; every token runs them.
+    # Groups of layers that the pool is made of: one for each depth step, the last one for all from there on; 0 = T.
+    model.num_groups = 0
     model.init = "clones"  # distinct | clones (layers of a group start equal) | upcycle (from a dense run).
     model.upcycle_from = ""  # Run folder of the dense run that `init="upcycle"` starts from.
     model.rope_base = 10_000.0  # Base of the rotary position angles.
@@ -48,8 +50,8 @@ def get_config() -> ConfigDict:
     # It looks at every this many-th step, and keeps its logits for those between; T: once per token. Where several rows
     # are generated, each of them at a step of its own, it is computed at every step all the same.
     router.every = 1
-    # none | sequential (layer t mod L) | group (the L/T layers of step t's own group) | hash (one by token and step) |
-    # group_hash (one of step t's own group, by the token).
+    # none | sequential (layer t mod L) | group (the layers of step t's group, model.num_groups) | hash (one by token
+    # and step) | group_hash (one of step t's group, by the token).
     router.prior = "group"
     router.prior_weight = 8.0  # Added to the layer logits that the prior favours.
     router.prior_steps = 0  # Training steps over which the prior fades to 0; 0 = it is kept.

@@ -112,10 +112,19 @@ def _validate_model(config: Sections) -> None:
         f"config.model.max_depth={model.max_depth}",
     )
     _require(
-        model.init == "distinct" or model.pool_size >= model.max_depth,
-        f"config.model.init={model.init!r} needs a group of layers for each step, but "
-        f"config.model.pool_size={model.pool_size} is less than config.model.max_depth={model.max_depth}",
+        0 <= model.num_groups <= model.max_depth,
+        f"config.model.num_groups={model.num_groups}: 0 to config.model.max_depth={model.max_depth} is needed",
     )
+    _require(
+        model.init == "distinct" or model.pool_size >= model.layer_groups,
+        f"config.model.init={model.init!r} needs a layer for each group, but "
+        f"config.model.pool_size={model.pool_size} is less than {_groups(model)}",
+    )
+
+
+def _groups(model: ModelConfig) -> str:
+    field = "num_groups" if model.num_groups else "max_depth"
+    return f"config.model.{field}={model.layer_groups}"
 
 
 def _validate_router(config: Sections) -> None:
@@ -163,9 +172,9 @@ def _validate_router(config: Sections) -> None:
     if not router.is_trained:
         return
     _require(
-        router.form not in ("factored", "flat") or not router.prefers_group or model.pool_size >= model.max_depth,
-        f"config.router.prior={router.prior!r} needs a layer for each step, but "
-        f"config.model.pool_size={model.pool_size} is less than config.model.max_depth={model.max_depth}",
+        router.form not in ("factored", "flat") or not router.prefers_group or model.pool_size >= model.layer_groups,
+        f"config.router.prior={router.prior!r} needs a layer for each group, but "
+        f"config.model.pool_size={model.pool_size} is less than {_groups(model)}",
     )
     _require(
         router.noise == 0 or router.noise_steps > 0,

@@ -101,7 +101,7 @@ class RadialTransformer(nnx.Module):
         self.positions = normal(model.max_positions, model.d_model, 0.02, (None, "width")) if is_learned else None
         self.head = normal(model.d_model, vocab_size, 0.02, ("width", None))
         if model.init == "clones":
-            clone_groups(self.pool.block, model.pool_size, model.max_depth)
+            clone_groups(self.pool.block, model.pool_size, model.layer_groups)
 
     def __call__(
         self,
@@ -245,11 +245,11 @@ def place(config: Config, vocab_size: int, devices: Sequence[jax.Device]) -> Pla
     return Placement(mesh, Parallel(**mesh.shape, exchange=exchange), axes, reason)
 
 
-def upcycle(params: dict, dense_params: dict, num_layers: int, max_depth: int) -> dict:
-    """Parameters of a radial network grown from a dense one of `max_depth` layers (arXiv 2212.05055).
+def upcycle(params: dict, dense_params: dict, num_layers: int, num_groups: int) -> dict:
+    """Parameters of a radial network grown from a dense one of `num_groups` layers (arXiv 2212.05055).
 
     Every layer of group t starts as the dense layer t; embedding, norm and head are taken over; the router is fresh.
     """
-    group_L = group_of_layer(num_layers, max_depth)
+    group_L = group_of_layer(num_layers, num_groups)
     grown_pool = jax.tree.map(lambda weights: weights[group_L], dense_params["pool"])
     return {**params, **dense_params, "pool": grown_pool}

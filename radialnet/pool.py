@@ -388,11 +388,11 @@ class LayerPool(nnx.Module):
         return x_NX.reshape(*shape, -1, self.cfg.head_size)
 
 
-def clone_groups(block: Block, num_layers: int, max_depth: int) -> None:
+def clone_groups(block: Block, num_layers: int, num_groups: int) -> None:
     """Make all layers of a group start equal to its first (`model.init="clones"`), in place.
 
     Keys and values of the layers that compete for a token then share a space from the start.
     """
-    group_L = group_of_layer(num_layers, max_depth)
+    group_L = group_of_layer(num_layers, num_groups)
     first_L = jnp.searchsorted(group_L, group_L)
     nnx.update(block, jax.tree.map(lambda weights: weights[first_L], nnx.state(block, nnx.Param)))

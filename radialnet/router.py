@@ -152,17 +152,22 @@ class Route:
         )
 
 
-def group_of_layer(num_layers: int, max_depth: int) -> jax.Array:
-    """The depth step that each layer's group belongs to, [L]: T groups of consecutive layers, as equal as can be."""
-    return jnp.arange(num_layers) * max_depth // num_layers
+def group_of_layer(num_layers: int, num_groups: int) -> jax.Array:
+    """The number of each layer's group, [L]: groups of consecutive layers, as equal as can be."""
+    return jnp.arange(num_layers) * num_groups // num_layers
 
 
-def prior_logits(kind: str, num_layers: int, max_depth: int, depth_step: jax.Array) -> jax.Array:
+def in_group(num_layers: int, num_groups: int, depth_step: jax.Array) -> jax.Array:
+    """Whether each layer is of a depth step's group, [L]. Steps beyond the last group share it."""
+    return group_of_layer(num_layers, num_groups) == jnp.minimum(depth_step, num_groups - 1)
+
+
+def prior_logits(kind: str, num_layers: int, num_groups: int, depth_step: jax.Array) -> jax.Array:
     """1 for the layers that a prior favours at a depth step whatever the token, else 0; none of a hash. [L]"""
     if kind == "sequential":
         return (jnp.arange(num_layers) == depth_step % num_layers).astype(jnp.float32)
     if kind == "group":
-        return (group_of_layer(num_layers, max_depth) == depth_step).astype(jnp.float32)
+        return in_group(num_layers, num_groups, depth_step).astype(jnp.float32)
     return jnp.zeros(num_layers, jnp.float32)
 
 
@@ -188,6 +193,7 @@ class Router(nnx.Module):
         num_outputs = num_outputs or num_layers + 1
         self.cfg, self.num_layers, self.num_outputs, self.parallel = cfg, num_layers, num_outputs, parallel
         self.min_depth, self.max_depth = model_cfg.min_depth, model_cfg.max_depth
+        self.num_groups = model_cfg.layer_groups
         self.norm_eps = model_cfg.norm_eps
         if not cfg.is_trained:
             return
@@ -298,10 +304,10 @@ class Router(nnx.Module):
         if self.cfg.prior == "hash":
             return jax.nn.one_hot(_hash(token_BS, depth_step, self.num_layers), self.num_layers)
         if self.cfg.prior == "group_hash":
-            in_group_L = group_of_layer(self.num_layers, self.max_depth) == depth_step
+            in_group_L = in_group(self.num_layers, self.num_groups, depth_step)
             chosen_BS = jnp.argmax(in_group_L) + _hash(token_BS, depth_step, in_group_L.sum())
             return jax.nn.one_hot(chosen_BS, self.num_layers)
-        return prior_logits(self.cfg.prior, self.num_layers, self.max_depth, depth_step)
+        return prior_logits(self.cfg.prior, self.num_layers, self.num_groups, depth_step)
 
     def _logits(self, x_BSD: jax.Array) -> jax.Array:
         return self._network(x_BSD, self.hidden, self.out) + self.out_bias[...]

@@ -42,6 +42,7 @@ class ModelConfig:
     d_ff: int
     prelude_layers: int
     coda_layers: int
+    num_groups: int
     init: str
     upcycle_from: str
     rope_base: float
@@ -56,6 +57,11 @@ class ModelConfig:
     grouped_backend: str
     attention_backend: str
     remat: str
+
+    @property
+    def layer_groups(self) -> int:
+        """Groups of layers: that of step t has the number t, and the last one is that of all steps from there on."""
+        return self.num_groups or self.max_depth
 
     @property
     def head_size(self) -> int:

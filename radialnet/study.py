@@ -17,7 +17,14 @@ _LEARNED: Values = {"router.form": "factored"}
 # Routes that the token and the step give: to any layer, or to one of the step's own.
 _HASH: Values = {**_LEARNED, "router.prior": "hash", "router.prior_weight": 1000.0, "router.load_coef": 0.0}
 _GROUPS: Values = {**_HASH, "router.prior": "group_hash", "model.pool_size": 50}
-_RADIAL: Values = {**_GROUPS, **_EXITS, "model.max_depth": 5, "model.min_depth": 3, "cache.view": "same_step"}
+_RADIAL: Values = {
+    **_GROUPS,
+    **_EXITS,
+    "model.max_depth": 5,
+    "model.min_depth": 3,
+    "model.num_groups": 4,
+    "cache.view": "same_step",
+}
 _ANY_ORDER: Values = {**_HASH, "model.pool_size": 48, **_EXITS}
 _RATE: Values = {"optimizer.learning_rate": 3e-3}
 _DECAY: Values = {"optimizer.weight_decay": 2.0}

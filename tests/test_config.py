@@ -27,6 +27,11 @@ CONFIGS = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "base
         ({"router__estimator": "guess"}, ("estimator='guess'", "straight_through")),
         ({"router__prior": "group", "model__pool_size": 2}, ("pool_size=2", "max_depth=3")),
         ({"router__prior": "group_hash", "model__pool_size": 2}, ("prior='group_hash'", "pool_size=2", "max_depth=3")),
+        ({"model__num_groups": 4}, ("num_groups=4", "max_depth=3")),
+        (
+            {"router__prior": "group_hash", "model__num_groups": 2, "model__pool_size": 1},
+            ("prior='group_hash'", "pool_size=1", "num_groups=2"),
+        ),
         ({"router__noise": 1.0}, ("noise=1.0", "noise_steps=0")),
         ({"router__network": "deep"}, ("network='deep'", "low_rank")),
         ({"router__every": 0}, ("every=0", "at least 1")),

@@ -103,7 +103,12 @@ CASES = {
     "flat": {"router__form": "flat"},
     "linear router at every second step": {"exit_bias": 0.0, "router__network": "linear", "router__every": 2},
     "hash": {"router__form": "hash", "cache__view": "all"},
-    "group hash, deeper than trained": {"max_depth": 7, "exit_bias": -4.0, "router__prior": "group_hash"},
+    "group hash, deeper than trained": {
+        "max_depth": 7,
+        "exit_bias": -4.0,
+        "router__prior": "group_hash",
+        "model__num_groups": 3,
+    },
     "early exit by benefit": {"router__form": "early_exit", "router__exit_training": "benefit"},
     "by benefit of the token": {"exit_bias": 0.0, **TOKEN_EXITS},
     "mod": {"router__form": "mod", "router__estimator": "weighted", "model__min_depth": 4},

@@ -122,6 +122,8 @@ def test_priors():
     np.testing.assert_array_equal(group_of_layer(16, 4), np.repeat(np.arange(4), 4))
     np.testing.assert_array_equal(group_of_layer(L, T), [0, 0, 1, 1, 2])
     np.testing.assert_array_equal(prior_logits("group", L, T, 1), [0, 0, 1, 1, 0])
+    for step, of_group in enumerate(([1, 1, 1, 0, 0], [0, 0, 0, 1, 1], [0, 0, 0, 1, 1])):
+        np.testing.assert_array_equal(prior_logits("group", L, 2, step), of_group)
 
 
 def test_prior_steers_the_choice_but_not_the_z_loss():
@@ -227,13 +229,18 @@ def test_a_heavy_hash_prior_is_the_hash_route():
     assert (light.layer_TBS != hashed.layer_TBS).any()
 
 
-def test_a_heavy_group_hash_prior_gives_each_token_one_layer_of_the_group():
-    """Of a group of two layers both are used, and a token goes to the same one wherever it stands."""
-    config = make_config(model__min_depth=3, router__prior="group_hash", router__prior_weight=1000.0)
+@pytest.mark.parametrize("num_groups, groups", [(0, ([0, 1], [2, 3], [4])), (2, ([0, 1, 2], [3, 4], [3, 4]))])
+def test_a_heavy_group_hash_prior_gives_each_token_one_layer_of_the_group(num_groups, groups):
+    """All layers of a group are used, and a token goes to the same one wherever it stands."""
+    config = make_config(
+        model__min_depth=3, model__num_groups=num_groups, router__prior="group_hash", router__prior_weight=1000.0
+    )
     batch = make_batch(config)
     layer_TBS = np.asarray(Model(config)(batch).layer_TBS)
     token_BS = batch["token"]
-    for step, group in enumerate(([0, 1], [2, 3], [4])):
+    for step, group in enumerate(groups):
         chosen = [set(layer_TBS[step][token_BS == token]) for token in np.unique(token_BS)]
         assert all(len(layers) == 1 for layers in chosen)
         assert set.union(*chosen) == set(group)
+    if num_groups:
+        assert (layer_TBS[1] != layer_TBS[2]).any(), "steps that share a group have a hash each"
