@@ -26,23 +26,60 @@ _RADIAL: Values = {
     "cache.view": "same_step",
 }
 _ANY_ORDER: Values = {**_HASH, "model.pool_size": 48, **_EXITS}
+# Half the depth of six dense layers, by the same rule: as many groups as layers on average, exits one step about it.
+_HALF: Values = {
+    **_RADIAL,
+    "model.max_depth": 4,
+    "model.min_depth": 2,
+    "model.num_groups": 3,
+    "router.depth_target": 3.0,
+}
 _RATE: Values = {"optimizer.learning_rate": 3e-3}
 _DECAY: Values = {"optimizer.weight_decay": 2.0}
+# What others do with the same code, 4 layers per token.
+_PEERS: dict[str, Values] = {
+    "early exit": {"router.form": "early_exit", "model.pool_size": 6, **_EXITS},
+    "Mixture-of-Depths": {
+        "router.form": "mod",
+        "router.estimator": "weighted",
+        # All tokens at every other step, a third of them at the steps between: 3 + 3/3 layers.
+        "router.capacity": 0.3334,
+        "model.pool_size": 6,
+        "model.max_depth": 6,
+        "model.min_depth": 6,
+        "cache.view": "same_step",
+    },
+    "Mixture-of-Recursions": {
+        "router.form": "recursion",
+        "router.estimator": "weighted",
+        "router.z_coef": 0.02,
+        "model.pool_size": 2,
+        "model.init": "distinct",
+        **_DEPTHS,
+    },
+    "looped": {"router.form": "cyclic", "model.pool_size": 2, "model.init": "distinct"},
+    "random": {"router.form": "random", "model.pool_size": 16},
+}
+_SIX: Values = {"model.pool_size": 6, "model.max_depth": 6, "model.min_depth": 6}
 # Each is to execute 4 layers per token on average, but where its name says otherwise. What differs from dense_micro.
 MODELS: dict[str, Values] = {
     "dense": {},
+    "dense, 6 layers": _SIX,
     # configs/radial_micro.py.
     "radial": _RADIAL,
+    "radial, T/2": _HALF,
     "radial, exits by token": {**_RADIAL, "router.exit_sees": "token"},
     "radial, fixed depth": _GROUPS,
     "hash, pool of 50": {"router.form": "hash", "model.pool_size": 50},
+    **_PEERS,
 }
-# All peers, at the learning rate that dense_micro had until 2026-11-27.
-PEER_MODELS: dict[str, Values] = {
+BASELINES = ("hash, pool of 50", *_PEERS)
+# With more seeds, pools and routes, at the learning rate that dense_micro had until 2026-11-27.
+RATE_MODELS: dict[str, Values] = {
     f"{name}, rate 3e-3": {**values, **_RATE}
     for name, values in {
         "dense": {},
-        "dense, 6 layers": {"model.pool_size": 6, "model.max_depth": 6, "model.min_depth": 6},
+        "dense, 6 layers": _SIX,
         "radial, any order": _ANY_ORDER,
         "radial, any order, pool of 24": {**_ANY_ORDER, "model.pool_size": 24},
         "radial, any order, pool of 16": {**_ANY_ORDER, "model.pool_size": 16},
@@ -55,43 +92,12 @@ PEER_MODELS: dict[str, Values] = {
         },
         "radial, learned routes": {**_LEARNED, "model.pool_size": 24, **_EXITS},
         "radial, learned routes, fixed depth": {**_LEARNED, "model.pool_size": 16},
-        "early exit": {"router.form": "early_exit", "model.pool_size": 6, **_EXITS},
-        "Mixture-of-Depths": {
-            "router.form": "mod",
-            "router.estimator": "weighted",
-            # All tokens at every other step, a third of them at the steps between: 3 + 3/3 layers.
-            "router.capacity": 0.3334,
-            "model.pool_size": 6,
-            "model.max_depth": 6,
-            "model.min_depth": 6,
-            "cache.view": "same_step",
-        },
-        "Mixture-of-Recursions": {
-            "router.form": "recursion",
-            "router.estimator": "weighted",
-            "router.z_coef": 0.02,
-            "model.pool_size": 2,
-            "model.init": "distinct",
-            **_DEPTHS,
-        },
-        "looped": {"router.form": "cyclic", "model.pool_size": 2, "model.init": "distinct"},
-        "random": {"router.form": "random", "model.pool_size": 16},
+        **_PEERS,
         "hash": {"router.form": "hash", "model.pool_size": 16},
         "hash, pool of 24": {"router.form": "hash", "model.pool_size": 24},
         "hash, pool of 48": {"router.form": "hash", "model.pool_size": 48},
     }.items()
 }
-# Of these; a hash over the whole pool is one too, at the rate of `MODELS`.
-BASELINES = tuple(
-    f"{name}, rate 3e-3"
-    for name in (
-        "early exit",
-        "Mixture-of-Depths",
-        "Mixture-of-Recursions",
-        "looped",
-        "random",
-    )
-)
 # Added to the trained exit bias (nats that another layer must take off the loss) to read one model at many depths. The
 # first one switches exits off.
 EXIT_BIASES = (-1e9, -0.1, -0.05, -0.03, -0.02, -0.01, 0.0, 0.01, 0.02, 0.03, 0.05)
@@ -124,7 +130,9 @@ class Table:
 
 TABLES = (
     Table("Bytes", MODELS, "dense", "6 million bytes, AdamW at a learning rate of 6e-3."),
-    Table("Bytes, all peers", PEER_MODELS, "dense, rate 3e-3", "6 million bytes, AdamW at a learning rate of 3e-3."),
+    Table(
+        "Bytes, half the rate", RATE_MODELS, "dense, rate 3e-3", "6 million bytes, AdamW at a learning rate of 3e-3."
+    ),
     Table(
         "Words",
         MINI_MODELS,
@@ -220,15 +228,13 @@ def figures_of(models: dict[str, dict], curve: list[dict], hop_runs: list[dict])
         return models[model][name] if model in models else None
 
     depth, dense_depth = of("radial", "depth"), of("dense", "depth")
-    # Each against a radial network of the same learning rate.
-    of_hash, of_peers = ratio("radial", "hash, pool of 50"), ratio("radial, any order, rate 3e-3", *BASELINES)
     return {
         "radial/dense equal depth": ratio("radial", "dense"),
         "depth radial/dense": depth / dense_depth if depth and dense_depth else None,
         "radial learned routes/dense": ratio("radial, learned routes, rate 3e-3", "dense, rate 3e-3"),
-        "radial T÷2/dense T": ratio("radial, any order, T/2, rate 3e-3", "dense, 6 layers, rate 3e-3"),
+        "radial T÷2/dense T": ratio("radial, T/2", "dense, 6 layers"),
         "layers saved at 0.5 % loss": layers_saved(curve, 0.005) if curve else None,
-        "radial/best baseline": max((found for found in (of_hash, of_peers) if found is not None), default=None),
+        "radial/best baseline": ratio("radial", *BASELINES),
         "BPE, radial fixed depth/dense": ratio(
             "BPE, radial, fixed depth, rate 3e-3, decay 2", "BPE, dense, rate 3e-3, decay 2"
         ),
