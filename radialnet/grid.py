@@ -117,7 +117,7 @@ def expand(fields: dict, axes: list[list[Values]], given: Values) -> list[Cell]:
 def _following(fields: dict, assigned: Values, given: Values) -> Values:
     """What a max depth takes along where it is not set itself.
 
-    Exits that are off stay off, the other bounds of the depth are lowered to it, a dense run has as many layers.
+    Exits that are off stay off, what may not be more is lowered to it, a dense run has as many layers.
     """
     if "model.max_depth" not in assigned:
         return {}
@@ -128,6 +128,8 @@ def _following(fields: dict, assigned: Values, given: Values) -> Values:
             "model.min_depth": min(model["min_depth"], max_depth),
             "router.depth_target": min(router["depth_target"], float(max_depth)),
         }
+    if model["num_groups"] > max_depth:
+        following["model.num_groups"] = max_depth
     if assigned.get("router.form", router["form"]) == "sequential":
         following["model.pool_size"] = max_depth
     return {field: value for field, value in following.items() if field not in assigned and field not in given}

@@ -347,8 +347,9 @@ if __name__ == "__main__":
     _MAX_DEPTH = flags.DEFINE_list(
         "max_depth",
         None,
-        "config.model.max_depth. Takes along what is not set itself: exits that are off stay off, min_depth and "
-        "depth_target are lowered to it, the pool of a dense run is as large. Without --config: depths to read at.",
+        "config.model.max_depth. Takes along what is not set itself: exits that are off stay off, min_depth, "
+        "depth_target and num_groups are lowered to it, the pool of a dense run is as large. Without --config: depths "
+        "to read at.",
     )
     flags.DEFINE_list("target_depth", None, "config.router.depth_target.")
     flags.DEFINE_list("seeds", None, "config.train.seed.")

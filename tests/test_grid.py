@@ -105,9 +105,11 @@ def test_a_max_depth_keeps_exits_off():
 
 
 def test_a_max_depth_lowers_the_other_bounds_and_raises_none():
-    cells = cells_of(fields_of(radial_nano), "model.max_depth=2,4,8")
-    bounds = [(cell.config.model.min_depth, cell.config.router.depth_target) for cell in cells]
-    assert bounds == [(2, 2.0), (3, 4.0), (3, 4.0)]
+    cells = cells_of(fields_of(radial_nano, model__num_groups=4), "model.max_depth=2,4,8")
+    bounds = [
+        (cell.config.model.min_depth, cell.config.router.depth_target, cell.config.model.num_groups) for cell in cells
+    ]
+    assert bounds == [(2, 2.0, 2), (3, 4.0, 4), (3, 4.0, 4)]
 
 
 def test_a_dense_run_has_as_many_layers_as_its_depth():
