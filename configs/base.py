@@ -20,7 +20,8 @@ def get_config() -> ConfigDict:
     model.d_ff = 384  # F: hidden size of the MLP.
     model.prelude_layers = 0  # Unshared layers before the first depth step; every token runs them.
     model.coda_layers = 0  # Unshared layers after the last one; every token runs them.
-    # Groups of layers that the pool is made of: one for each depth step, the last one for all from there on; 0 = T.
+    # Groups that the pool is cut into, of layers side by side, for prior=group and group_hash, init=clones and upcycle.
+    # Step t has group t; steps beyond the last group share it. 0: one for each step.
     model.num_groups = 0
     model.init = "clones"  # distinct | clones (layers of a group start equal) | upcycle (from a dense run).
     model.upcycle_from = ""  # Run folder of the dense run that `init="upcycle"` starts from.

@@ -50,6 +50,13 @@ def _require(holds: bool, message: str) -> None:
         raise ConfigError(message)
 
 
+def told_groups(model: ModelConfig) -> str:
+    """Where their number stands, for messages."""
+    if model.num_groups:
+        return f"config.model.num_groups={model.num_groups}"
+    return f"config.model.max_depth={model.max_depth} (config.model.num_groups=0)"
+
+
 def _validate_model(config: Sections) -> None:
     model, view = config.model, config.cache.view
     _at_least("model", model, 1, "pool_size", "max_depth", "d_model", "num_heads", "num_kv_heads", "d_ff")
@@ -116,15 +123,15 @@ def _validate_model(config: Sections) -> None:
         f"config.model.num_groups={model.num_groups}: 0 to config.model.max_depth={model.max_depth} is needed",
     )
     _require(
-        model.init == "distinct" or model.pool_size >= model.layer_groups,
-        f"config.model.init={model.init!r} needs a layer for each group, but "
-        f"config.model.pool_size={model.pool_size} is less than {_groups(model)}",
+        not config.router.is_in_order or model.num_groups in (0, model.max_depth),
+        f"config.model.num_groups={model.num_groups}: config.router.form={config.router.form!r} has its layers in "
+        "order; 0 is needed",
     )
-
-
-def _groups(model: ModelConfig) -> str:
-    field = "num_groups" if model.num_groups else "max_depth"
-    return f"config.model.{field}={model.layer_groups}"
+    _require(
+        model.init == "distinct" or model.pool_size >= model.num_layer_groups,
+        f"config.model.init={model.init!r} needs a layer for each group, but "
+        f"config.model.pool_size={model.pool_size} is less than {told_groups(model)}",
+    )
 
 
 def _validate_router(config: Sections) -> None:
@@ -172,9 +179,11 @@ def _validate_router(config: Sections) -> None:
     if not router.is_trained:
         return
     _require(
-        router.form not in ("factored", "flat") or not router.prefers_group or model.pool_size >= model.layer_groups,
+        router.form not in ("factored", "flat")
+        or not router.prefers_group
+        or model.pool_size >= model.num_layer_groups,
         f"config.router.prior={router.prior!r} needs a layer for each group, but "
-        f"config.model.pool_size={model.pool_size} is less than {_groups(model)}",
+        f"config.model.pool_size={model.pool_size} is less than {told_groups(model)}",
     )
     _require(
         router.noise == 0 or router.noise_steps > 0,

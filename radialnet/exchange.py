@@ -205,7 +205,7 @@ def choose_dispatch(config: Config, sizes: dict[str, int]) -> tuple[bool, str]:
         return mesh.pool_dispatch == "exchange", f"config.mesh.pool_dispatch; {told}"
     if router.estimator == "dense" and router.is_trained:
         return False, "config.router.estimator='dense' runs all layers"
-    if _goes_by_step(config.router):
+    if _goes_by_step(config.router, config.model.num_layer_groups):
         return False, f"a depth step uses few layers, and so few devices; {told}"
     return exchange_gb < gather_gb, told
 
@@ -233,9 +233,9 @@ def wire_bytes(config: Config, sizes: dict[str, int], depth: float) -> tuple[flo
     return gathered, layers / pool * (1 - 1 / fsdp) + num_tokens * depth * token * (1 - 1 / pool)
 
 
-def _goes_by_step(router: RouterConfig) -> bool:
+def _goes_by_step(router: RouterConfig, num_groups: int) -> bool:
     """Whether all tokens go to the same few layers at a depth step."""
     if router.form in ("factored", "flat"):
-        is_by_step = router.prior == "sequential" or router.prefers_group
+        is_by_step = router.prior == "sequential" or (router.prefers_group and num_groups > 1)
         return is_by_step and router.prior_steps == 0 and router.prior_weight > 0
     return router.form not in ("random", "hash")

@@ -132,6 +132,8 @@ def _following(fields: dict, assigned: Values, given: Values) -> Values:
         following["model.num_groups"] = max_depth
     if assigned.get("router.form", router["form"]) == "sequential":
         following["model.pool_size"] = max_depth
+        if model["num_groups"]:
+            following["model.num_groups"] = 0
     return {field: value for field, value in following.items() if field not in assigned and field not in given}
 
 

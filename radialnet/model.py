@@ -101,7 +101,7 @@ class RadialTransformer(nnx.Module):
         self.positions = normal(model.max_positions, model.d_model, 0.02, (None, "width")) if is_learned else None
         self.head = normal(model.d_model, vocab_size, 0.02, ("width", None))
         if model.init == "clones":
-            clone_groups(self.pool.block, model.pool_size, model.layer_groups)
+            clone_groups(self.pool.block, model.pool_size, model.num_layer_groups)
 
     def __call__(
         self,

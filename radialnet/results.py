@@ -4,10 +4,10 @@
 
 Trains what is missing of the models of `study` (from configs/dense_micro.py, dense_mini.py and hops.py), each with
 every seed, as `radialnet.sweep` does: the same command again goes on, and finished runs are not trained again. Then
-adds their figures to RESULTS.json in --out, and writes RESULTS.md and results.png of all runs in it. So a study may be
-made in parts, on several days or machines; runs of another config than today's are left out. The models of a table are
-trained on one text, the library of one version of Python: exit code 2 where they would not be. 1 when a run failed;
-nothing is written then.
+adds their figures to RESULTS.json in --out, and writes RESULTS.md of all runs in it and results.png of the first
+table. So a study may be made in parts, on several days or machines; runs of another config than today's are left out.
+The models of a table are trained on one text, the library of one version of Python: exit code 2 where they would not
+be. 1 when a run failed; nothing is written then.
 """
 
 import datetime
@@ -103,7 +103,8 @@ def markdown(result: dict) -> str:
         "",
         "## Figures",
         "",
-        "Ratios of losses. Learned routes and words are at a learning rate of 3e-3, all else at 6e-3.",
+        "a/b is a ratio of losses, but for the depth. Bytes are at a learning rate of 6e-3 here, learned routes and",
+        "words at 3e-3.",
         "",
     ]
     lines += ["| figure | |", "|---|---|"]
@@ -266,7 +267,7 @@ def main() -> None:
 
 
 def write_results(runs: list[dict], out: Path) -> None:
-    """RESULTS.json, RESULTS.md and results.png of all runs, and a line of figures on stdout."""
+    """RESULTS.json and RESULTS.md of all runs, results.png of the first table, and a line of figures on stdout."""
     by_model = {name: [run for run in runs if run["model"] == name] for name in ALL_MODELS}
     models = {name: summary(by_model[name]) for table in TABLES for name in table.models if by_model[name]}
     curves = [run["curve"] for run in by_model["radial"]]

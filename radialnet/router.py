@@ -193,7 +193,7 @@ class Router(nnx.Module):
         num_outputs = num_outputs or num_layers + 1
         self.cfg, self.num_layers, self.num_outputs, self.parallel = cfg, num_layers, num_outputs, parallel
         self.min_depth, self.max_depth = model_cfg.min_depth, model_cfg.max_depth
-        self.num_groups = model_cfg.layer_groups
+        self.num_layer_groups = model_cfg.num_layer_groups
         self.norm_eps = model_cfg.norm_eps
         if not cfg.is_trained:
             return
@@ -304,10 +304,10 @@ class Router(nnx.Module):
         if self.cfg.prior == "hash":
             return jax.nn.one_hot(_hash(token_BS, depth_step, self.num_layers), self.num_layers)
         if self.cfg.prior == "group_hash":
-            in_group_L = in_group(self.num_layers, self.num_groups, depth_step)
+            in_group_L = in_group(self.num_layers, self.num_layer_groups, depth_step)
             chosen_BS = jnp.argmax(in_group_L) + _hash(token_BS, depth_step, in_group_L.sum())
             return jax.nn.one_hot(chosen_BS, self.num_layers)
-        return prior_logits(self.cfg.prior, self.num_layers, self.num_groups, depth_step)
+        return prior_logits(self.cfg.prior, self.num_layers, self.num_layer_groups, depth_step)
 
     def _logits(self, x_BSD: jax.Array) -> jax.Array:
         return self._network(x_BSD, self.hidden, self.out) + self.out_bias[...]

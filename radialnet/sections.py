@@ -59,8 +59,8 @@ class ModelConfig:
     remat: str
 
     @property
-    def layer_groups(self) -> int:
-        """Groups of layers: that of step t has the number t, and the last one is that of all steps from there on."""
+    def num_layer_groups(self) -> int:
+        """Into how many groups of consecutive layers the pool is cut. Step t has group t, or the last one."""
         return self.num_groups or self.max_depth
 
     @property
@@ -108,7 +108,7 @@ class RouterConfig:
 
     @property
     def prefers_group(self) -> bool:
-        """Whether its prior favours layers of the step's own group alone."""
+        """Whether its prior favours layers of the step's group alone."""
         return self.prior in ("group", "group_hash")
 
     @property

@@ -227,7 +227,7 @@ def over_seeds(rows: list[dict]) -> list[dict]:
 
 
 # Of docs/RESULTS.md, what sparsity within layers is seen beside.
-_PEERS = tuple(
+_BESIDE = tuple(
     f"{name}, rate 3e-3"
     for name in (
         "dense, 6 layers",
@@ -241,14 +241,14 @@ _PEERS = tuple(
 
 
 def peers(path: Path) -> list[dict]:
-    """Those of `_PEERS` that `radialnet.results` wrote there. Raises ConfigError: it wrote no such file."""
+    """Those of `_BESIDE` that `radialnet.results` wrote there. Raises ConfigError: it wrote no such file."""
     try:
         models = json.loads(path.read_text())["models"]
         names = ("ce", "depth", "flops_per_token", "ce_std")
         return [
             {"method": name, "knob": "", "seeds": len(of["ce_by_seed"]), **{key: of[key] for key in names}}
             for name, of in models.items()
-            if name in _PEERS
+            if name in _BESIDE
         ]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"--results={path}: no file that radialnet.results wrote ({error})") from None

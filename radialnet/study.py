@@ -26,7 +26,8 @@ _RADIAL: Values = {
     "cache.view": "same_step",
 }
 _ANY_ORDER: Values = {**_HASH, "model.pool_size": 48, **_EXITS}
-# Half the depth of six dense layers, by the same rule: as many groups as layers on average, exits one step about it.
+# Half the depth of six dense layers, by the same rule: as many groups as layers on average, exits from one step before
+# that to one after.
 _HALF: Values = {
     **_RADIAL,
     "model.max_depth": 4,
@@ -131,7 +132,7 @@ class Table:
 TABLES = (
     Table("Bytes", MODELS, "dense", "6 million bytes, AdamW at a learning rate of 6e-3."),
     Table(
-        "Bytes, half the rate", RATE_MODELS, "dense, rate 3e-3", "6 million bytes, AdamW at a learning rate of 3e-3."
+        "Bytes at a rate of 3e-3", RATE_MODELS, "dense, rate 3e-3", "6 million bytes, AdamW at a learning rate of 3e-3."
     ),
     Table(
         "Words",

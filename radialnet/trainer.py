@@ -12,6 +12,7 @@ import rich.console
 from flax import nnx
 
 from radialnet.checkpoint import Checkpoints
+from radialnet.checks import told_groups
 from radialnet.cli import warn
 from radialnet.config import Config
 from radialnet.data import prepare
@@ -217,11 +218,11 @@ def _teacher(config: Config, placement: Placement, tokenizer: Tokenizer) -> Teac
 def _upcycled(config: Config, params: dict, tokenizer: Tokenizer, placement: Placement) -> dict:
     model, path = config.model, config.model.upcycle_from
     dense = load_trained(Path(path))
-    if dense.config.router.form != "sequential" or dense.config.model.pool_size != model.layer_groups:
+    if dense.config.router.form != "sequential" or dense.config.model.pool_size != model.num_layer_groups:
         raise ConfigError(
             f"config.model.upcycle_from={path!r} is a {dense.config.router.form!r} run of "
             f"{dense.config.model.pool_size} layers; "
-            f"a 'sequential' one of {model.layer_groups} is needed, one for each group of config.model"
+            f"a 'sequential' one of as many as there are groups is needed, {told_groups(model)}"
         )
     for field in ("qk_norm", "norm", "norm_eps", "mlp", "biases", "positions", "rope_base"):
         if (theirs := getattr(dense.config.model, field)) != (ours := getattr(model, field)):
@@ -230,7 +231,7 @@ def _upcycled(config: Config, params: dict, tokenizer: Tokenizer, placement: Pla
             )
     if dense.tokenizer.fingerprint() != tokenizer.fingerprint():
         raise ConfigError(f"config.model.upcycle_from={path!r} was trained with another tokenizer")
-    grow = partial(upcycle, num_layers=model.pool_size, num_groups=model.layer_groups)
+    grow = partial(upcycle, num_layers=model.pool_size, num_groups=model.num_layer_groups)
     grown = jax.eval_shape(grow, params, dense.params)
     if jax.tree.structure(grown) != jax.tree.structure(params):
         raise ConfigError(f"config.model.upcycle_from={path!r} has other prelude or coda layers than config.model")

@@ -61,6 +61,7 @@ def test_what_a_config_asks_for_is_no_alarm():
     assert not alarms(make_config(router__depth_target=1.0), lines_of(*[SICK["depth"]] * PATIENCE))
     assert not alarms(make_config(model__min_depth=3), lines_of(*[{**SICK["depth"], **SICK["soft_depth"]}] * PATIENCE))
     groups = [{"router__prior": prior, "model__pool_size": 3} for prior in ("group", "group_hash")]
+    groups.append({"router__prior": "group_hash", "model__pool_size": 2, "model__num_groups": 2})
     for prior in ({"router__prior": "sequential"}, *groups):
         for steps, is_raised in ((0, False), (1000, False), (400, True)):
             config = make_config(router__prior_steps=steps, **prior)

@@ -362,7 +362,10 @@ def test_upcycling_from_a_dense_run(tmp_path, text):
     assert "step 1 of 2" in stdout, "the dense run is needed at the start only"
     overrides[1] = f"--config.model.upcycle_from={tmp_path / 'grown'}"
     _, stderr = train(tmp_path / "again", *text, *overrides, code=2)
-    assert "'factored' run of 6 layers" in stderr and "max_depth=3" in stderr
+    assert "'factored' run of 6 layers" in stderr and "max_depth=3 (config.model.num_groups=0)" in stderr
+    overrides[1] = f"--config.model.upcycle_from={tmp_path / 'gone'}"
+    _, stderr = train(tmp_path / "again", *text, *overrides, "--config.model.num_groups=2", code=2)
+    assert "'sequential' run of 3 layers" in stderr and "num_groups=2" in stderr
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,11 @@ CONFIGS = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "base
         ({"router__prior": "group", "model__pool_size": 2}, ("pool_size=2", "max_depth=3")),
         ({"router__prior": "group_hash", "model__pool_size": 2}, ("prior='group_hash'", "pool_size=2", "max_depth=3")),
         ({"model__num_groups": 4}, ("num_groups=4", "max_depth=3")),
+        ({"model__num_groups": -1}, ("num_groups=-1", "max_depth=3")),
+        (
+            {"model__num_groups": 2, "router__form": "sequential", "model__pool_size": 3},
+            ("num_groups=2", "0 is needed"),
+        ),
         (
             {"router__prior": "group_hash", "model__num_groups": 2, "model__pool_size": 1},
             ("prior='group_hash'", "pool_size=1", "num_groups=2"),
@@ -86,6 +91,13 @@ def test_unknown_missing_and_mistyped_fields():
     fields = base.get_config().to_dict()
     fields["router"]["noise_steps"], fields["router"]["noise"] = 5, 1
     assert Config.from_dict(fields).router.noise == 1.0, "a whole number will do for a float"
+
+
+def test_fewer_groups_than_steps_need_a_layer_each():
+    config = make_config(
+        model__pool_size=2, model__num_groups=2, model__init="clones", router__prior="group_hash", model__max_depth=3
+    )
+    assert config.model.num_layer_groups == 2 and make_config().model.num_layer_groups == 3
 
 
 def test_overrides_leave_the_fields_as_they_are():

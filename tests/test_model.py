@@ -207,10 +207,10 @@ def test_backends_agree_on_the_dense_estimator():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), left, right)
 
 
-def test_clones_of_a_group_start_equal_and_groups_differ():
-    config = make_config(model__init="clones", model__pool_size=7)
+@pytest.mark.parametrize("num_groups, group", [(0, [0, 0, 0, 1, 1, 2, 2]), (2, [0, 0, 0, 0, 1, 1, 1])])
+def test_clones_of_a_group_start_equal_and_groups_differ(num_groups, group):
+    config = make_config(model__init="clones", model__pool_size=7, model__num_groups=num_groups)
     weights = np.asarray(Model(config).params["pool"]["block"]["qkv"])
-    group = np.arange(7) * 3 // 7
     for left, right in np.ndindex(7, 7):
         assert (weights[left] == weights[right]).all() == (group[left] == group[right])
 
@@ -311,14 +311,17 @@ def test_an_exited_token_is_frozen_and_writes_nothing(view):
     np.testing.assert_allclose(output.logits_BSV[done], shallower.logits_BSV[done], atol=1e-5)
 
 
-def test_max_depth_beyond_the_trained_one_goes_on_as_the_last_step():
-    config = make_config(router__prior="group", router__prior_weight=100.0)
+@pytest.mark.parametrize("prior", ["group", "group_hash"])
+@pytest.mark.parametrize("num_groups, last_group", [(0, [4]), (2, [3, 4])])
+def test_max_depth_beyond_the_trained_one_goes_on_as_the_last_step(prior, num_groups, last_group):
+    config = make_config(model__num_groups=num_groups, router__prior=prior, router__prior_weight=1000.0)
     model, batch = Model(config), make_batch(config)
     never = model.controllers.replace(exit_bias=jnp.float32(-50))
     output = model(batch, controllers=never, max_depth=5)
     assert (output.depth_BS == 5).all()
-    last_group = np.flatnonzero(np.arange(5) * 3 // 5 == 2)
     assert np.isin(output.layer_TBS[2:], last_group).all()
+    if prior == "group_hash":
+        np.testing.assert_array_equal(output.layer_TBS[3:], np.stack([output.layer_TBS[2]] * 2))
 
 
 def test_without_trained_exits_a_larger_max_depth_has_none():

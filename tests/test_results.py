@@ -23,10 +23,15 @@ def test_every_model_is_a_config_that_works_with_each_seed():
             for field, value in models[name].items():
                 section, key = field.split(".")
                 assert all(getattr(getattr(cell.config, section), key) == value for cell in runs), field
-    assert set(study.BASELINES) < set(study.MODELS) and set(sparsity._PEERS) < set(study.RATE_MODELS)
+    assert set(study.BASELINES) < set(study.MODELS) and set(sparsity._BESIDE) < set(study.RATE_MODELS)
     assert len(set(study.ALL_MODELS)) == len(study.ALL_MODELS)
     cells = study.cells_of(dense_micro.get_config().to_dict(), study.MODELS, SEEDS[:1])
     assert cells["radial"][0].config == Config.from_dict(radial_micro.get_config())
+    for name in ("radial", "radial, T/2"):
+        config = cells[name][0].config
+        bounds = config.model.min_depth, config.model.num_groups, config.model.max_depth
+        assert [bound - config.router.depth_target for bound in bounds] == [-1, 0, 1]
+    assert config.router.depth_target == cells["dense, 6 layers"][0].config.model.max_depth / 2
     assert study.cells_of(dense_micro.get_config().to_dict(), {}, SEEDS) == {}
 
 
