@@ -41,7 +41,7 @@ def get_config() -> ConfigDict:
     # Share of tokens that always go on: without them hardly any is left, once exits begin, to tell what that is worth.
     config.router.explore = 0.2
     # A fixed price in nats per layer, and no controller: what depth the task takes is to be found.
-    config.router.exit_bias_init = 0.05
+    config.router.exit_bias_init = 0.02
     config.router.exit_bias_rate = 0.0
     # What plots and alarms compare the depth with; it steers nothing.
     config.router.depth_target = 2.0
