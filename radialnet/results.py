@@ -38,7 +38,6 @@ from radialnet.study import (
     CURVE_FIGURES,
     EXIT_BIASES,
     FIGURES,
-    HOP_EXIT_BIAS,
     HOP_MODELS,
     MINI_MODELS,
     MODELS,
@@ -132,8 +131,7 @@ def markdown(result: dict) -> str:
             "## Hop task",
             "",
             "Accuracy and executed depth of the token that answers, by the number of look-ups k (`radialnet.hops`).",
-            "Depth counts layers of the pool; those of a prelude are not in it. Read with an exit bias of "
-            f"{HOP_EXIT_BIAS:+.2f} over the trained one.",
+            "Depth counts layers of the pool; those of a prelude are not in it.",
             "",
         ]
     for name, runs in hop_runs.items():
@@ -159,7 +157,7 @@ def _read_depths(folder: Path) -> list[dict]:
 def _hop_report(folder: Path) -> dict:
     trained = load_trained(folder)
     rows = prepare(trained.config, RunFolder(folder)).eval
-    return hop_figures(trained, rows, trained.config.model.max_depth, HOP_EXIT_BIAS)
+    return hop_figures(trained, rows, trained.config.model.max_depth, 0.0)
 
 
 def trained_with(folder: RunFolder) -> dict[str, str]:

@@ -102,9 +102,6 @@ RATE_MODELS: dict[str, Values] = {
 # Added to the trained exit bias (nats that another layer must take off the loss) to read one model at many depths. The
 # first one switches exits off.
 EXIT_BIASES = (-1e9, -0.1, -0.05, -0.03, -0.02, -0.01, 0.0, 0.01, 0.02, 0.03, 0.05)
-# The same for models of the hop task, in their own report. A low price lets them learn what a step is good for; read
-# with a higher one they leave sooner and answer as well (docs/LOG.md).
-HOP_EXIT_BIAS = 0.05
 # Models of words, by what differs from configs/dense_mini.py.
 MINI_MODELS: dict[str, Values] = {
     "BPE, dense": {},
