@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable
 
 from radialnet.config import Config
-from radialnet.sections import ConfigError
+from radialnet.sections import IN_ORDER_FORMS, ConfigError
 
 # The fields that bound or steer the depth of a token, and how a plot writes their values beside its points.
 DEPTH_FIELDS = {"model.max_depth": "T", "router.depth_target": "d*"}
@@ -115,25 +115,25 @@ def expand(fields: dict, axes: list[list[Values]], given: Values) -> list[Cell]:
 
 
 def _following(fields: dict, assigned: Values, given: Values) -> Values:
-    """What a max depth takes along where it is not set itself.
+    """What a max depth, or a form, takes along where it is not set itself.
 
-    Exits that are off stay off, what may not be more is lowered to it, a dense run has as many layers.
+    Exits that are off stay off, what may not be more than the depth is lowered to it, a dense run has as many layers.
+    Layers in order have no groups.
     """
-    if "model.max_depth" not in assigned:
-        return {}
-    model, router, max_depth = fields["model"], fields["router"], assigned["model.max_depth"]
-    following = {"model.min_depth": max_depth}
-    if model["min_depth"] < model["max_depth"]:
-        following = {
-            "model.min_depth": min(model["min_depth"], max_depth),
-            "router.depth_target": min(router["depth_target"], float(max_depth)),
-        }
-    if model["num_groups"] > max_depth:
-        following["model.num_groups"] = max_depth
-    if assigned.get("router.form", router["form"]) == "sequential":
-        following["model.pool_size"] = max_depth
-        if model["num_groups"]:
-            following["model.num_groups"] = 0
+    model, router, following = fields["model"], fields["router"], {}
+    form = assigned.get("router.form", router["form"])
+    if "model.max_depth" in assigned:
+        max_depth = assigned["model.max_depth"]
+        following["model.min_depth"] = max_depth
+        if model["min_depth"] < model["max_depth"]:
+            following["model.min_depth"] = min(model["min_depth"], max_depth)
+            following["router.depth_target"] = min(router["depth_target"], float(max_depth))
+        if model["num_groups"] > max_depth:
+            following["model.num_groups"] = max_depth
+        if form == "sequential":
+            following["model.pool_size"] = max_depth
+    if model["num_groups"] and form in IN_ORDER_FORMS:
+        following["model.num_groups"] = 0
     return {field: value for field, value in following.items() if field not in assigned and field not in given}
 
 

@@ -14,7 +14,7 @@ _DEPTHS: Values = {
 }
 _EXITS: Values = {**_DEPTHS, "router.exit_training": "benefit", "router.explore": 0.05}
 _LEARNED: Values = {"router.form": "factored"}
-# Routes that the token and the step give: to any layer, or to one of the step's own.
+# Routes that the token and the step give: to any layer, or to one of the step's group.
 _HASH: Values = {**_LEARNED, "router.prior": "hash", "router.prior_weight": 1000.0, "router.load_coef": 0.0}
 _GROUPS: Values = {**_HASH, "router.prior": "group_hash", "model.pool_size": 50}
 _RADIAL: Values = {

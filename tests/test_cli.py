@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 
 from radialnet import cli
@@ -16,6 +18,7 @@ from radialnet.generate import SETTINGS, read_prompts, request_of
 from radialnet.run_folder import CHECKSUMS
 from radialnet.sampling import Sampling
 from radialnet.sections import ConfigError
+from radialnet.trained import load_trained
 
 ROOT = Path(__file__).parents[1]
 # What every line of metrics.jsonl must have.
@@ -363,9 +366,12 @@ def test_upcycling_from_a_dense_run(tmp_path, text):
     overrides[1] = f"--config.model.upcycle_from={tmp_path / 'grown'}"
     _, stderr = train(tmp_path / "again", *text, *overrides, code=2)
     assert "'factored' run of 6 layers" in stderr and "max_depth=3 (config.model.num_groups=0)" in stderr
-    overrides[1] = f"--config.model.upcycle_from={tmp_path / 'gone'}"
-    _, stderr = train(tmp_path / "again", *text, *overrides, "--config.model.num_groups=2", code=2)
-    assert "'sequential' run of 3 layers" in stderr and "num_groups=2" in stderr
+    # More steps than groups.
+    overrides[1:] = [f"--config.model.upcycle_from={tmp_path / 'gone'}", "--config.model.min_depth=4"]
+    train(tmp_path / "deeper", *text, *overrides, *rate, "--config.model.max_depth=4", "--config.model.num_groups=3")
+    of_dense, of_grown = (load_trained(tmp_path / name).params["pool"] for name in ("gone", "deeper"))
+    group_L = np.array([0, 0, 1, 1, 2, 2])
+    jax.tree.map(lambda dense, grown: np.testing.assert_array_equal(grown, dense[group_L]), of_dense, of_grown)
 
 
 @pytest.mark.parametrize(

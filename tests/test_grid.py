@@ -115,8 +115,9 @@ def test_a_max_depth_lowers_the_other_bounds_and_raises_none():
 def test_a_dense_run_has_as_many_layers_as_its_depth():
     assert [cell.config.model.pool_size for cell in cells_of(fields_of(dense_nano), "model.max_depth=2,6")] == [2, 6]
     of_groups = fields_of(base, model__num_groups=2)
-    (grouped,) = cells_of(of_groups, "model.max_depth=6", "router.form=sequential")
-    assert grouped.config.model.num_groups == 0
+    cells = cells_of(of_groups, "model.max_depth=6", "router.form=sequential,router.form=factored")
+    cells += cells_of(of_groups, "router.form=cyclic")
+    assert [cell.config.model.num_groups for cell in cells] == [0, 2, 0]
     forms = "router.form=sequential,router.form=factored+model.pool_size=16"
     cells = cells_of(fields_of(base), "model.max_depth=2,6", forms)
     assert [cell.config.model.pool_size for cell in cells] == [2, 16, 6, 16]
