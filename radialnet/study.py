@@ -37,6 +37,7 @@ _HALF: Values = {
 }
 _RATE: Values = {"optimizer.learning_rate": 3e-3}
 _DECAY: Values = {"optimizer.weight_decay": 2.0}
+_SIX: Values = {"model.pool_size": 6, "model.max_depth": 6, "model.min_depth": 6}
 # What others do with the same code, 4 layers per token.
 _PEERS: dict[str, Values] = {
     "early exit": {"router.form": "early_exit", "model.pool_size": 6, **_EXITS},
@@ -45,9 +46,7 @@ _PEERS: dict[str, Values] = {
         "router.estimator": "weighted",
         # All tokens at every other step, a third of them at the steps between: 3 + 3/3 layers.
         "router.capacity": 0.3334,
-        "model.pool_size": 6,
-        "model.max_depth": 6,
-        "model.min_depth": 6,
+        **_SIX,
         "cache.view": "same_step",
     },
     "Mixture-of-Recursions": {
@@ -61,7 +60,6 @@ _PEERS: dict[str, Values] = {
     "looped": {"router.form": "cyclic", "model.pool_size": 2, "model.init": "distinct"},
     "random": {"router.form": "random", "model.pool_size": 16},
 }
-_SIX: Values = {"model.pool_size": 6, "model.max_depth": 6, "model.min_depth": 6}
 # Each is to execute 4 layers per token on average, but where its name says otherwise. What differs from dense_micro.
 MODELS: dict[str, Values] = {
     "dense": {},
