@@ -20,8 +20,8 @@ def get_config() -> ConfigDict:
     model.d_ff = 384  # F: hidden size of the MLP.
     model.prelude_layers = 0  # Unshared layers before the first depth step; every token runs them.
     model.coda_layers = 0  # Unshared layers after the last one; every token runs them.
-    # Groups that the pool is cut into, of layers side by side, for prior=group and group_hash, init=clones and upcycle.
-    # Step t has group t; steps beyond the last group share it. 0: one for each step.
+    # Groups that the pool is cut into, of layers side by side, for form=hash_exit, prior=group and group_hash,
+    # init=clones and upcycle. Step t has group t; steps beyond the last group share it. 0: one for each step.
     model.num_groups = 0
     model.init = "clones"  # distinct | clones (layers of a group start equal) | upcycle (from a dense run).
     model.upcycle_from = ""  # Run folder of the dense run that `init="upcycle"` starts from.
@@ -41,9 +41,9 @@ def get_config() -> ConfigDict:
     model.remat = "none"  # none: keep what the layers computed for the backward pass | step: compute it again.
 
     config.router = router = ConfigDict()
-    router.form = (
-        "factored"  # factored | flat | early_exit | skip | mod | recursion; fixed: sequential | cyclic | random | hash.
-    )
+    # factored | flat | early_exit (layers in turn) | hash_exit (one of step t's group, by the token; what is learned is
+    # when to leave) | skip | mod | recursion; fixed: sequential | cyclic | random | hash.
+    router.form = "factored"
     router.estimator = "straight_through"  # straight_through | score | weighted | dense (costs L layers).
     router.network = "mlp"  # mlp (with GELU) | low_rank (two products, nothing between) | linear (one product).
     router.hidden = 0  # Width of the router's hidden layer, or its rank; 0 = d_model.

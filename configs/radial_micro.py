@@ -24,11 +24,8 @@ def get_config() -> ConfigDict:
     # worse (docs/LOG.md).
     config.model.num_groups = 4
 
-    config.router.form = "factored"
-    # A weight that leaves the router no choice but when to leave. Layers that are loaded unevenly can't be helped then.
-    config.router.prior = "group_hash"
-    config.router.prior_weight = 1000.0
-    config.router.load_coef = 0.0
+    config.router.form = "hash_exit"
+    config.router.load_coef = 0.0  # Layers that are loaded unevenly can't be helped.
     config.router.exit_training = "benefit"
     config.router.explore = 0.05
     config.router.exit_warmup_steps = 300

@@ -21,10 +21,9 @@ def get_config() -> ConfigDict:
     config.model.min_depth = 3
     config.model.num_groups = 4
 
-    config.router.hidden = 32
     # As in radial_micro: which layer is given, when to leave is learned.
-    config.router.prior = "group_hash"
-    config.router.prior_weight = 1000.0
+    config.router.form = "hash_exit"
+    config.router.hidden = 32
     config.router.load_coef = 0.0
     config.router.exit_training = "benefit"
     config.router.explore = 0.05

@@ -56,7 +56,7 @@ def _route_mi(config: Config, lines: Sequence[dict]) -> str | None:
     if mutual_information >= _LEAST_ROUTE_MI or router.form not in ("factored", "flat") or model.pool_size == 1:
         return None
     # A prior that leaves one layer to each step asks for just that, as long as it is there.
-    in_groups_of_one = router.prefers_group and model.pool_size == model.num_layer_groups
+    in_groups_of_one = router.needs_groups and model.pool_size == model.num_layer_groups
     leaves_one = router.prior == "sequential" or in_groups_of_one
     if leaves_one and (router.prior_steps == 0 or lines[-1]["step"] < router.prior_steps):
         return None

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from radialnet.sections import (
     ATTENTION_BACKENDS,
     ESTIMATORS,
+    EXIT_FORMS,
     FIXED_FORMS,
     GROUPED_BACKENDS,
     HOPS_ALPHABET,
@@ -171,18 +172,18 @@ def _validate_router(config: Sections) -> None:
         _validate_benefit(model, router)
     if validate := _OF_FORM.get(router.form):
         validate(model, router)
-    if router.form in ("early_exit", "skip", "mod", "recursion"):
+    if router.form in (*EXIT_FORMS, "skip", "mod", "recursion"):
         _require(
             router.estimator != "dense",
             f"config.router.estimator='dense' is for forms that choose a layer, config.router.form={router.form!r}",
         )
     if not router.is_trained:
         return
+    of_form = f"config.router.form={router.form!r}"
+    of_groups = of_form if router.gives_layers else f"config.router.prior={router.prior!r}"
     _require(
-        router.form not in ("factored", "flat")
-        or not router.prefers_group
-        or model.pool_size >= model.num_layer_groups,
-        f"config.router.prior={router.prior!r} needs a layer for each group, but "
+        not router.needs_groups or model.pool_size >= model.num_layer_groups,
+        f"{of_groups} needs a layer for each group, but "
         f"config.model.pool_size={model.pool_size} is less than {told_groups(model)}",
     )
     _require(
@@ -199,8 +200,8 @@ def _validate_router(config: Sections) -> None:
 def _validate_benefit(model: ModelConfig, router: RouterConfig) -> None:
     of_benefit = "config.router.exit_training='benefit'"
     _require(
-        router.form in ("factored", "early_exit") or not router.is_trained,
-        f"{of_benefit} is for the forms factored and early_exit, config.router.form={router.form!r}",
+        router.form in ("factored", *EXIT_FORMS) or not router.is_trained,
+        f"{of_benefit} is for the forms factored, {' and '.join(EXIT_FORMS)}, config.router.form={router.form!r}",
     )
     _require(
         model.coda_layers == 0,

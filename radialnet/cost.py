@@ -56,6 +56,8 @@ def _router_flops(config: Config, executes_T: np.ndarray) -> float:
     """Of all decisions of a token."""
     router = config.router
     a_look = sum(_look(config, outputs) for outputs in _outputs(config))
+    if router.gives_layers and config.model.min_depth == config.model.max_depth:
+        return 0.0
     if router.form == "skip":
         # Whoever skips a layer was asked first.
         return len(executes_T) * a_look
@@ -66,6 +68,9 @@ def _router_flops(config: Config, executes_T: np.ndarray) -> float:
         return a_look
     # A token that leaves before the last step was routed once more than it executed.
     is_routed_T = np.concatenate([[1.0], executes_T[:-1]])
+    if router.gives_layers:
+        # It is looked at only where it may leave.
+        return is_routed_T[config.model.min_depth :].sum() * a_look
     return is_routed_T[:: router.every].sum() * a_look
 
 
@@ -82,6 +87,8 @@ def _outputs(config: Config) -> tuple[int, ...]:
     if router.form == "recursion":
         return (model.max_depth // model.pool_size,)
     has_exit_network = router.predicts_benefit and not router.has_exit_table
+    if router.gives_layers:
+        return () if router.has_exit_table else (1,)
     return (model.pool_size + 1, 1) if has_exit_network else (model.pool_size + 1,)
 
 
@@ -98,7 +105,7 @@ def weights_by_part(config: Config, vocab_size: int) -> dict[str, int]:
     q_width, kv_width = model.num_heads * model.head_size, model.num_kv_heads * model.head_size
     attention = model.d_model * (q_width + 2 * kv_width) + q_width * model.d_model
     mlp = (3 if model.mlp == "swiglu" else 2) * model.d_model * model.d_ff
-    steps = model.max_depth * model.d_model if router.sees_step else 0
+    steps = model.max_depth * model.d_model if router.sees_step and router.looks_at_states else 0
     table = model.max_depth * vocab_size if router.has_exit_table else 0
     return {
         "layer": attention + mlp,

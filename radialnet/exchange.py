@@ -236,6 +236,8 @@ def wire_bytes(config: Config, sizes: dict[str, int], depth: float) -> tuple[flo
 def _goes_by_step(router: RouterConfig, num_groups: int) -> bool:
     """Whether all tokens go to the same few layers at a depth step."""
     if router.form in ("factored", "flat"):
-        is_by_step = router.prior == "sequential" or (router.prefers_group and num_groups > 1)
+        is_by_step = router.prior == "sequential" or (router.needs_groups and num_groups > 1)
         return is_by_step and router.prior_steps == 0 and router.prior_weight > 0
+    if router.form == "hash_exit":
+        return num_groups > 1
     return router.form not in ("random", "hash")

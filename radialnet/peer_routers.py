@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from radialnet.exit_router import ExitRouter
 from radialnet.router import Controllers, Decision, Plan, Route, Router, Schedule, StepInputs, draw
 from radialnet.sections import ModelConfig, RouterConfig
 from radialnet.sharding import ALONE, Parallel
@@ -27,7 +28,8 @@ def make_router(
     forms = {"skip": SkipRouter, "mod": CapacityRouter, "recursion": RecursionRouter}
     if cfg.form in forms:
         return forms[cfg.form](model_cfg, cfg, rngs, parallel)
-    return Router(model_cfg, cfg, rngs, parallel, vocab_size=vocab_size)
+    router = ExitRouter if cfg.gives_layers else Router
+    return router(model_cfg, cfg, rngs, parallel, vocab_size=vocab_size)
 
 
 class SkipRouter(Router):

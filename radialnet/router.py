@@ -198,11 +198,13 @@ class Router(nnx.Module):
         if not cfg.is_trained:
             return
 
-        self.norm = nnx.Param(jnp.ones(d_model), axes=(None,))
-        if cfg.sees_step:
-            self.step_embedding = _normal(rngs, model_cfg.max_depth, d_model, 1.0, (None, "embed"))
-        # Small: at first all layers are nearly as likely, and a token's exit depends on the exit bias alone.
-        self.hidden, self.out = self._new_network(model_cfg, num_outputs, 0.1, rngs)
+        if cfg.looks_at_states:
+            self.norm = nnx.Param(jnp.ones(d_model), axes=(None,))
+            if cfg.sees_step:
+                self.step_embedding = _normal(rngs, model_cfg.max_depth, d_model, 1.0, (None, "embed"))
+        if not (cfg.gives_layers and cfg.predicts_benefit):
+            # Small: at first all layers are nearly as likely, and a token's exit depends on the exit bias alone.
+            self.hidden, self.out = self._new_network(model_cfg, num_outputs, 0.1, rngs)
         self.out_bias = nnx.Param(jnp.zeros(num_outputs), axes=(None,))
         if cfg.has_exit_table:
             assert vocab_size > 0
@@ -227,9 +229,7 @@ class Router(nnx.Module):
             h_BSD: the residual stream.
         """
         active_BS, depth_step, decided = step.active_BS, step.depth_step, step.decided
-        # The same tokens at every step.
-        explores_BS = draw(jax.random.uniform, step.rng_B, active_BS.shape) < at.explore if self.cfg.explore else False
-        rng_B = jax.vmap(lambda rng: jax.random.fold_in(rng, depth_step))(step.rng_B)
+        rng_B = at_step(step.rng_B, depth_step)
         if not self.cfg.is_trained:
             return self._fixed_route(step.token_BS, active_BS, depth_step, rng_B)
         trained_step = jnp.minimum(depth_step, self.max_depth - 1)
@@ -242,26 +242,15 @@ class Router(nnx.Module):
             logits_BSN = jax.lax.cond(is_looking, self._look, lambda *_: plan.logits_BSN, *given)
             plan = Plan(logits_BSN=logits_BSN)
         layer_logits_BSL, exit_logit_BS = logits_BSN[..., :-1], logits_BSN[..., -1]
-        if self.cfg.form == "early_exit":
-            # The order of the layers is given, so that there is nothing to learn but when to leave.
-            in_turn_L = jnp.arange(self.num_layers) == depth_step % self.num_layers
-            layer_logits_BSL = jnp.broadcast_to(jnp.where(in_turn_L, 0, -1e9), layer_logits_BSL.shape)
-
         biased_BSL = layer_logits_BSL + at.prior_weight * self._prior(step.token_BS, trained_step)
         leave_BS = exit_logit_BS + controllers.exit_bias
         # The logit of leaving: against 0 in the factored form, against all layers together in the flat one.
         odds_BS = leave_BS if self.cfg.form != "flat" else leave_BS - jax.nn.logsumexp(biased_BSL, axis=-1)
 
-        # With min and max depth equal exits are off, at a larger max depth in evaluation too: none was ever trained.
-        can_exit = at.may_exit & (self.min_depth < self.max_depth) & (depth_step >= self.min_depth)
+        can_exit = self._can_exit(depth_step, at)
         if decided is None:
-            decided = self._decide(
-                biased_BSL + controllers.load_bias,
-                leave_BS,
-                active_BS & can_exit & jnp.logical_not(explores_BS),
-                at,
-                rng_B,
-            )
+            may_exit_BS = self._may_exit(step, at)
+            decided = self._decide(biased_BSL + controllers.load_bias, leave_BS, may_exit_BS, at, rng_B)
         log_p_BSL = jax.nn.log_softmax(biased_BSL, axis=-1)
         return Route.of(
             decided,
@@ -282,18 +271,34 @@ class Router(nnx.Module):
         """That of the first step."""
         return Plan() if self.cfg.every == 1 else Plan(logits_BSN=jnp.zeros((*shape, self.num_outputs)))
 
+    def _can_exit(self, depth_step: jax.Array, at: Schedule) -> jax.Array:
+        """With min and max depth equal exits are off, at a larger max depth in evaluation too: none was trained."""
+        return at.may_exit & (self.min_depth < self.max_depth) & (depth_step >= self.min_depth)
+
+    def _may_exit(self, step: StepInputs, at: Schedule) -> jax.Array:
+        """Of each token, [B, S]: those that explore do not, at any step."""
+        may_exit_BS = step.active_BS & self._can_exit(step.depth_step, at)
+        if not self.cfg.explore:
+            return may_exit_BS
+        return may_exit_BS & (draw(jax.random.uniform, step.rng_B, may_exit_BS.shape) >= at.explore)
+
     def _look(self, h_BSD: jax.Array, token_BS: jax.Array, trained_step: jax.Array) -> jax.Array:
         """The logits of the nodes."""
         x_BSD = self._inputs(h_BSD, trained_step)
         logits_BSN = self._logits(x_BSD)
         if not self.cfg.predicts_benefit:
             return logits_BSN
+        # It learns to predict, and changes nothing of what it predicts from.
+        predicted_BS = self._benefit(jax.lax.stop_gradient(x_BSD), token_BS, trained_step)
+        return jnp.concatenate([logits_BSN[..., :-1], predicted_BS[..., None]], axis=-1)
+
+    def _benefit(self, x_BSD: jax.Array | None, token_BS: jax.Array, trained_step: jax.Array) -> jax.Array:
+        """e of exits by benefit, [B, S], from the network's inputs, or by the token alone."""
         if self.cfg.has_exit_table:
-            predicted_BS1 = self.exit_table[...][trained_step, token_BS][..., None]
+            predicted_BS = self.exit_table[...][trained_step, token_BS]
         else:
-            # It learns to predict, and changes nothing of what it predicts from.
-            predicted_BS1 = self._network(jax.lax.stop_gradient(x_BSD), self.exit_hidden, self.exit_out)
-        return jnp.concatenate([logits_BSN[..., :-1], predicted_BS1 + self.out_bias[...][-1]], axis=-1)
+            predicted_BS = self._network(x_BSD, self.exit_hidden, self.exit_out)[..., 0]
+        return predicted_BS + self.out_bias[...][-1]
 
     def _inputs(self, h_BSD: jax.Array, trained_step: jax.Array) -> jax.Array:
         normed_BSD = rms_norm(h_BSD.astype(jnp.float32), self.norm[...], self.norm_eps)
@@ -301,12 +306,9 @@ class Router(nnx.Module):
 
     def _prior(self, token_BS: jax.Array, depth_step: jax.Array) -> jax.Array:
         """1 for the layers that the prior favours, else 0: [L], or [B, S, L] where it goes by the token."""
-        if self.cfg.prior == "hash":
-            return jax.nn.one_hot(_hash(token_BS, depth_step, self.num_layers), self.num_layers)
-        if self.cfg.prior == "group_hash":
-            in_group_L = in_group(self.num_layers, self.num_layer_groups, depth_step)
-            chosen_BS = jnp.argmax(in_group_L) + _hash(token_BS, depth_step, in_group_L.sum())
-            return jax.nn.one_hot(chosen_BS, self.num_layers)
+        if self.cfg.prior in ("hash", "group_hash"):
+            num_groups = 1 if self.cfg.prior == "hash" else self.num_layer_groups
+            return jax.nn.one_hot(hashed_layer(token_BS, depth_step, self.num_layers, num_groups), self.num_layers)
         return prior_logits(self.cfg.prior, self.num_layers, self.num_layer_groups, depth_step)
 
     def _logits(self, x_BSD: jax.Array) -> jax.Array:
@@ -341,7 +343,7 @@ class Router(nnx.Module):
         elif self.cfg.form == "random":
             layer_BS = draw(partial(jax.random.randint, minval=0, maxval=num_layers, dtype=jnp.int32), rng_B, shape)
         else:
-            layer_BS = _hash(token_BS, depth_step, num_layers)
+            layer_BS = hashed_layer(token_BS, depth_step, num_layers)
         return Route.of(Decision(layer_BS, jnp.zeros(shape, bool)), active_BS, self.num_layers)
 
 
@@ -351,13 +353,24 @@ def _normal(rngs: nnx.Rngs, rows: int, columns: int, scale: float, axes: Axes) -
     return nnx.Param(drawn, axes=axes)
 
 
-def _hash(token_BS: jax.Array, depth_step: jax.Array, num_choices: int | jax.Array) -> jax.Array:
-    """A number below `num_choices` by token id, another one at each step (arXiv 2106.04426): the murmur3 finaliser."""
+def hashed_layer(token_BS: jax.Array, depth_step: jax.Array, num_layers: int, num_groups: int = 1) -> jax.Array:
+    """The layer of a depth step's group that the token's hash says, another one at each step (arXiv 2106.04426)."""
+    in_group_L = in_group(num_layers, num_groups, depth_step)
+    return jnp.argmax(in_group_L) + _hash(token_BS, depth_step, in_group_L.sum())
+
+
+def _hash(token_BS: jax.Array, depth_step: jax.Array, num_choices: jax.Array) -> jax.Array:
+    """A number below `num_choices` by token id and step: the murmur3 finaliser."""
     step = (jnp.asarray(depth_step, jnp.uint32) + 1) * jnp.uint32(0x85EBCA77)
     x = token_BS.astype(jnp.uint32) * jnp.uint32(0x9E3779B1) + step
     x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
     x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
-    return ((x ^ (x >> 16)) % jnp.asarray(num_choices, jnp.uint32)).astype(jnp.int32)
+    return ((x ^ (x >> 16)) % num_choices.astype(jnp.uint32)).astype(jnp.int32)
+
+
+def at_step(rng_B: jax.Array, depth_step: jax.Array) -> jax.Array:
+    """The keys of rows at a depth step, where each has its own."""
+    return jax.vmap(lambda rng: jax.random.fold_in(rng, depth_step))(rng_B)
 
 
 def row_keys(rng: jax.Array, first_row: jax.Array | int, num_rows: int) -> jax.Array:

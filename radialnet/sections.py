@@ -5,7 +5,9 @@ import math
 import shlex
 
 VIEWS = ("all", "latest", "same_step", "first", "same_layer")
-TRAINED_FORMS = ("factored", "flat", "early_exit", "skip", "mod", "recursion")
+TRAINED_FORMS = ("factored", "flat", "early_exit", "hash_exit", "skip", "mod", "recursion")
+# Trained forms whose layers are given: what they learn is when to leave.
+EXIT_FORMS = ("early_exit", "hash_exit")
 FIXED_FORMS = ("sequential", "cyclic", "random", "hash")
 # Step t has layer t mod L, for all tokens that execute it.
 IN_ORDER_FORMS = ("sequential", "cyclic", "early_exit", "skip", "mod", "recursion")
@@ -107,9 +109,20 @@ class RouterConfig:
         return self.form in TRAINED_FORMS
 
     @property
-    def prefers_group(self) -> bool:
-        """Whether its prior favours layers of the step's group alone."""
-        return self.prior in ("group", "group_hash")
+    def gives_layers(self) -> bool:
+        return self.form in EXIT_FORMS
+
+    @property
+    def looks_at_states(self) -> bool:
+        """Whether a network of it decides anything by the residual stream."""
+        return self.is_trained and not (self.gives_layers and self.has_exit_table)
+
+    @property
+    def needs_groups(self) -> bool:
+        """Whether it gives or favours layers of the step's group alone."""
+        if self.form in ("factored", "flat"):
+            return self.prior in ("group", "group_hash")
+        return self.form == "hash_exit"
 
     @property
     def is_in_order(self) -> bool:

@@ -14,17 +14,11 @@ _DEPTHS: Values = {
 }
 _EXITS: Values = {**_DEPTHS, "router.exit_training": "benefit", "router.explore": 0.05}
 _LEARNED: Values = {"router.form": "factored"}
-# Routes that the token and the step give: to any layer, or to one of the step's group.
+# Routes that the token and the step give, to a layer of the step's group.
+_GROUPS: Values = {"router.form": "hash_exit", "router.load_coef": 0.0, "model.pool_size": 50, "model.num_groups": 4}
+_RADIAL: Values = {**_GROUPS, **_EXITS, "model.max_depth": 5, "model.min_depth": 3, "cache.view": "same_step"}
+# To any layer, by a prior that leaves a router of all layers no choice: what there was before `hash_exit`.
 _HASH: Values = {**_LEARNED, "router.prior": "hash", "router.prior_weight": 1000.0, "router.load_coef": 0.0}
-_GROUPS: Values = {**_HASH, "router.prior": "group_hash", "model.pool_size": 50}
-_RADIAL: Values = {
-    **_GROUPS,
-    **_EXITS,
-    "model.max_depth": 5,
-    "model.min_depth": 3,
-    "model.num_groups": 4,
-    "cache.view": "same_step",
-}
 _ANY_ORDER: Values = {**_HASH, "model.pool_size": 48, **_EXITS}
 # Half the depth of six dense layers, by the same rule: as many groups as layers on average, exits from one step before
 # that to one after.
@@ -68,7 +62,7 @@ MODELS: dict[str, Values] = {
     "radial": _RADIAL,
     "radial, T/2": _HALF,
     "radial, exits by token": {**_RADIAL, "router.exit_sees": "token"},
-    "radial, fixed depth": _GROUPS,
+    "radial, fixed depth": {**_GROUPS, "cache.view": "same_step"},
     "hash, pool of 50": {"router.form": "hash", "model.pool_size": 50},
     **_PEERS,
 }
@@ -106,7 +100,13 @@ MINI_MODELS: dict[str, Values] = {
     "BPE, dense, rate 3e-3": _RATE,
     "BPE, dense, rate 3e-3, decay 2": {**_RATE, **_DECAY},
     "BPE, dense, rate 3e-3, decay 4": {**_RATE, "optimizer.weight_decay": 4.0},
-    "BPE, radial, fixed depth, rate 3e-3, decay 2": {**_GROUPS, "model.pool_size": 16, **_RATE, **_DECAY},
+    "BPE, radial, fixed depth, rate 3e-3, decay 2": {
+        **_HASH,
+        "router.prior": "group_hash",
+        "model.pool_size": 16,
+        **_RATE,
+        **_DECAY,
+    },
     "BPE, hash, rate 3e-3, decay 2": {"router.form": "hash", "model.pool_size": 20, **_RATE, **_DECAY},
 }
 # Models of the hop task, by what differs from configs/hops.py.

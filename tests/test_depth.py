@@ -62,6 +62,13 @@ CASES = {
     "bf16 remat": {"model__dtype": "bfloat16", "model__remat": "step", "cache__view": "all"},
     "random": {"router__form": "random", "cache__view": "all"},
     "early exit": {"router__form": "early_exit"},
+    "hash exit": {"router__form": "hash_exit", "model__num_groups": 2, "model__min_depth": 1},
+    "hash exit by benefit remat": {
+        "router__form": "hash_exit",
+        "router__exit_training": "benefit",
+        "model__remat": "step",
+        "model__min_depth": 1,
+    },
     "exits by benefit": {"router__exit_training": "benefit"},
     "exits by benefit remat": {"router__exit_training": "benefit", "model__remat": "step", "cache__view": "all"},
     "exits by benefit of the token": TOKEN_EXITS,

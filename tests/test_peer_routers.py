@@ -231,7 +231,7 @@ def test_recursion_runs_all_rounds_before_exits_are_allowed():
 
 
 def test_early_exit_takes_the_layers_in_turn():
-    config = make_config(router__form="early_exit", model__pool_size=3, router__exit_bias_init=-2.0, train__seed=1)
+    config = make_config(router__form="early_exit", model__pool_size=3, router__exit_bias_init=0.0, train__seed=1)
     model = Model(config).with_mixed_exits()
     batch = make_batch(config)
     output = model(batch)
@@ -247,7 +247,74 @@ def test_early_exit_takes_the_layers_in_turn():
     )
 
 
+@pytest.mark.parametrize("num_groups", [0, 2])
+def test_hash_exit_goes_where_a_heavy_group_hash_prior_does(num_groups):
+    """And beyond the trained max depth, where it stays at the last step's layer."""
+    given, preferred = (
+        Model(make_config(model__num_groups=num_groups, **router))
+        for router in (
+            {"router__form": "hash_exit"},
+            {"router__prior": "group_hash", "router__prior_weight": 1000.0},
+        )
+    )
+    batch, never = make_batch(given.config), given.controllers.replace(exit_bias=jnp.float32(-50))
+    layer_TBS = given(batch, controllers=never, max_depth=5).layer_TBS
+    np.testing.assert_array_equal(layer_TBS, preferred(batch, controllers=never, max_depth=5).layer_TBS)
+    assert len(np.unique(layer_TBS[0])) > 1
+
+
+@pytest.mark.parametrize("exit_training", ["gate", "benefit"])
+def test_given_routes_are_looked_at_only_where_a_token_may_leave(exit_training):
+    config = make_config(
+        router__form="hash_exit", router__exit_training=exit_training, model__min_depth=2, router__exit_bias_init=-9.0
+    )
+    model, batch = Model(config), make_batch(config)
+    model.params["router"]["out_bias"] += 1
+    logit_TBS = np.asarray(model(batch).exit_logit_TBS)
+    assert (logit_TBS[:2] == 0).all() and (logit_TBS[2] != 0).all()
+    assert (
+        set(model.params["router"]) & {"out", "exit_out"} == {"gate": {"out"}, "benefit": {"exit_out"}}[exit_training]
+    )
+
+
+def test_given_routes_without_exits_are_the_hash_and_cost_no_more():
+    given = Model(make_config(router__form="hash_exit", model__num_groups=1, model__min_depth=3))
+    hashed = Model(make_config(router__form="hash", model__min_depth=3))
+    batch = make_batch(given.config)
+    params = {name: param for name, param in given.params.items() if name != "router"}
+    np.testing.assert_array_equal(given(batch).logits_BSV, hashed(batch, params).logits_BSV)
+    assert flops_per_token(given.config, VOCAB, [1, 1, 1]) == flops_per_token(hashed.config, VOCAB, [1, 1, 1])
+
+
+def test_exits_learn_of_given_routes_and_change_nothing_of_what_they_predict_from():
+    """The network of exits by benefit learns its norm and its step embedding as well; the embedding of tokens not by
+    it."""
+    config = make_config(router__form="hash_exit", router__exit_training="benefit", model__min_depth=1)
+    model, batch = Model(config), make_batch(config)
+    model.params["router"]["exit_out"] += 0.1
+
+    def squares(params):
+        return (model(batch, params).exit_logit_TBS ** 2).sum()
+
+    grads = jax.grad(squares)(model.params)
+    assert all(
+        np.abs(grads["router"][name]).max() > 0 for name in ("norm", "step_embedding", "exit_out", "exit_hidden")
+    )
+    assert np.abs(grads["embedding"]).max() == 0
+
+
 def test_flops_of_the_routers():
+    given = make_config(router__form="hash_exit", model__min_depth=2, cache__view="same_step")
+    plain = flops_per_token(make_config(router__form="random", cache__view="same_step"), VOCAB, [1, 1, 0.5])
+    assert flops_per_token(given, VOCAB, [1, 1, 0.5]) - plain == 2 * 24 * (24 + 1), "of the last of three steps"
+    of_token = make_config(
+        router__form="hash_exit",
+        router__exit_training="benefit",
+        router__exit_sees="token",
+        router__explore=0.1,
+        cache__view="same_step",
+    )
+    assert flops_per_token(of_token, VOCAB, [1, 1, 0.5]) == plain
     mod, recursion = mod_model().config, recursion_model().config
     scored = flops_per_token(mod, VOCAB, [1, 0.4, 1, 0.4])
     plain = flops_per_token(make_config(router__form="random", cache__view="same_step"), VOCAB, [1, 0.4, 1, 0.4])

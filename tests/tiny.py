@@ -99,17 +99,17 @@ class Model:
     def with_mixed_exits(self) -> "Model":
         """Make the exit logit depend strongly on the token, so that about half of the tokens leave at each step."""
         router = self.params["router"]
-        router["out"] = router["out"].at[:, -1].mul(30.0)
+        if "out" in router:
+            router["out"] = router["out"].at[:, -1].mul(30.0)
         mix_predicted_exits(router)
         return self
 
 
 def mix_predicted_exits(router: dict) -> None:
-    """Let what predicts exits, and begins at 0, differ by token: by the router's other weights, or at random."""
-    if "exit_out" in router:
-        router["exit_out"] = router["out"][:, -1:]
-    if "exit_table" in router:
-        router["exit_table"] = jax.random.normal(jax.random.key(1), router["exit_table"].shape)
+    """Let what predicts exits, and begins at 0, differ by token."""
+    for name, scale in (("exit_out", 0.6), ("exit_table", 1.0)):
+        if name in router:
+            router[name] = scale * jax.random.normal(jax.random.key(1), router[name].shape)
 
 
 def logits_of(trained, token_BS: np.ndarray) -> np.ndarray:

@@ -1,0 +1,66 @@
+"""The router of given routes: which layer a token gets is settled by its step and its id, when it leaves is learned.
+
+`early_exit`  the layers in turn: a transformer of trained early exits.
+`hash_exit`   of step t's group (`model.num_groups`) the layer that the token's hash says.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from radialnet.router import Controllers, Decision, Route, Router, Schedule, StepInputs, at_step, draw, hashed_layer
+from radialnet.sections import ModelConfig, RouterConfig
+from radialnet.sharding import ALONE, Parallel
+
+
+class ExitRouter(Router):
+    """An exit logit, and no logits of layers: so a token is looked at only where it may leave."""
+
+    def __init__(
+        self,
+        model_cfg: ModelConfig,
+        cfg: RouterConfig,
+        rngs: nnx.Rngs,
+        parallel: Parallel = ALONE,
+        vocab_size: int = 0,
+    ):
+        super().__init__(model_cfg, cfg, rngs, parallel, num_outputs=1, vocab_size=vocab_size)
+
+    def __call__(self, h_BSD: jax.Array, step: StepInputs, controllers: Controllers, at: Schedule) -> Route:
+        """`Router.__call__`."""
+        depth_step, decided, shape = step.depth_step, step.decided, step.active_BS.shape
+        trained_step = jnp.minimum(depth_step, self.max_depth - 1)
+        exit_logit_BS = jnp.zeros(shape)
+        if self.min_depth < self.max_depth:
+            given = h_BSD, step.token_BS, trained_step
+            exit_logit_BS = jax.lax.cond(depth_step >= self.min_depth, self._look, lambda *_: exit_logit_BS, *given)
+        leave_BS = exit_logit_BS + controllers.exit_bias
+        can_exit = self._can_exit(depth_step, at)
+        if decided is None:
+            noise_BS = 0.0
+            if self.cfg.noise > 0:
+                noise_BS = at.noise * draw(jax.random.logistic, at_step(step.rng_B, depth_step), shape)
+            if self.cfg.form == "hash_exit":
+                layer_BS = hashed_layer(step.token_BS, trained_step, self.num_layers, self.num_layer_groups)
+            else:
+                layer_BS = jnp.full(shape, depth_step % self.num_layers, jnp.int32)
+            decided = Decision(layer_BS, self._may_exit(step, at) & (leave_BS + noise_BS > 0))
+        return Route.of(
+            decided,
+            step.active_BS,
+            self.num_layers,
+            log_survive_BS=jnp.where(can_exit, jax.nn.log_sigmoid(-leave_BS), 0),
+            exit_logit_BS=exit_logit_BS,
+            z_exit_BS=jnp.zeros(shape) if self.cfg.predicts_benefit else exit_logit_BS,
+            leave_logit_BS=leave_BS,
+            can_exit=can_exit,
+        )
+
+    def _look(self, h_BSD: jax.Array, token_BS: jax.Array, trained_step: jax.Array) -> jax.Array:
+        """The exit logit, [B, S]."""
+        if self.cfg.has_exit_table:
+            return self._benefit(None, token_BS, trained_step)
+        if self.cfg.predicts_benefit:
+            # It learns to predict, and changes nothing of what it predicts from.
+            return self._benefit(self._inputs(jax.lax.stop_gradient(h_BSD), trained_step), token_BS, trained_step)
+        return self._logits(self._inputs(h_BSD, trained_step))[..., 0]
