@@ -1,7 +1,8 @@
 """About a billion parameters active per token, for pods.
 
-What: 64 layers of width 2048 in the pool, at most 24 per token and 20 on average; bf16 products. 3.0B parameters in
-the pool, 0.9B of them used by a token. Give it your own text by --config.data.source=jsonl --config.data.path=FILE.
+What: as radial_small, with 64 layers of width 2048 in 20 groups, 12 to 24 steps per token and 20 on average. 3.0B
+parameters in the pool, 0.9B of them used by a token. Give it your own text by --config.data.source=jsonl
+--config.data.path=FILE.
 Cost: 40 GB for parameters and optimizer, split over 64 chips; memory and FLOPs of a device on pods in docs/DEVICES.md.
 Compiled for them, not run.
 Expected: not measured.
@@ -24,6 +25,8 @@ def get_config() -> ConfigDict:
     config.model.num_kv_heads = 8
     config.model.d_ff = 5632
 
+    config.model.num_groups = 20
+    config.router.hidden = 256
     config.router.depth_target = 20.0
 
     config.data.vocab_size = 65_536

@@ -1,8 +1,9 @@
 """About seven billion parameters active per token out of a pool of 57 billion, for large pods.
 
-What: 320 layers of width 4096 in the pool, at most 48 per token and 40 on average, routes by the token's hash (all
-layers are used at every step, so that tokens can go to the devices that have them). bf16 products. 56.7B parameters in
-the pool, 7.1B of them used by a token. Give it your own text by --config.data.source=jsonl --config.data.path=FILE.
+What: 320 layers of width 4096 in the pool, 24 to 48 steps per token and 40 on average, a layer of the whole pool by the
+token's hash (all are used at every step, so that tokens can go to the devices that have them). bf16 products. 56.7B
+parameters in the pool, 7.1B of them used by a token. Give it your own text by --config.data.source=jsonl
+--config.data.path=FILE.
 Cost: 8.4 million tokens a step; memory and FLOPs of a device on pods in docs/DEVICES.md. Compiled for them, not run.
 Expected: not measured.
 Command: python train.py --config=configs/radial_large.py --workdir=runs/radial_large
@@ -25,10 +26,8 @@ def get_config() -> ConfigDict:
     config.model.d_ff = 11_008
     config.model.init = "distinct"
 
-    # Routes by the token's hash over the whole pool: they balance the load of devices. Their depth is learned.
-    config.router.prior = "hash"
-    config.router.prior_weight = 1000.0
-    config.router.load_coef = 0.0
+    # One group: a hash over the whole pool balances the load of devices.
+    config.model.num_groups = 1
     config.router.hidden = 512
     config.router.depth_target = 40.0
 

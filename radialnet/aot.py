@@ -173,15 +173,17 @@ def ideal_flops(config: Config, placement: Placement) -> float:
     each of them at full depth.
 
     Backwards a product costs twice what it does forwards. What is rematerialised counts as it is meant to be: layers
-    and their attention (`model.remat`), or their products but the last (`exchange`); the router, always; and what the
-    kernels of attention compute of scores again.
+    and their attention (`model.remat`), the last product of a layer only where its choice has a gradient; in `exchange`
+    the products but the last; the router, always; and what the kernels of attention compute of scores again.
     """
     model, exchanges = config.model, placement.parallel.exchanges
     part = flops_by_part(config, _vocab_size(config), [1.0] * model.max_depth)
+    last = 2 * model.d_model * model.d_ff * model.max_depth / part["layers"]
     again, attended_again = (1.0, 1.0) if model.remat == "step" else (0.0, 0.0)
+    if exchanges or again and not config.router.learns_choices:
+        again = 1 - last
     if exchanges:
-        last = 2 * model.d_model * model.d_ff * model.max_depth / part["layers"]
-        again, attended_again = 1 - last, 0.0
+        attended_again = 0.0
     # Forwards two products of queries and entries; backwards five of them, and two computed again by each kernel.
     attention_backward = 7 / 2
     heads = 2 if config.router.predicts_benefit and model.min_depth < model.max_depth else 1

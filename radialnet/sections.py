@@ -118,6 +118,11 @@ class RouterConfig:
         return self.is_trained and not (self.gives_layers and self.has_exit_table)
 
     @property
+    def learns_choices(self) -> bool:
+        """Whether the loss has a gradient by what was chosen, which exits by benefit have not."""
+        return self.is_trained and self.form != "skip" and not (self.gives_layers and self.predicts_benefit)
+
+    @property
     def needs_groups(self) -> bool:
         """Whether it gives or favours layers of the step's group alone."""
         if self.form in ("factored", "flat"):
