@@ -180,7 +180,7 @@ def ideal_flops(config: Config, placement: Placement) -> float:
     part = flops_by_part(config, _vocab_size(config), [1.0] * model.max_depth)
     last = 2 * model.d_model * model.d_ff * model.max_depth / part["layers"]
     again, attended_again = (1.0, 1.0) if model.remat == "step" else (0.0, 0.0)
-    if exchanges or again and not config.router.learns_choices:
+    if exchanges or (again and not config.router.learns_choices):
         again = 1 - last
     if exchanges:
         attended_again = 0.0
