@@ -37,6 +37,8 @@ CONFIGS = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "base
             {"router__prior": "group_hash", "model__num_groups": 2, "model__pool_size": 1},
             ("prior='group_hash'", "pool_size=1", "num_groups=2"),
         ),
+        ({"router__form": "hash_exit", "model__pool_size": 2}, ("form='hash_exit'", "pool_size=2", "max_depth=3")),
+        ({"router__form": "hash_exit", "router__every": 2}, ("every=2", "form='hash_exit'")),
         ({"router__noise": 1.0}, ("noise=1.0", "noise_steps=0")),
         ({"router__network": "deep"}, ("network='deep'", "low_rank")),
         ({"router__every": 0}, ("every=0", "at least 1")),

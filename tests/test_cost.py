@@ -17,11 +17,13 @@ from tests.tiny import TOKEN_EXITS, VOCAB, make_config
 
 
 def count_flops(function, *arguments) -> int:
-    """2 per multiply-add of every matrix product of a program without loops."""
+    """2 per multiply-add of every matrix product of a program without loops; of branches the dearest."""
 
     def count(jaxpr) -> int:
         total = 0
         for equation in jaxpr.eqns:
+            if equation.primitive.name == "cond":
+                total += max(count(branch.jaxpr) for branch in equation.params["branches"])
             if equation.primitive.name == "dot_general":
                 (contracted, _), _ = equation.params["dimension_numbers"]
                 shape = equation.invars[0].aval.shape
@@ -97,6 +99,9 @@ ROUTERS = {
     "low rank": {"router__network": "low_rank", "router__hidden": 3},
     "exits by benefit": {"router__exit_training": "benefit", "router__hidden": 7},
     "exits by benefit of the token": TOKEN_EXITS,
+    "early exit": {"router__form": "early_exit", "model__min_depth": 0},
+    "hash exit by benefit": {"router__form": "hash_exit", "router__exit_training": "benefit", "model__min_depth": 0},
+    "hash exit by benefit of the token": {"router__form": "hash_exit", **TOKEN_EXITS, "model__min_depth": 0},
     "skip": {"router__form": "skip"},
     "mod": {"router__form": "mod", "model__min_depth": 3, "router__estimator": "weighted"},
     "recursion": {"router__form": "recursion", "model__pool_size": 1},
@@ -120,7 +125,8 @@ def test_router_against_the_products_of_its_own_program(name):
     counted = count_flops(step, params, jnp.zeros((1, 1, config.model.d_model)))
     # Of a token that leaves, or ends, after the first step: `mod` looks at the second step alone, as often as here.
     executes_T = [1, 1] if name == "mod" else [1]
-    assert flops_by_part(config, VOCAB, executes_T)["router"] == counted > 0
+    assert flops_by_part(config, VOCAB, executes_T)["router"] == counted
+    assert (counted == 0) == (name == "hash exit by benefit of the token")
     matrices = [x.size for x in jax.tree.leaves(params) if x.ndim == 2]
     assert weights_by_part(config, VOCAB)["router"] == sum(matrices)
 

@@ -261,6 +261,8 @@ def test_dispatch_is_chosen_by_bytes():
         ({**many_layers, "router__prior": "group"}, False),
         ({**many_layers, "router__prior": "group_hash"}, False),
         ({**many_layers, "router__prior": "group_hash", "model__num_groups": 1}, True),
+        ({**many_layers, "router__form": "hash_exit"}, False),
+        ({**many_layers, "router__form": "hash_exit", "model__num_groups": 1}, True),
         ({**many_layers, "router__form": "hash"}, True),
         ({**many_layers, "router__form": "cyclic"}, False),
         ({**many_layers, "router__prior": "none", "mesh__pool_dispatch": "gather"}, False),
