@@ -71,7 +71,10 @@ def get_config() -> ConfigDict:
     # Of `benefit`, what e is predicted from: state (by a network) | token (a number for each step and token id: all
     # tokens of one id leave at the same step, whatever their context). The latter needs `explore`.
     router.exit_sees = "state"
-    router.read_coef = 0.1  # Of `benefit`: of the cross-entropy at states between steps, one of each token.
+    router.read_coef = 0.1  # Of `benefit`: of the cross-entropy at states between steps.
+    # Of `benefit`: states of every this many-th token are read, one of each. 1: of all, as many more products of the
+    # head in training.
+    router.read_every = 1
     router.explore = 0.0  # Share of tokens that in training don't leave before T, whatever the router says.
     router.capacity = 0.5  # Of `mod`: share of a row's tokens that execute a step at which tokens compete.
     router.capacity_every = 2  # Of `mod`: tokens compete at every this many-th step, the last of each such round.
@@ -106,6 +109,9 @@ def get_config() -> ConfigDict:
     optimizer.final_fraction = 0.1  # Learning rate at the end, as a fraction of the peak.
     optimizer.b2 = 0.98  # Decay of AdamW's second moment; b1 is 0.9.
     optimizer.weight_decay = 0.01  # On matrices only.
+    # Of the pool's layers towards the mean of their group (model.num_groups), as weight decay is towards 0: layers of a
+    # group are one layer, and what each of them needs beside it. 0 = none; much: they stay clones.
+    optimizer.group_decay = 0.0
     optimizer.clip_norm = 1.0  # Global gradient norm.
     optimizer.frozen = ""  # By commas, parts that stay as they began: embedding, head, final_norm, pool, router, …
     optimizer.low_rank = 0  # r: the pool's matrices change by products of this rank; 0 = as they will.

@@ -186,7 +186,8 @@ def ideal_flops(config: Config, placement: Placement) -> float:
         attended_again = 0.0
     # Forwards two products of queries and entries; backwards five of them, and two computed again by each kernel.
     attention_backward = 7 / 2
-    heads = 2 if config.router.predicts_benefit and model.min_depth < model.max_depth else 1
+    has_reads = config.router.predicts_benefit and model.min_depth < model.max_depth
+    heads = 1 + 1 / config.router.read_every if has_reads else 1
     total = (
         (3 + again) * part["layers"]
         + (1 + attended_again + attention_backward) * part["attention"]

@@ -161,7 +161,7 @@ def _validate_router(config: Sections) -> None:
         "read_coef",
     )
     _at_least("router", router, 0, *non_negative)
-    _at_least("router", router, 1, "every")
+    _at_least("router", router, 1, "every", "read_every")
     _require(
         router.every == 1 or router.form in ("factored", "flat"),
         f"config.router.every={router.every} is for the forms factored and flat, config.router.form={router.form!r}",
@@ -289,7 +289,19 @@ def _validate_run(config: Sections) -> None:
     _require(data.vocab_size <= 2**20, f"config.data.vocab_size={data.vocab_size}: at most 2**20 is needed")
     _require(bool(data.cache_dir), f"config.data.cache_dir={data.cache_dir!r}: a folder is needed")
     _require(0 < data.eval_fraction < 1, f"config.data.eval_fraction={data.eval_fraction}: between 0 and 1 is needed")
-    _at_least("optimizer", optimizer, 0, "learning_rate", "warmup_steps", "final_fraction", "weight_decay")
+    _at_least(
+        "optimizer", optimizer, 0, "learning_rate", "warmup_steps", "final_fraction", "weight_decay", "group_decay"
+    )
+    _require(
+        optimizer.learning_rate * optimizer.group_decay <= 1,
+        f"config.optimizer.group_decay={optimizer.group_decay}: at most 1 / config.optimizer.learning_rate="
+        f"{optimizer.learning_rate} is needed, with which layers are the mean of their group at every step",
+    )
+    _require(
+        not (optimizer.group_decay and optimizer.low_rank),
+        f"config.optimizer.group_decay={optimizer.group_decay} with config.optimizer.low_rank={optimizer.low_rank}: "
+        "one of them must be 0, for factors have no mean",
+    )
     _require(0 < optimizer.b2 < 1, f"config.optimizer.b2={optimizer.b2}: between 0 and 1 is needed")
     _require(optimizer.clip_norm > 0, f"config.optimizer.clip_norm={optimizer.clip_norm}: more than 0 is needed")
     _at_least("train", train, 1, "num_steps", "batch_size", "seq_len", "max_skipped_steps", "accumulate_steps")

@@ -147,27 +147,30 @@ def router_z_loss(sums: RoutingSums) -> jax.Array:
 def read_losses(
     read: Read,
     head_DV: jax.Array,
-    target_N: jax.Array,
-    is_target_N: jax.Array,
-    nats_N: jax.Array,
+    target_BS: jax.Array,
+    is_target_BS: jax.Array,
+    nats_BS: jax.Array,
     parallel: Parallel = ALONE,
 ) -> dict[str, jax.Array]:
     """The terms that train exits by what going on is worth.
 
     Args:
-        target_N, is_target_N, nats_N: of this device's tokens (`Parallel.my_tokens`); 0 nats of one without a target.
+        target_BS, is_target_BS, nats_BS: of all tokens, those that are not read too; 0 nats of one without a target.
 
     Returns:
         `loss_read`: mean cross-entropy at the states that were read, without which an exit there would mean nothing;
         `loss_benefit`: mean squared error of -e as a prediction of what each further layer took off the cross-entropy;
         off that of a token without a target, nothing.
     """
-    is_read_N = parallel.my_tokens(read.is_read_BS.ravel())
-    final_ND = parallel.my_tokens(read.final_BSD.reshape(-1, read.final_BSD.shape[-1]))
+    is_read_N, exit_logit_N = (parallel.my_tokens(x_BM.ravel()) for x_BM in (read.is_read_BM, read.exit_logit_BM))
+    num_left_N = parallel.my_tokens(read.num_left_BM.ravel(), filling=1)
+    final_ND = parallel.my_tokens(read.final_BMD.reshape(-1, read.final_BMD.shape[-1]))
+    target_N, is_target_N, nats_N = (
+        parallel.my_tokens(x_BS[:, read.slot_M].ravel()) for x_BS in (target_BS, is_target_BS, nats_BS)
+    )
     of_target_N = is_target_N & is_read_N
     read_nats, read_nats_N = cross_entropy(final_ND, head_DV, target_N, of_target_N)
-    benefit_N = (read_nats_N - nats_N) / parallel.my_tokens(read.num_left_BS.ravel(), filling=1)
-    error_N = jax.lax.stop_gradient(benefit_N) + parallel.my_tokens(read.exit_logit_BS.ravel())
+    error_N = jax.lax.stop_gradient((read_nats_N - nats_N) / num_left_N) + exit_logit_N
     squares = jnp.where(is_read_N, error_N**2, 0).sum()
     sums = is_read_N.sum(), of_target_N.sum(), squares, read_nats
     num_reads, num_read_targets, squares, read_nats = parallel.sum_all(sums)

@@ -38,24 +38,35 @@ class Output:
 
 @flax.struct.dataclass
 class Read:
-    """One state of each token on its way, at a depth step at which it could have left but went on."""
+    """One state of tokens on their way, at a depth step at which they could have left but went on: of M tokens of each
+    row."""
 
-    is_read_BS: jax.Array  # False for tokens that left as soon as they could.
-    final_BSD: jax.Array  # What the head would have got.
-    exit_logit_BS: jax.Array  # e there.
-    num_left_BS: jax.Array  # Layers that the token still executed.
+    slot_M: jax.Array  # Where they stand in their rows.
+    is_read_BM: jax.Array  # False for tokens that left as soon as they could.
+    final_BMD: jax.Array  # What the head would have got.
+    exit_logit_BM: jax.Array  # e there.
+    num_left_BM: jax.Array  # Layers that the token still executed.
 
     @classmethod
-    def of(cls, trace: Trace, depth_BS: jax.Array, min_depth: int, rng_B: jax.Array) -> "Read":
-        """A step of each token, drawn at random from those it could have left at. `final_BSD` is the bare state."""
-        num_steps_BS = depth_BS - min_depth
-        step_BS = min_depth + (draw(jax.random.uniform, rng_B, depth_BS.shape) * num_steps_BS).astype(jnp.int32)
-        step_BS = jnp.clip(step_BS, min(min_depth, len(trace.h_BSD) - 1), len(trace.h_BSD) - 1)
+    def of(
+        cls, trace: Trace, depth_BS: jax.Array, min_depth: int, every: int, slot_rng: jax.Array, rng_B: jax.Array
+    ) -> "Read":
+        """Of every so many-th token, from one on that is drawn at random, a step that is drawn from those it could have
+        left at. `final_BMD` is the bare state."""
+        num_slots = depth_BS.shape[1]
+        every = min(every, num_slots)
+        slot_M = jax.random.randint(slot_rng, (), 0, every) + every * jnp.arange(num_slots // every)
+        depth_BM = depth_BS[:, slot_M]
+        num_steps_BM = depth_BM - min_depth
+        step_BM = min_depth + (draw(jax.random.uniform, rng_B, depth_BM.shape) * num_steps_BM).astype(jnp.int32)
+        step_BM = jnp.clip(step_BM, min(min_depth, len(trace.h_BSD) - 1), len(trace.h_BSD) - 1)
+        rows_B1 = jnp.arange(len(depth_BS))[:, None]
         return cls(
-            is_read_BS=num_steps_BS > 0,
-            final_BSD=jnp.take_along_axis(trace.h_BSD, step_BS[None, ..., None], axis=0)[0],
-            exit_logit_BS=jnp.take_along_axis(trace.exit_logit_BS, step_BS[None], axis=0)[0],
-            num_left_BS=jnp.maximum(depth_BS - step_BS, 1),
+            slot_M=slot_M,
+            is_read_BM=num_steps_BM > 0,
+            final_BMD=trace.h_BSD[step_BM, rows_B1, slot_M],
+            exit_logit_BM=trace.exit_logit_BS[step_BM, rows_B1, slot_M],
+            num_left_BM=jnp.maximum(depth_BM - step_BM, 1),
         )
 
 
@@ -78,6 +89,7 @@ class RadialTransformer(nnx.Module):
         # A fixed route has no probabilities to learn: nothing is gained by running all layers.
         self.estimator = config.router.estimator if config.router.is_trained else "straight_through"
         self.vocab_size = vocab_size
+        self.read_every = config.router.read_every
         self.reads_states = config.router.predicts_benefit and model.min_depth < model.max_depth
         # Keeps the variance of the residual stream about constant in depth (GPT-2's rule): two branches a layer.
         num_executed = model.prelude_layers + model.max_depth + model.coda_layers
@@ -143,7 +155,7 @@ class RadialTransformer(nnx.Module):
         )
         run = unrolled if self.estimator == "dense" else scanned
         first_row, batch = self.parallel.first_row(len(token_BS)), len(token_BS)
-        route_rng, read_rng = jax.random.split(rng)
+        route_rng, read_rng, slot_rng = jax.random.split(rng, 3)
         inputs = Inputs(token_BS, positions, controllers, at, row_keys(route_rng, first_row, batch))
         h_BSD, trace = run(loop, params, h_BSD, is_real_BS, inputs)
         depth_BS = (trace.layer_BS < self.cfg.pool_size).sum(0)
@@ -152,8 +164,9 @@ class RadialTransformer(nnx.Module):
         h_BSD = self._run_unshared(self.coda, h_BSD, is_real_BS, positions)
         final_BSD, read = self.final(h_BSD), None
         if self.reads_states:
-            read = Read.of(trace, depth_BS, self.cfg.min_depth, row_keys(read_rng, first_row, batch))
-            read = read.replace(final_BSD=self.final(read.final_BSD))
+            drawn = slot_rng, row_keys(read_rng, first_row, batch)
+            read = Read.of(trace, depth_BS, self.cfg.min_depth, self.read_every, *drawn)
+            read = read.replace(final_BMD=self.final(read.final_BMD))
         head = self.head[...].astype(final_BSD.dtype)
         return Output(
             exit_BSD=h_BSD,

@@ -4,10 +4,12 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from radialnet.config import Config
 from radialnet.low_rank import is_matrix, low_rank
+from radialnet.router import group_of_layer
 
 
 def learning_rate(config: Config) -> optax.Schedule:
@@ -22,10 +24,13 @@ def learning_rate(config: Config) -> optax.Schedule:
 
 def make_optimizer(config: Config) -> optax.GradientTransformation:
     """Frozen parts get updates of 0, and have no moments; with `low_rank` the pool's matrices have those of factors."""
-    cfg = config.optimizer
+    cfg, model = config.optimizer, config.model
+    decays = [optax.add_decayed_weights(cfg.weight_decay, _decayed)]
+    if cfg.group_decay:
+        decays.append(_add_group_decay(cfg.group_decay, group_of_layer(model.pool_size, model.num_layer_groups)))
     adamw = optax.chain(
         _scale_by_adam(b1=0.9, b2=cfg.b2, eps=1e-8),
-        optax.add_decayed_weights(cfg.weight_decay, _decayed),
+        *decays,
         optax.scale_by_learning_rate(learning_rate(config)),
     )
     if cfg.low_rank:
@@ -74,6 +79,25 @@ def _scale_by_adam(b1: float, b2: float, eps: float) -> optax.GradientTransforma
         return updates, optax.ScaleByAdamState(count, mu, nu)
 
     return optax.GradientTransformation(optax.scale_by_adam(b1, b2, eps).init, update)
+
+
+def _add_group_decay(decay: float, group_L: np.ndarray) -> optax.GradientTransformation:
+    """Decay of the pool's layers towards the mean of their group: as if their weights were drawn around it.
+
+    By the learning rate, as that of `optax.add_decayed_weights`, so that it fades as that does.
+    """
+    num_groups, size_L = int(group_L.max()) + 1, np.bincount(group_L)[group_L]
+
+    def away(w_LX: jax.Array) -> jax.Array:
+        """From the mean."""
+        sums_GX = jax.ops.segment_sum(w_LX, group_L, num_groups)
+        return w_LX - sums_GX[group_L] / size_L.reshape(-1, *(1 for _ in w_LX.shape[1:]))
+
+    def update(updates: dict, params: dict) -> dict:
+        pulled = jax.tree.map(lambda update, w_LX: update + decay * away(w_LX), updates["pool"], params["pool"])
+        return {**updates, "pool": pulled}
+
+    return optax.stateless(update)
 
 
 def _decayed(params: dict) -> dict:

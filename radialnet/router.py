@@ -18,6 +18,7 @@ from functools import partial
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from radialnet.layers import rms_norm
@@ -152,9 +153,9 @@ class Route:
         )
 
 
-def group_of_layer(num_layers: int, num_groups: int) -> jax.Array:
+def group_of_layer(num_layers: int, num_groups: int) -> np.ndarray:
     """The number of each layer's group, [L]: groups of consecutive layers, as equal as can be."""
-    return jnp.arange(num_layers) * num_groups // num_layers
+    return np.arange(num_layers) * num_groups // num_layers
 
 
 def in_group(num_layers: int, num_groups: int, depth_step: jax.Array) -> jax.Array:

@@ -95,6 +95,7 @@ class RouterConfig:
     exit_training: str
     exit_sees: str
     read_coef: float
+    read_every: int
     explore: float
     load_bias_rate: float
     capacity: float
@@ -194,6 +195,7 @@ class OptimizerConfig:
     final_fraction: float
     b2: float
     weight_decay: float
+    group_decay: float
     clip_norm: float
     frozen: str
     low_rank: int

@@ -125,6 +125,10 @@ class Parallel:
         x_NX = jnp.pad(x_NX, padding, constant_values=filling)
         return jax.lax.dynamic_slice_in_dim(x_NX, jax.lax.axis_index("tensor") * size, size)
 
+    def all_tokens(self, x_NX: jax.Array, num_tokens: int) -> jax.Array:
+        """What `my_tokens` took its part of, put together again."""
+        return x_NX if self.tensor == 1 else jax.lax.all_gather(x_NX, "tensor", tiled=True)[:num_tokens]
+
     def gather(self, x: jax.Array, axes: Axes) -> jax.Array:
         """A parameter put together from the parts of all devices, but for what is computed in parts. Differentiable."""
         for dimension, over in self._gathered_dimensions(axes):

@@ -152,7 +152,8 @@ def _sums(
     num_bytes, routing = parallel.sum_rows((num_bytes, output.routing))
     more = {}
     if output.read is not None:
-        more |= read_losses(output.read, head_DV, target_N, is_target_N, nats_N, parallel)
+        nats_BS = parallel.all_tokens(nats_N, batch["target"].size).reshape(batch["target"].shape)
+        more |= read_losses(output.read, head_DV, batch["target"], batch["is_target"], nats_BS, parallel)
     taught_N = None
     if teacher:
         taught_ND = parallel.my_tokens(teacher.final(batch).reshape(-1, teacher.config.model.d_model))

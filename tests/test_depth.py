@@ -44,8 +44,8 @@ def value_and_grads(run, monkeypatch, **overrides):
             auxiliary += (output.exit_logit_TBS**2).sum()
         if output.read is not None:
             read = output.read
-            of_read_BS = (read.final_BSD**2).mean(-1) + (read.exit_logit_BS - read.num_left_BS) ** 2
-            auxiliary += jnp.where(read.is_read_BS, of_read_BS, 0).sum()
+            of_read_BM = (read.final_BMD**2).mean(-1) + (read.exit_logit_BM - read.num_left_BM) ** 2
+            auxiliary += jnp.where(read.is_read_BM, of_read_BM, 0).sum()
         return (output.logits_BSV**2).mean() + 0.01 * auxiliary, output
 
     (value, output), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(model.params)

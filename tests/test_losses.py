@@ -51,38 +51,42 @@ def test_cross_entropy_in_chunks_equals_the_whole(monkeypatch, dtype, tolerance)
     assert ["13,11]" in program for program in programs] == [False, True]
 
 
-def test_exits_are_trained_by_what_each_further_layer_took_off_the_loss():
-    """Against the definition, from the states and logits of a model whose tokens leave at 1, 2 or 3 layers; a third of
-    them have no target, and gain nothing."""
-    config = make_config(router__exit_training="benefit", model__max_depth=4)
+@pytest.mark.parametrize("every", [1, 3])
+def test_exits_are_trained_by_what_each_further_layer_took_off_the_loss(every):
+    """Against the definition, from the states and logits of a model whose tokens leave at 1, 2 or 3 layers; a
+    quarter of them have no target, and gain nothing."""
+    config = make_config(
+        router__exit_training="benefit", router__read_every=every, model__max_depth=4, train__batch_size=9
+    )
     model, batch = Model(config).with_mixed_exits(), make_batch(config, seed=3, packed=True)
     output = model(batch, rng=jax.random.key(2))
     read, depth, head = output.read, np.asarray(output.depth_BS), model.params["head"]
-    np.testing.assert_array_equal(read.is_read_BS, depth > 1)
+    slots = np.asarray(read.slot_M)
+    np.testing.assert_array_equal(read.is_read_BM, depth[:, slots] > 1)
+    assert len(slots) == 13 // every and (np.diff(slots) == every).all()
     assert set(depth[batch["is_target"]]) == {1, 2, 3, 4}
 
     def nats_of(h_BSD):
         final_BSD = rms_norm(h_BSD, model.params["final_norm"], model.config.model.norm_eps)
         return optax.softmax_cross_entropy_with_integer_labels(final_BSD @ head, batch["target"])
 
-    steps, errors, nats = depth - np.asarray(read.num_left_BS), [], []
-    is_target = batch["is_target"] & (np.arange(batch["target"].shape[1]) % 3 > 0)
-    is_read = np.asarray(read.is_read_BS)
-    for row, column in zip(*is_read.nonzero(), strict=True):
-        step = steps[row, column]
+    steps, errors, nats = depth[:, slots] - np.asarray(read.num_left_BM), [], []
+    is_target = batch["is_target"] & (np.arange(batch["target"].shape[1]) % 4 > 0)
+    is_read = np.asarray(read.is_read_BM)
+    for row, number in zip(*is_read.nonzero(), strict=True):
+        step, exit_logit, column = steps[row, number], read.exit_logit_BM[row, number], slots[number]
         assert 1 <= step < depth[row, column], "it could have left there and went on"
-        np.testing.assert_allclose(read.exit_logit_BS[row, column], output.exit_logit_TBS[step, row, column], rtol=1e-5)
+        np.testing.assert_allclose(exit_logit, output.exit_logit_TBS[step, row, column], rtol=1e-5)
         if not is_target[row, column]:
-            errors.append(read.exit_logit_BS[row, column])
+            errors.append(exit_logit)
             continue
         before, after = (nats_of(h)[row, column] for h in (output.h_TBSD[step], output.exit_BSD))
-        errors.append((before - after) / (depth[row, column] - step) + read.exit_logit_BS[row, column])
+        errors.append((before - after) / (depth[row, column] - step) + exit_logit)
         nats.append(before)
     assert len(set(steps[is_read])) == 3
     assert 0 < len(nats) < len(errors)
     nats_BS = jnp.where(is_target, nats_of(output.exit_BSD), 0)
-    flat = (x.ravel() for x in (batch["target"], is_target, nats_BS))
-    found = read_losses(read, head, *flat)
+    found = read_losses(read, head, batch["target"], is_target, nats_BS)
     np.testing.assert_allclose(found["loss_benefit"], np.square(errors).mean(), rtol=1e-4)
     np.testing.assert_allclose(found["loss_read"], np.mean(nats), rtol=1e-4)
 

@@ -46,6 +46,25 @@ def test_is_adamw_with_clipping_by_the_global_norm():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), params, plain_params)
 
 
+def test_group_decay_pulls_layers_to_the_mean_of_their_group():
+    """In numpy, beside what AdamW does; a layer that is alone in its group, and all else, change as they would."""
+    fields = {"model__pool_size": 5, "model__num_groups": 3, "model__init": "clones"}
+    plain, pulled = make_config(**fields), make_config(optimizer__group_decay=7.0, **fields)
+    params = {"head": tree()["head"], "pool": {"qkv": jnp.asarray(RNG.normal(size=(5, 3, 4)), jnp.float32)}}
+    grads = jax.tree.map(jnp.ones_like, params)
+    with_it, without = (
+        (optimizer := make_optimizer(config)).update(grads, optimizer.init(params), params)[0]
+        for config in (pulled, plain)
+    )
+    np.testing.assert_array_equal(with_it["head"], without["head"])
+    weights = np.asarray(params["pool"]["qkv"])
+    means = np.stack([weights[:2].mean(0)] * 2 + [weights[2:4].mean(0)] * 2 + [weights[4]])
+    rate = learning_rate(pulled)(0)
+    expected = without["pool"]["qkv"] - rate * 7 * (weights - means)
+    np.testing.assert_allclose(with_it["pool"]["qkv"], expected, rtol=1e-5, atol=1e-6)
+    assert np.abs(with_it["pool"]["qkv"] - without["pool"]["qkv"])[:4].min() > 0
+
+
 def test_learning_rate_warms_up_and_decays():
     config = make_config(
         train__num_steps=100, optimizer__warmup_steps=5, optimizer__learning_rate=0.5, optimizer__final_fraction=0.1

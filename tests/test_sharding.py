@@ -32,6 +32,7 @@ RECIPES = {
     "exits by gate, noise": {"router__noise": 0.5, "router__noise_steps": 100, "router__load_bias_rate": 0.01},
     "exits by benefit, explore, view all, in parts, other layers": {
         "router__exit_training": "benefit",
+        "router__read_every": 3,
         "router__explore": 0.2,
         # At 0.1 a token is so near to leaving that its rounding, another on each machine, decides.
         "router__exit_bias_init": 0.16,
@@ -44,7 +45,12 @@ RECIPES = {
         "train__accumulate_steps": 2,
         "train__batch_size": 16,
     },
-    "exits by benefit of the token": {**TOKEN_EXITS, "router__explore": 0.2, "cache__view": "latest"},
+    "exits by benefit of the token, layers that are pulled to their mean": {
+        **TOKEN_EXITS,
+        "router__explore": 0.2,
+        "cache__view": "latest",
+        "optimizer__group_decay": 50.0,
+    },
     "remat, prelude and coda, score, a linear router at every second step": {
         "model__remat": "step",
         "router__network": "linear",
