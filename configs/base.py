@@ -21,7 +21,8 @@ def get_config() -> ConfigDict:
     model.prelude_layers = 0  # Unshared layers before the first depth step; every token runs them.
     model.coda_layers = 0  # Unshared layers after the last one; every token runs them.
     # Groups that the pool is cut into, of layers side by side, for form=hash_exit, prior=group and group_hash,
-    # init=clones and upcycle. Step t has group t; steps beyond the last group share it. 0: one for each step.
+    # init=clones and upcycle, optimizer.group_decay. Step t has group t; steps beyond the last group share it. 0: one
+    # for each step.
     model.num_groups = 0
     model.init = "clones"  # distinct | clones (layers of a group start equal) | upcycle (from a dense run).
     model.upcycle_from = ""  # Run folder of the dense run that `init="upcycle"` starts from.
@@ -52,7 +53,8 @@ def get_config() -> ConfigDict:
     # are generated, each of them at a step of its own, it is computed at every step all the same.
     router.every = 1
     # none | sequential (layer t mod L) | group (the layers of step t's group, model.num_groups) | hash (one by token
-    # and step) | group_hash (one of step t's group, by the token).
+    # and step) | group_hash (one of step t's group, by the token). For routes that may differ from it: where they may
+    # not, form=hash_exit has no logits of layers.
     router.prior = "group"
     router.prior_weight = 8.0  # Added to the layer logits that the prior favours.
     router.prior_steps = 0  # Training steps over which the prior fades to 0; 0 = it is kept.
@@ -72,8 +74,7 @@ def get_config() -> ConfigDict:
     # tokens of one id leave at the same step, whatever their context). The latter needs `explore`.
     router.exit_sees = "state"
     router.read_coef = 0.1  # Of `benefit`: of the cross-entropy at states between steps.
-    # Of `benefit`: states of every this many-th token are read, one of each. 1: of all, as many more products of the
-    # head in training.
+    # Of `benefit`: every this many-th token has one such state read. 1: each, as many products of the head again.
     router.read_every = 1
     router.explore = 0.0  # Share of tokens that in training don't leave before T, whatever the router says.
     router.capacity = 0.5  # Of `mod`: share of a row's tokens that execute a step at which tokens compete.
@@ -109,8 +110,8 @@ def get_config() -> ConfigDict:
     optimizer.final_fraction = 0.1  # Learning rate at the end, as a fraction of the peak.
     optimizer.b2 = 0.98  # Decay of AdamW's second moment; b1 is 0.9.
     optimizer.weight_decay = 0.01  # On matrices only.
-    # Of the pool's layers towards the mean of their group (model.num_groups), as weight decay is towards 0: layers of a
-    # group are one layer, and what each of them needs beside it. 0 = none; much: they stay clones.
+    # Of all weights of the pool's layers, towards the mean of their group (model.num_groups): a group is one layer, and
+    # what each of its layers needs beside that. 0 = none.
     optimizer.group_decay = 0.0
     optimizer.clip_norm = 1.0  # Global gradient norm.
     optimizer.frozen = ""  # By commas, parts that stay as they began: embedding, head, final_norm, pool, router, …

@@ -1,6 +1,6 @@
 """About a billion parameters active per token, for pods.
 
-What: as radial_small, with 64 layers of width 2048 in 20 groups, 12 to 24 steps per token and 20 on average. 3.0B
+What: as radial_small, with 64 layers of width 2048 in 20 groups, 15 to 24 steps per token and 20 on average. 3.0B
 parameters in the pool, 0.9B of them used by a token. Give it your own text by --config.data.source=jsonl
 --config.data.path=FILE.
 Cost: 40 GB for parameters and optimizer, split over 64 chips; memory and FLOPs of a device on pods in docs/DEVICES.md.
@@ -19,7 +19,7 @@ def get_config() -> ConfigDict:
 
     config.model.pool_size = 64
     config.model.max_depth = 24
-    config.model.min_depth = 12
+    config.model.min_depth = 15
     config.model.d_model = 2048
     config.model.num_heads = 16
     config.model.num_kv_heads = 8

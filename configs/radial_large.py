@@ -1,6 +1,6 @@
 """About seven billion parameters active per token out of a pool of 57 billion, for large pods.
 
-What: 320 layers of width 4096 in the pool, 24 to 48 steps per token and 40 on average, a layer of the whole pool by the
+What: 320 layers of width 4096 in the pool, 30 to 48 steps per token and 40 on average, a layer of the whole pool by the
 token's hash (all are used at every step, so that tokens can go to the devices that have them). bf16 products. 56.7B
 parameters in the pool, 7.1B of them used by a token. Give it your own text by --config.data.source=jsonl
 --config.data.path=FILE.
@@ -19,7 +19,7 @@ def get_config() -> ConfigDict:
 
     config.model.pool_size = 320
     config.model.max_depth = 48
-    config.model.min_depth = 24
+    config.model.min_depth = 30
     config.model.d_model = 4096
     config.model.num_heads = 32
     config.model.num_kv_heads = 8

@@ -1,6 +1,6 @@
 """About the active size of GPT-2 small (12 layers of width 768 per token), for one accelerator.
 
-What: 48 layers in the pool, 4 for each of 12 groups, of which a token gets one by its hash; 8 to 16 steps per token and
+What: 48 layers in the pool, 4 for each of 12 groups, of which a token gets one by its hash; 9 to 16 steps per token and
 12 on average, those after the twelfth with its layers. bf16 products. 340M parameters in the pool, 85M of them used by
 a token. The default text is small for a model of this size: give it your own by --config.data.source=jsonl
 --config.data.path=FILE.
@@ -21,7 +21,7 @@ def get_config() -> ConfigDict:
 
     config.model.pool_size = 48
     config.model.max_depth = 16
-    config.model.min_depth = 8
+    config.model.min_depth = 9
     config.model.d_model = 768
     config.model.num_heads = 12
     config.model.num_kv_heads = 12

@@ -294,8 +294,8 @@ def _validate_run(config: Sections) -> None:
     )
     _require(
         optimizer.learning_rate * optimizer.group_decay <= 1,
-        f"config.optimizer.group_decay={optimizer.group_decay}: at most 1 / config.optimizer.learning_rate="
-        f"{optimizer.learning_rate} is needed, with which layers are the mean of their group at every step",
+        f"config.optimizer.group_decay={optimizer.group_decay}: at most 1 / config.optimizer.learning_rate (of "
+        f"{optimizer.learning_rate}) is needed; with more, layers overshoot the mean of their group",
     )
     _require(
         not (optimizer.group_decay and optimizer.low_rank),

@@ -56,8 +56,6 @@ def _router_flops(config: Config, executes_T: np.ndarray) -> float:
     """Of all decisions of a token."""
     router = config.router
     a_look = sum(_look(config, outputs) for outputs in _outputs(config))
-    if router.gives_layers and config.model.min_depth == config.model.max_depth:
-        return 0.0
     if router.form == "skip":
         # Whoever skips a layer was asked first.
         return len(executes_T) * a_look
@@ -70,7 +68,8 @@ def _router_flops(config: Config, executes_T: np.ndarray) -> float:
     is_routed_T = np.concatenate([[1.0], executes_T[:-1]])
     if router.gives_layers:
         # It is looked at only where it may leave.
-        return is_routed_T[config.model.min_depth :].sum() * a_look
+        model = config.model
+        return is_routed_T[model.min_depth :].sum() * a_look if model.min_depth < model.max_depth else 0.0
     return is_routed_T[:: router.every].sum() * a_look
 
 
@@ -86,9 +85,9 @@ def _outputs(config: Config) -> tuple[int, ...]:
         return (1,)
     if router.form == "recursion":
         return (model.max_depth // model.pool_size,)
-    has_exit_network = router.predicts_benefit and not router.has_exit_table
     if router.gives_layers:
         return () if router.has_exit_table else (1,)
+    has_exit_network = router.predicts_benefit and not router.has_exit_table
     return (model.pool_size + 1, 1) if has_exit_network else (model.pool_size + 1,)
 
 

@@ -238,6 +238,6 @@ def _goes_by_step(router: RouterConfig, num_groups: int) -> bool:
     if router.form in ("factored", "flat"):
         is_by_step = router.prior == "sequential" or (router.needs_groups and num_groups > 1)
         return is_by_step and router.prior_steps == 0 and router.prior_weight > 0
-    if router.form == "hash_exit":
-        return num_groups > 1
+    if router.gives_layers:
+        return router.is_in_order or num_groups > 1
     return router.form not in ("random", "hash")

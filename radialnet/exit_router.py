@@ -8,13 +8,26 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from radialnet.router import Controllers, Decision, Route, Router, Schedule, StepInputs, at_step, draw, hashed_layer
+from radialnet.router import (
+    Controllers,
+    Decision,
+    Route,
+    Router,
+    Schedule,
+    StepInputs,
+    draw,
+    hashed_layer,
+    keys_at_step,
+)
 from radialnet.sections import ModelConfig, RouterConfig
 from radialnet.sharding import ALONE, Parallel
 
 
 class ExitRouter(Router):
-    """An exit logit, and no logits of layers: so a token is looked at only where it may leave."""
+    """An exit logit, and no logits of layers: so a token is looked at only where it may leave.
+
+    Where several rows are generated, each of them at a step of its own, it is looked at at every step all the same.
+    """
 
     def __init__(
         self,
@@ -24,7 +37,8 @@ class ExitRouter(Router):
         parallel: Parallel = ALONE,
         vocab_size: int = 0,
     ):
-        super().__init__(model_cfg, cfg, rngs, parallel, num_outputs=1, vocab_size=vocab_size)
+        num_outputs = 0 if cfg.predicts_benefit else 1
+        super().__init__(model_cfg, cfg, rngs, parallel, num_outputs, vocab_size)
 
     def __call__(self, h_BSD: jax.Array, step: StepInputs, controllers: Controllers, at: Schedule) -> Route:
         """`Router.__call__`."""
@@ -39,7 +53,7 @@ class ExitRouter(Router):
         if decided is None:
             noise_BS = 0.0
             if self.cfg.noise > 0:
-                noise_BS = at.noise * draw(jax.random.logistic, at_step(step.rng_B, depth_step), shape)
+                noise_BS = at.noise * draw(jax.random.logistic, keys_at_step(step.rng_B, depth_step), shape)
             if self.cfg.form == "hash_exit":
                 layer_BS = hashed_layer(step.token_BS, trained_step, self.num_layers, self.num_layer_groups)
             else:
@@ -58,9 +72,9 @@ class ExitRouter(Router):
 
     def _look(self, h_BSD: jax.Array, token_BS: jax.Array, trained_step: jax.Array) -> jax.Array:
         """The exit logit, [B, S]."""
-        if self.cfg.has_exit_table:
-            return self._benefit(None, token_BS, trained_step)
-        if self.cfg.predicts_benefit:
-            # It learns to predict, and changes nothing of what it predicts from.
-            return self._benefit(self._inputs(jax.lax.stop_gradient(h_BSD), trained_step), token_BS, trained_step)
-        return self._logits(self._inputs(h_BSD, trained_step))[..., 0]
+        if not self.cfg.predicts_benefit:
+            return self._logits(self._inputs(h_BSD, trained_step))[..., 0]
+        # It learns to predict, and changes nothing of what it predicts from.
+        h_BSD = jax.lax.stop_gradient(h_BSD)
+        x_BSD = self._inputs(h_BSD, trained_step) if self.cfg.looks_at_states else None
+        return self._benefit(x_BSD, token_BS, trained_step)

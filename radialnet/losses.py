@@ -166,7 +166,7 @@ def read_losses(
     num_left_N = parallel.my_tokens(read.num_left_BM.ravel(), filling=1)
     final_ND = parallel.my_tokens(read.final_BMD.reshape(-1, read.final_BMD.shape[-1]))
     target_N, is_target_N, nats_N = (
-        parallel.my_tokens(x_BS[:, read.slot_M].ravel()) for x_BS in (target_BS, is_target_BS, nats_BS)
+        parallel.my_tokens(x_BS[:, read.column_M].ravel()) for x_BS in (target_BS, is_target_BS, nats_BS)
     )
     of_target_N = is_target_N & is_read_N
     read_nats, read_nats_N = cross_entropy(final_ND, head_DV, target_N, of_target_N)

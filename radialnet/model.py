@@ -38,10 +38,9 @@ class Output:
 
 @flax.struct.dataclass
 class Read:
-    """One state of tokens on their way, at a depth step at which they could have left but went on: of M tokens of each
-    row."""
+    """One state of a token on its way, at a depth step at which it could have left but went on: of M tokens a row."""
 
-    slot_M: jax.Array  # Where they stand in their rows.
+    column_M: jax.Array  # Where they stand, the same in all rows.
     is_read_BM: jax.Array  # False for tokens that left as soon as they could.
     final_BMD: jax.Array  # What the head would have got.
     exit_logit_BM: jax.Array  # e there.
@@ -49,23 +48,28 @@ class Read:
 
     @classmethod
     def of(
-        cls, trace: Trace, depth_BS: jax.Array, min_depth: int, every: int, slot_rng: jax.Array, rng_B: jax.Array
+        cls, trace: Trace, depth_BS: jax.Array, min_depth: int, every: int, column_rng: jax.Array, rng_B: jax.Array
     ) -> "Read":
-        """Of every so many-th token, from one on that is drawn at random, a step that is drawn from those it could have
-        left at. `final_BMD` is the bare state."""
-        num_slots = depth_BS.shape[1]
-        every = min(every, num_slots)
-        slot_M = jax.random.randint(slot_rng, (), 0, every) + every * jnp.arange(num_slots // every)
-        depth_BM = depth_BS[:, slot_M]
+        """Of each token that is read, a step drawn at random from those it could have left at; `final_BMD` is the bare
+        state there.
+
+        Args:
+            every: this many-th token is read, from a random one on, round the end of the row.
+        """
+        num_columns = depth_BS.shape[1]
+        every = min(every, num_columns)
+        first = jax.random.randint(column_rng, (), 0, num_columns)
+        column_M = (first + every * jnp.arange(num_columns // every)) % num_columns
+        depth_BM = depth_BS[:, column_M]
         num_steps_BM = depth_BM - min_depth
         step_BM = min_depth + (draw(jax.random.uniform, rng_B, depth_BM.shape) * num_steps_BM).astype(jnp.int32)
         step_BM = jnp.clip(step_BM, min(min_depth, len(trace.h_BSD) - 1), len(trace.h_BSD) - 1)
         rows_B1 = jnp.arange(len(depth_BS))[:, None]
         return cls(
-            slot_M=slot_M,
+            column_M=column_M,
             is_read_BM=num_steps_BM > 0,
-            final_BMD=trace.h_BSD[step_BM, rows_B1, slot_M],
-            exit_logit_BM=trace.exit_logit_BS[step_BM, rows_B1, slot_M],
+            final_BMD=trace.h_BSD[step_BM, rows_B1, column_M],
+            exit_logit_BM=trace.exit_logit_BS[step_BM, rows_B1, column_M],
             num_left_BM=jnp.maximum(depth_BM - step_BM, 1),
         )
 
@@ -155,7 +159,8 @@ class RadialTransformer(nnx.Module):
         )
         run = unrolled if self.estimator == "dense" else scanned
         first_row, batch = self.parallel.first_row(len(token_BS)), len(token_BS)
-        route_rng, read_rng, slot_rng = jax.random.split(rng, 3)
+        route_rng, read_rng = jax.random.split(rng)
+        column_rng, step_rng = jax.random.split(read_rng)
         inputs = Inputs(token_BS, positions, controllers, at, row_keys(route_rng, first_row, batch))
         h_BSD, trace = run(loop, params, h_BSD, is_real_BS, inputs)
         depth_BS = (trace.layer_BS < self.cfg.pool_size).sum(0)
@@ -164,8 +169,8 @@ class RadialTransformer(nnx.Module):
         h_BSD = self._run_unshared(self.coda, h_BSD, is_real_BS, positions)
         final_BSD, read = self.final(h_BSD), None
         if self.reads_states:
-            drawn = slot_rng, row_keys(read_rng, first_row, batch)
-            read = Read.of(trace, depth_BS, self.cfg.min_depth, self.read_every, *drawn)
+            rng_B = row_keys(step_rng, first_row, batch)
+            read = Read.of(trace, depth_BS, self.cfg.min_depth, self.read_every, column_rng, rng_B)
             read = read.replace(final_BMD=self.final(read.final_BMD))
         head = self.head[...].astype(final_BSD.dtype)
         return Output(

@@ -25,12 +25,12 @@ def learning_rate(config: Config) -> optax.Schedule:
 def make_optimizer(config: Config) -> optax.GradientTransformation:
     """Frozen parts get updates of 0, and have no moments; with `low_rank` the pool's matrices have those of factors."""
     cfg, model = config.optimizer, config.model
-    decays = [optax.add_decayed_weights(cfg.weight_decay, _decayed)]
+    decay = optax.add_decayed_weights(cfg.weight_decay, _decayed)
     if cfg.group_decay:
-        decays.append(_add_group_decay(cfg.group_decay, group_of_layer(model.pool_size, model.num_layer_groups)))
+        decay = _and_group_decay(decay, cfg.group_decay, group_of_layer(model.pool_size, model.num_layer_groups))
     adamw = optax.chain(
         _scale_by_adam(b1=0.9, b2=cfg.b2, eps=1e-8),
-        *decays,
+        decay,
         optax.scale_by_learning_rate(learning_rate(config)),
     )
     if cfg.low_rank:
@@ -81,10 +81,14 @@ def _scale_by_adam(b1: float, b2: float, eps: float) -> optax.GradientTransforma
     return optax.GradientTransformation(optax.scale_by_adam(b1, b2, eps).init, update)
 
 
-def _add_group_decay(decay: float, group_L: np.ndarray) -> optax.GradientTransformation:
-    """Decay of the pool's layers towards the mean of their group: as if their weights were drawn around it.
+def _and_group_decay(
+    weight_decay: optax.GradientTransformation, decay: float, group_L: np.ndarray
+) -> optax.GradientTransformation:
+    """Besides that of weights, decay of the pool's layers towards the mean of their group: as if all weights of a layer
+    were drawn around it.
 
-    By the learning rate, as that of `optax.add_decayed_weights`, so that it fades as that does.
+    By the learning rate, as weight decay is, so that it fades as that does. The state is that of `weight_decay`: a run
+    may go on with another one, or none.
     """
     num_groups, size_L = int(group_L.max()) + 1, np.bincount(group_L)[group_L]
 
@@ -93,11 +97,12 @@ def _add_group_decay(decay: float, group_L: np.ndarray) -> optax.GradientTransfo
         sums_GX = jax.ops.segment_sum(w_LX, group_L, num_groups)
         return w_LX - sums_GX[group_L] / size_L.reshape(-1, *(1 for _ in w_LX.shape[1:]))
 
-    def update(updates: dict, params: dict) -> dict:
+    def update(updates: dict, state: optax.OptState, params: dict) -> tuple[dict, optax.OptState]:
+        updates, state = weight_decay.update(updates, state, params)
         pulled = jax.tree.map(lambda update, w_LX: update + decay * away(w_LX), updates["pool"], params["pool"])
-        return {**updates, "pool": pulled}
+        return {**updates, "pool": pulled}, state
 
-    return optax.stateless(update)
+    return optax.GradientTransformation(weight_decay.init, update)
 
 
 def _decayed(params: dict) -> dict:

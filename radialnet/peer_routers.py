@@ -6,6 +6,8 @@ the form in which a pretrained model becomes one.
              only the `capacity` share with the highest scores executes the layer; the others sit it out.
 `recursion`  Mixture-of-Recursions, token choice (arXiv 2507.10524): before the first step each token is told how often
              it goes through the layers of the pool, in their order.
+
+Of all forms `make_router` knows the router.
 """
 
 import jax
@@ -13,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from radialnet.exit_router import ExitRouter
-from radialnet.router import Controllers, Decision, Plan, Route, Router, Schedule, StepInputs, draw
+from radialnet.router import Controllers, Decision, Plan, Route, Router, Schedule, StepInputs, draw, keys_at_step
 from radialnet.sections import ModelConfig, RouterConfig
 from radialnet.sharding import ALONE, Parallel
 
@@ -54,12 +56,11 @@ class SkipRouter(Router):
         x_BSD = self._inputs(jax.lax.stop_gradient(h_BSD), jnp.minimum(depth_step, self.max_depth - 1))
         score_BS = self._logits(x_BSD)[..., 0]
         skip_BS = score_BS + controllers.exit_bias
-        may_skip = at.may_exit & (self.min_depth < self.max_depth) & (depth_step >= self.min_depth) & ~step.begins_BS
+        may_skip = self._can_exit(depth_step, at) & ~step.begins_BS
         if decided is None:
             noise_BS = 0.0
             if self.cfg.noise > 0:
-                rng_B = jax.vmap(lambda rng: jax.random.fold_in(rng, depth_step))(step.rng_B)
-                noise_BS = at.noise * draw(jax.random.logistic, rng_B, skip_BS.shape)
+                noise_BS = at.noise * draw(jax.random.logistic, keys_at_step(step.rng_B, depth_step), skip_BS.shape)
             layer_BS = jnp.full(skip_BS.shape, depth_step % self.num_layers, jnp.int32)
             idles_BS = may_skip & (skip_BS + noise_BS > 0)
             decided = Decision(layer_BS, jnp.zeros(skip_BS.shape, bool), idles_BS=idles_BS)

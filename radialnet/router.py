@@ -127,7 +127,7 @@ class Route:
     log_survive_BS: jax.Array  # log(1 - p_exit); 0 where no exit is allowed.
     p_layer_BSL: jax.Array
     layer_lse_BS: jax.Array  # logsumexp of the layer logits without prior, for the z-loss.
-    exit_logit_BS: jax.Array  # e, without the exit bias.
+    exit_logit_BS: jax.Array  # e, without the exit bias; 0 where given routes don't look.
     z_exit_BS: jax.Array
     leave_logit_BS: jax.Array  # e + b.
     can_exit: jax.Array  # Whether an exit is allowed at this step at all.
@@ -187,11 +187,11 @@ class Router(nnx.Module):
     ):
         """
         Args:
-            num_outputs: L + 1 by default.
+            num_outputs: of its network, L + 1 by default; 0 where what predicts exits is all that there is.
             vocab_size: of `router.exit_sees="token"`, which has a number for each token.
         """
         d_model, num_layers = model_cfg.d_model, model_cfg.pool_size
-        num_outputs = num_outputs or num_layers + 1
+        num_outputs = num_layers + 1 if num_outputs is None else num_outputs
         self.cfg, self.num_layers, self.num_outputs, self.parallel = cfg, num_layers, num_outputs, parallel
         self.min_depth, self.max_depth = model_cfg.min_depth, model_cfg.max_depth
         self.num_layer_groups = model_cfg.num_layer_groups
@@ -203,10 +203,10 @@ class Router(nnx.Module):
             self.norm = nnx.Param(jnp.ones(d_model), axes=(None,))
             if cfg.sees_step:
                 self.step_embedding = _normal(rngs, model_cfg.max_depth, d_model, 1.0, (None, "embed"))
-        if not (cfg.gives_layers and cfg.predicts_benefit):
+        if num_outputs:
             # Small: at first all layers are nearly as likely, and a token's exit depends on the exit bias alone.
             self.hidden, self.out = self._new_network(model_cfg, num_outputs, 0.1, rngs)
-        self.out_bias = nnx.Param(jnp.zeros(num_outputs), axes=(None,))
+        self.out_bias = nnx.Param(jnp.zeros(num_outputs or 1), axes=(None,))
         if cfg.has_exit_table:
             assert vocab_size > 0
             self.exit_table = nnx.Param(jnp.zeros((model_cfg.max_depth, vocab_size)), axes=(None, None))
@@ -230,7 +230,7 @@ class Router(nnx.Module):
             h_BSD: the residual stream.
         """
         active_BS, depth_step, decided = step.active_BS, step.depth_step, step.decided
-        rng_B = at_step(step.rng_B, depth_step)
+        rng_B = keys_at_step(step.rng_B, depth_step)
         if not self.cfg.is_trained:
             return self._fixed_route(step.token_BS, active_BS, depth_step, rng_B)
         trained_step = jnp.minimum(depth_step, self.max_depth - 1)
@@ -369,7 +369,7 @@ def _hash(token_BS: jax.Array, depth_step: jax.Array, num_choices: jax.Array) ->
     return ((x ^ (x >> 16)) % num_choices.astype(jnp.uint32)).astype(jnp.int32)
 
 
-def at_step(rng_B: jax.Array, depth_step: jax.Array) -> jax.Array:
+def keys_at_step(rng_B: jax.Array, depth_step: jax.Array) -> jax.Array:
     """The keys of rows at a depth step, where each has its own."""
     return jax.vmap(lambda rng: jax.random.fold_in(rng, depth_step))(rng_B)
 

@@ -265,8 +265,9 @@ def wire_of(config: Config, sizes: dict[str, int], vocab_size: int, exchanges: b
     tokens = config.train.batch_size * config.train.seq_len / num_rows
     size = jnp.dtype(model.dtype).itemsize
     # Sums of a layer: of attention and of the MLP forwards and backwards, and once more in the backward pass, of
-    # attention always, of the MLP where all is computed again.
-    num_sums = 5 if model.remat == "none" and not exchanges else 6
+    # attention always, of the MLP where its output is computed again.
+    is_again = exchanges or (model.remat == "step" and config.router.learns_choices)
+    num_sums = 6 if is_again else 5
     sums = num_sums * 2 * (1 - 1 / sizes["tensor"]) * model.max_depth * tokens * model.d_model * size
     copies = 2 * 4 * (pool + whole) / split * (1 - 1 / sizes["data"])
     return wire_bytes(config, sizes, model.max_depth)[exchanges] + 8 * whole * (1 - 1 / split) + copies + sums

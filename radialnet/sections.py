@@ -111,6 +111,7 @@ class RouterConfig:
 
     @property
     def gives_layers(self) -> bool:
+        """Whether it chooses no layer: that is settled by step and token."""
         return self.form in EXIT_FORMS
 
     @property
@@ -120,7 +121,8 @@ class RouterConfig:
 
     @property
     def learns_choices(self) -> bool:
-        """Whether the loss has a gradient by what was chosen, which exits by benefit have not."""
+        """Whether a layer's update is scaled by what its choice, or survival, has for a gradient: then the backward
+        pass needs what the layer gave."""
         return self.is_trained and self.form != "skip" and not (self.gives_layers and self.predicts_benefit)
 
     @property

@@ -75,6 +75,10 @@ def test_ideal_is_what_the_layers_that_are_executed_come_to():
     # Nobody asks then what the last product was: the choice has no gradient.
     unrouted = token - 3 * 4 * router - 3 * 2 * width * model.d_ff
     assert math.isclose(ideal(1, router__form="random"), unrouted * 8 * seq)
+    given = {"router__form": "hash_exit", "model__min_depth": 2, "model__prelude_layers": 0}
+    by_gate, by_benefit = (ideal(1, router__exit_training=how, **given) for how in ("gate", "benefit"))
+    heads = 3 * 2 * width * vocab
+    assert math.isclose(by_gate - by_benefit, (3 * 2 * width * model.d_ff - heads) * 8 * seq)
 
 
 def vars_of(config):

@@ -39,7 +39,7 @@ CONFIGS = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "base
         ),
         ({"router__form": "hash_exit", "model__pool_size": 2}, ("form='hash_exit'", "pool_size=2", "max_depth=3")),
         ({"router__form": "hash_exit", "router__every": 2}, ("every=2", "form='hash_exit'")),
-        ({"optimizer__group_decay": 400.0}, ("group_decay=400.0", "learning_rate=0.003")),
+        ({"optimizer__group_decay": 400.0}, ("group_decay=400.0", "learning_rate (of 0.003)")),
         ({"optimizer__group_decay": 1.0, "optimizer__low_rank": 2}, ("group_decay=1.0", "low_rank=2")),
         ({"router__noise": 1.0}, ("noise=1.0", "noise_steps=0")),
         ({"router__network": "deep"}, ("network='deep'", "low_rank")),

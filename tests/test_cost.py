@@ -16,13 +16,13 @@ from radialnet.router import Controllers, StepInputs, row_keys, schedule
 from tests.tiny import TOKEN_EXITS, VOCAB, make_config
 
 
-def count_flops(function, *arguments) -> int:
+def count_flops(function, *arguments, in_branches: bool = True) -> int:
     """2 per multiply-add of every matrix product of a program without loops; of branches the dearest."""
 
     def count(jaxpr) -> int:
         total = 0
         for equation in jaxpr.eqns:
-            if equation.primitive.name == "cond":
+            if equation.primitive.name == "cond" and in_branches:
                 total += max(count(branch.jaxpr) for branch in equation.params["branches"])
             if equation.primitive.name == "dot_general":
                 (contracted, _), _ = equation.params["dimension_numbers"]
@@ -127,6 +127,9 @@ def test_router_against_the_products_of_its_own_program(name):
     executes_T = [1, 1] if name == "mod" else [1]
     assert flops_by_part(config, VOCAB, executes_T)["router"] == counted
     assert (counted == 0) == (name == "hash exit by benefit of the token")
+    if config.router.gives_layers:
+        always = count_flops(step, params, jnp.zeros((1, 1, config.model.d_model)), in_branches=False)
+        assert always == 0, "a step at which nobody may leave computes none of it"
     matrices = [x.size for x in jax.tree.leaves(params) if x.ndim == 2]
     assert weights_by_part(config, VOCAB)["router"] == sum(matrices)
 

@@ -83,8 +83,9 @@ def has_spared_products(jaxpr) -> bool:
 
 
 @pytest.mark.parametrize("in_step", [True, False])
-def test_rows_in_step_leave_out_the_looks_that_their_router_is_spared(in_step):
-    decoder = Decoder(router__every=2)
+@pytest.mark.parametrize("fields", [{"router__every": 2}, {"router__form": "hash_exit"}])
+def test_rows_in_step_leave_out_the_looks_that_their_router_is_spared(in_step, fields):
+    decoder = Decoder(**fields)
     shape, stage_R = (2, 1), jnp.ones(2, jnp.int32)
     plan = nnx.merge(decoder.decoding.graph, decoder.weights.params).router.no_plan(shape)
 
@@ -109,7 +110,7 @@ CASES = {
         "router__prior": "group_hash",
         "model__num_groups": 3,
     },
-    "early exit by benefit": {"router__form": "early_exit", "router__exit_training": "benefit"},
+    "early exit by benefit": {"exit_bias": 0.0, "router__form": "early_exit", "router__exit_training": "benefit"},
     "hash exit, deeper than trained": {
         "max_depth": 7,
         "exit_bias": -0.5,

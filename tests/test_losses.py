@@ -61,20 +61,22 @@ def test_exits_are_trained_by_what_each_further_layer_took_off_the_loss(every):
     model, batch = Model(config).with_mixed_exits(), make_batch(config, seed=3, packed=True)
     output = model(batch, rng=jax.random.key(2))
     read, depth, head = output.read, np.asarray(output.depth_BS), model.params["head"]
-    slots = np.asarray(read.slot_M)
-    np.testing.assert_array_equal(read.is_read_BM, depth[:, slots] > 1)
-    assert len(slots) == 13 // every and (np.diff(slots) == every).all()
+    columns = np.asarray(read.column_M)
+    np.testing.assert_array_equal(read.is_read_BM, depth[:, columns] > 1)
+    assert len(columns) == 13 // every and (np.diff(columns) % 13 == every).all()
+    others = {int(model(batch, rng=jax.random.key(rng)).read.column_M[0]) for rng in range(9)}
+    assert len(others) > 3, "not the same tokens at every step"
     assert set(depth[batch["is_target"]]) == {1, 2, 3, 4}
 
     def nats_of(h_BSD):
         final_BSD = rms_norm(h_BSD, model.params["final_norm"], model.config.model.norm_eps)
         return optax.softmax_cross_entropy_with_integer_labels(final_BSD @ head, batch["target"])
 
-    steps, errors, nats = depth[:, slots] - np.asarray(read.num_left_BM), [], []
+    steps, errors, nats = depth[:, columns] - np.asarray(read.num_left_BM), [], []
     is_target = batch["is_target"] & (np.arange(batch["target"].shape[1]) % 4 > 0)
     is_read = np.asarray(read.is_read_BM)
     for row, number in zip(*is_read.nonzero(), strict=True):
-        step, exit_logit, column = steps[row, number], read.exit_logit_BM[row, number], slots[number]
+        step, exit_logit, column = steps[row, number], read.exit_logit_BM[row, number], columns[number]
         assert 1 <= step < depth[row, column], "it could have left there and went on"
         np.testing.assert_allclose(exit_logit, output.exit_logit_TBS[step, row, column], rtol=1e-5)
         if not is_target[row, column]:

@@ -52,9 +52,11 @@ def test_group_decay_pulls_layers_to_the_mean_of_their_group():
     plain, pulled = make_config(**fields), make_config(optimizer__group_decay=7.0, **fields)
     params = {"head": tree()["head"], "pool": {"qkv": jnp.asarray(RNG.normal(size=(5, 3, 4)), jnp.float32)}}
     grads = jax.tree.map(jnp.ones_like, params)
+    states = [make_optimizer(config).init(params) for config in (pulled, plain)]
+    assert jax.tree.structure(states[0]) == jax.tree.structure(states[1]), "a run may change it when it goes on"
     with_it, without = (
-        (optimizer := make_optimizer(config)).update(grads, optimizer.init(params), params)[0]
-        for config in (pulled, plain)
+        make_optimizer(config).update(grads, state, params)[0]
+        for config, state in zip((pulled, plain), states, strict=True)
     )
     np.testing.assert_array_equal(with_it["head"], without["head"])
     weights = np.asarray(params["pool"]["qkv"])
@@ -63,6 +65,10 @@ def test_group_decay_pulls_layers_to_the_mean_of_their_group():
     expected = without["pool"]["qkv"] - rate * 7 * (weights - means)
     np.testing.assert_allclose(with_it["pool"]["qkv"], expected, rtol=1e-5, atol=1e-6)
     assert np.abs(with_it["pool"]["qkv"] - without["pool"]["qkv"])[:4].min() > 0
+    for frozen in ("head", "pool"):
+        optimizer = make_optimizer(make_config(optimizer__group_decay=7.0, optimizer__frozen=frozen, **fields))
+        updates, _ = optimizer.update(grads, optimizer.init(params), params)
+        assert not jax.tree.leaves(updates[frozen])[0].any()
 
 
 def test_learning_rate_warms_up_and_decays():
