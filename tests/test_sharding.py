@@ -125,8 +125,9 @@ def make_placement(config):
 def with_uneven_routes(params):
     """Routers that exit by token and leave some layers without any."""
     router = params["router"]
-    router["out"] = (router["out"] * 20).at[:, -1].mul(5.0)
-    router["out_bias"] = router["out_bias"].at[jnp.array([1, 4, 5])].set(-100.0)
+    if "out" in router:
+        router["out"] = (router["out"] * 20).at[:, -1].mul(5.0)
+        router["out_bias"] = router["out_bias"].at[jnp.array([1, 4, 5])].set(-100.0)
     mix_predicted_exits(router)
     return params
 
@@ -176,6 +177,24 @@ def test_eight_devices_equal_one(alone, exchange, mesh, recipe):
         moments = (optax.tree.get(state.optimizer, name) for name in ("mu", "nu"))
         for params in (state.params, *moments):
             jax.tree.map(partial(assert_split, MESHES[mesh]), params, step.placement.axes)
+
+
+@pytest.mark.parametrize("exchange", ["", "ragged"])
+def test_given_routes_on_eight_devices_equal_those_on_one(exchange):
+    """Their network is in a branch, with the sum over its parts."""
+    fields = {
+        "router__form": "hash_exit",
+        "router__exit_training": "benefit",
+        "router__read_every": 2,
+        "router__explore": 0.2,
+        "model__num_groups": 1,
+    }
+    config = mesh_config({}, **fields)
+    want = Step(config)(batch_of(config))
+    assert (want["sums"].routing.tokens_by_depth[1:] > 0).all() and want["grads"]["router"]["exit_hidden"].any()
+    sizes, dispatch = MESHES["tensor=2,pool=2,fsdp=2"], "exchange" if exchange else "gather"
+    step = Step(mesh_config(sizes, mesh__pool_dispatch=dispatch, **fields), exchange)
+    assert_equal(step(batch_of(step.config)), want)
 
 
 def assert_equal(found, want):
