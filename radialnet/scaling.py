@@ -110,8 +110,8 @@ def radial(num_weights: float, active: float, use: Use, is_grouped: bool) -> Cos
 
     Args:
         active: the part of the weights that a token executes.
-        is_grouped: whether each step has a group of layers of its own (`router.prior="group"` or
-            `"group_hash"`), or any layer may come at any step.
+        is_grouped: whether each step has a group of layers of its own (`router.prior="group"`, or
+            `router.form="hash_exit"`), or any layer may come at any step.
     """
     d_model = width(active * num_weights)
     depth, layer = d_model / ASPECT, 12 * d_model**2

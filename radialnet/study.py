@@ -85,7 +85,8 @@ RATE_MODELS: dict[str, Values] = {
         },
         "radial, learned routes": {**_LEARNED, "model.pool_size": 24, **_EXITS},
         "radial, learned routes, fixed depth": {**_LEARNED, "model.pool_size": 16},
-        **_PEERS,
+        # Early exit was another model then, with a router that had an output for each layer.
+        **{name: values for name, values in _PEERS.items() if name != "early exit"},
         "hash": {"router.form": "hash", "model.pool_size": 16},
         "hash, pool of 24": {"router.form": "hash", "model.pool_size": 24},
         "hash, pool of 48": {"router.form": "hash", "model.pool_size": 48},
