@@ -17,5 +17,6 @@ def get_config() -> ConfigDict:
     config.router.form = "sequential"
     config.model.pool_size = config.model.max_depth = config.model.min_depth = 4
     config.model.num_groups = 0
+    config.optimizer.group_decay = 0.0
 
     return config
