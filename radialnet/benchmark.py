@@ -110,8 +110,9 @@ class RadialStep:
         """
         self.batch = batch
         graph, params = init_params(config, vocab_size)
-        # At first all layers are nearly as likely for all tokens. Larger weights make routes depend on the token.
-        params["router"]["out"] *= 30.0
+        if "out" in params["router"]:
+            # At first all layers are nearly as likely for all tokens. Larger weights make routes depend on the token.
+            params["router"]["out"] *= 30.0
         optimizer = make_optimizer(config)
         self.state: TrainState = init_state(config, params, optimizer)
         self.bytes_V = jnp.ones(vocab_size)

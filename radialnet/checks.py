@@ -172,6 +172,11 @@ def _validate_router(config: Sections) -> None:
         _validate_benefit(model, router)
     if validate := _OF_FORM.get(router.form):
         validate(model, router)
+    _require(
+        not (router.gives_layers and router.load_bias_rate),
+        f"config.router.load_bias_rate={router.load_bias_rate}: config.router.form={router.form!r} chooses no layers, "
+        "0 is needed",
+    )
     if router.form in (*EXIT_FORMS, "skip", "mod", "recursion"):
         _require(
             router.estimator != "dense",
@@ -296,6 +301,13 @@ def _validate_run(config: Sections) -> None:
         optimizer.learning_rate * optimizer.group_decay <= 1,
         f"config.optimizer.group_decay={optimizer.group_decay}: at most 1 / config.optimizer.learning_rate (of "
         f"{optimizer.learning_rate}) is needed; with more, layers overshoot the mean of their group",
+    )
+    has_groups = not config.router.is_in_order and config.model.pool_size > config.model.num_layer_groups
+    _require(
+        not optimizer.group_decay or (has_groups and "pool" not in optimizer.frozen_parts),
+        f"config.optimizer.group_decay={optimizer.group_decay}: 0 is needed where no group has two layers that may "
+        f"change, with config.router.form={config.router.form!r}, config.model.pool_size={config.model.pool_size}, "
+        f"{told_groups(config.model)}, config.optimizer.frozen={optimizer.frozen!r}",
     )
     _require(
         not (optimizer.group_decay and optimizer.low_rank),
@@ -434,7 +446,7 @@ def check_mesh(config: Sections, sizes: Mapping[str, int]) -> None:
         (of("fsdp", "pool", "tensor"), "model.d_model", model.d_model),
         (rows, "train.batch_size", train.batch_size),
     ]
-    if config.router.is_trained and config.router.network != "linear":
+    if config.router.looks_at_states and config.router.network != "linear":
         split.append((of("tensor"), "router.hidden", config.router.hidden_size(model)))
     for factors, field, value in split:
         product = math.prod(factors.values())

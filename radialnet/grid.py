@@ -118,7 +118,7 @@ def _following(fields: dict, assigned: Values, given: Values) -> Values:
     """What a max depth, or a form, takes along where it is not set itself.
 
     Exits that are off stay off, what may not be more than the depth is lowered to it, a dense run has as many layers.
-    Layers in order have no groups.
+    Layers in order have no groups, and none that are pulled together.
     """
     model, router, following = fields["model"], fields["router"], {}
     form = assigned.get("router.form", router["form"])
@@ -132,8 +132,9 @@ def _following(fields: dict, assigned: Values, given: Values) -> Values:
             following["model.num_groups"] = max_depth
         if form == "sequential":
             following["model.pool_size"] = max_depth
-    if model["num_groups"] and form in IN_ORDER_FORMS:
-        following["model.num_groups"] = 0
+    if form in IN_ORDER_FORMS:
+        following |= {"model.num_groups": 0} if model["num_groups"] else {}
+        following |= {"optimizer.group_decay": 0.0} if fields["optimizer"]["group_decay"] else {}
     return {field: value for field, value in following.items() if field not in assigned and field not in given}
 
 

@@ -249,5 +249,7 @@ def total_loss(
     if "loss_distill" in more:
         loss += distill_weight * (more["loss_distill"] - mean_nats)
     if cfg.is_trained:
-        loss += cfg.load_coef * load + cfg.depth_coef * depth + cfg.z_coef * z
+        loss += cfg.depth_coef * depth + cfg.z_coef * z
+        # Of given layers it is a constant.
+        loss += 0 if cfg.gives_layers else cfg.load_coef * load
     return {"loss": loss, "ce": mean_nats, **terms, **more}

@@ -169,6 +169,8 @@ class RadialTransformer(nnx.Module):
         h_BSD = self._run_unshared(self.coda, h_BSD, is_real_BS, positions)
         final_BSD, read = self.final(h_BSD), None
         if self.reads_states:
+            # Evaluation has one key for all batches, and should not look at the same columns in each of them.
+            column_rng = jax.random.fold_in(column_rng, self.parallel.sum_rows(token_BS.sum()))
             rng_B = row_keys(step_rng, first_row, batch)
             read = Read.of(trace, depth_BS, self.cfg.min_depth, self.read_every, column_rng, rng_B)
             read = read.replace(final_BMD=self.final(read.final_BMD))

@@ -233,7 +233,6 @@ _BESIDE = tuple(
         "dense, 6 layers",
         "radial, any order",
         "radial, any order, T/2",
-        "early exit",
         "Mixture-of-Depths",
         "Mixture-of-Recursions",
     )

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import smoke
+from configs import radial_nano, smoke
 from radialnet import benchmark, decode_benchmark, router_benchmark
 from radialnet.aot import devices_of
 from radialnet.baseline import dense_logits, dense_params
@@ -152,7 +152,10 @@ def test_a_layer_is_timed_with_all_of_its_products():
 @pytest.mark.slow
 def test_input_is_measured_on_batches_that_are_read_meanwhile(monkeypatch):
     monkeypatch.setattr(benchmark, "INPUT_STEPS", 2)
-    monkeypatch.setattr(benchmark.radial_nano, "get_config", smoke.get_config)
+    tiny = radial_nano.get_config()
+    tiny.model.update(smoke.get_config().model, pool_size=5, max_depth=5, min_depth=3, num_groups=4)
+    tiny.train.update(smoke.get_config().train)
+    monkeypatch.setattr(benchmark.radial_nano, "get_config", lambda: tiny)
     seen, call = [], RadialStep.__call__
 
     def recorded(step):

@@ -65,10 +65,10 @@ def test_group_decay_pulls_layers_to_the_mean_of_their_group():
     expected = without["pool"]["qkv"] - rate * 7 * (weights - means)
     np.testing.assert_allclose(with_it["pool"]["qkv"], expected, rtol=1e-5, atol=1e-6)
     assert np.abs(with_it["pool"]["qkv"] - without["pool"]["qkv"])[:4].min() > 0
-    for frozen in ("head", "pool"):
-        optimizer = make_optimizer(make_config(optimizer__group_decay=7.0, optimizer__frozen=frozen, **fields))
-        updates, _ = optimizer.update(grads, optimizer.init(params), params)
-        assert not jax.tree.leaves(updates[frozen])[0].any()
+    optimizer = make_optimizer(make_config(optimizer__group_decay=7.0, optimizer__frozen="head", **fields))
+    frozen, _ = optimizer.update(grads, optimizer.init(params), params)
+    assert not frozen["head"].any()
+    np.testing.assert_allclose(frozen["pool"]["qkv"], with_it["pool"]["qkv"], rtol=1e-5, atol=1e-8)
 
 
 def test_learning_rate_warms_up_and_decays():
