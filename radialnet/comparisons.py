@@ -37,7 +37,9 @@ def plot_sweep(points: list[SweepPoint], path: Path) -> None:
     means = {key: tuple(np.mean(values, axis=0)) for key, values in seeds.items()}
     least, most = min(map(len, seeds.values())), max(map(len, seeds.values()))
     figure, axes = plt.subplots(figsize=(8, 5))
-    for index, series in enumerate(dict.fromkeys(point.series for point in points)):
+    names = list(dict.fromkeys(point.series for point in points))
+    colors = plt.get_cmap("tab10" if len(names) <= 10 else "tab20")
+    for index, series in enumerate(names):
         keys = [key for key in seeds if key[0] == series]
         mean_XP = np.transpose([means[key] for key in keys])
         low_XP, high_XP = (np.transpose([edge(seeds[key], axis=0) for key in keys]) for edge in (np.min, np.max))
@@ -47,7 +49,7 @@ def plot_sweep(points: list[SweepPoint], path: Path) -> None:
             *(np.stack([mean_XP - low_XP, high_XP - mean_XP], axis=1)[::-1] if most > 1 else ()),
             linestyle="",
             marker=MARKERS[index % len(MARKERS)],
-            color=plt.get_cmap("tab10")(index % 10),
+            color=colors(index % colors.N),
             markersize=6,
             elinewidth=1,
             capsize=2,
@@ -63,7 +65,6 @@ def plot_sweep(points: list[SweepPoint], path: Path) -> None:
     axes.set_xlabel("executed forward FLOPs per token" + ("\n" + ", ".join(shown) if shown else ""))
     axes.set(ylabel="held-out loss (nats per token)", title="Quality against compute")
     several = f"means of {least if least == most else f'{least} to {most}'} seeds,\nbars from min to max"
-    names = {point.series for point in points}
     beside = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)} if len(names) > _MAX_INSIDE else {}
     axes.legend(frameon=False, fontsize=9, title=several if most > 1 else None, title_fontsize=9, **beside)
     save(plt, figure, path)
