@@ -25,7 +25,7 @@ def get_config() -> ConfigDict:
     config.model.num_groups = 4
 
     config.router.form = "hash_exit"
-    config.router.load_coef = 0.0  # Layers that are loaded unevenly can't be helped.
+    config.router.load_coef = 0.0  # Nothing to learn from it: layers are given, and loaded as the hash does.
     config.router.exit_training = "benefit"
     config.router.explore = 0.05
     config.router.exit_warmup_steps = 300

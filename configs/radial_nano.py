@@ -24,7 +24,6 @@ def get_config() -> ConfigDict:
     # As in radial_micro: which layer is given, when to leave is learned.
     config.router.form = "hash_exit"
     config.router.hidden = 32
-    config.router.load_coef = 0.0
     config.router.exit_training = "benefit"
     config.router.explore = 0.05
     config.router.exit_warmup_steps = 100

@@ -32,7 +32,6 @@ def get_config() -> ConfigDict:
     # What won at small sizes (radial_micro); at this one no recipe was compared with another.
     config.model.num_groups = 12
     config.router.form = "hash_exit"
-    config.router.load_coef = 0.0
     config.router.hidden = 96  # An eighth of the width, as docs/ROUTER.md advises.
     config.router.depth_target = 12.0
     config.router.exit_training = "benefit"

@@ -6,7 +6,6 @@
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from radialnet.router import (
     Controllers,
@@ -19,8 +18,6 @@ from radialnet.router import (
     hashed_layer,
     keys_at_step,
 )
-from radialnet.sections import ModelConfig, RouterConfig
-from radialnet.sharding import ALONE, Parallel
 
 
 class ExitRouter(Router):
@@ -28,17 +25,6 @@ class ExitRouter(Router):
 
     Where several rows are generated, each of them at a step of its own, it is looked at at every step all the same.
     """
-
-    def __init__(
-        self,
-        model_cfg: ModelConfig,
-        cfg: RouterConfig,
-        rngs: nnx.Rngs,
-        parallel: Parallel = ALONE,
-        vocab_size: int = 0,
-    ):
-        num_outputs = 0 if cfg.predicts_benefit else 1
-        super().__init__(model_cfg, cfg, rngs, parallel, num_outputs, vocab_size)
 
     def __call__(self, h_BSD: jax.Array, step: StepInputs, controllers: Controllers, at: Schedule) -> Route:
         """`Router.__call__`."""

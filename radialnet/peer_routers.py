@@ -30,8 +30,9 @@ def make_router(
     forms = {"skip": SkipRouter, "mod": CapacityRouter, "recursion": RecursionRouter}
     if cfg.form in forms:
         return forms[cfg.form](model_cfg, cfg, rngs, parallel)
-    router = ExitRouter if cfg.gives_layers else Router
-    return router(model_cfg, cfg, rngs, parallel, vocab_size=vocab_size)
+    if cfg.gives_layers:
+        return ExitRouter(model_cfg, cfg, rngs, parallel, 0 if cfg.predicts_benefit else 1, vocab_size)
+    return Router(model_cfg, cfg, rngs, parallel, vocab_size=vocab_size)
 
 
 class SkipRouter(Router):
