@@ -14,8 +14,15 @@ _DEPTHS: Values = {
 }
 _EXITS: Values = {**_DEPTHS, "router.exit_training": "benefit", "router.explore": 0.05}
 _LEARNED: Values = {"router.form": "factored"}
+_PULL: Values = {"optimizer.group_decay": 0.3}
 # Routes that the token and the step give, to a layer of the step's group.
-_GROUPS: Values = {"router.form": "hash_exit", "router.load_coef": 0.0, "model.pool_size": 50, "model.num_groups": 4}
+_GROUPS: Values = {
+    "router.form": "hash_exit",
+    "router.load_coef": 0.0,
+    "model.pool_size": 50,
+    "model.num_groups": 4,
+    **_PULL,
+}
 _RADIAL: Values = {**_GROUPS, **_EXITS, "model.max_depth": 5, "model.min_depth": 3, "cache.view": "same_step"}
 # To any layer, by a prior that leaves a router of all layers no choice: what there was before `hash_exit`.
 _HASH: Values = {**_LEARNED, "router.prior": "hash", "router.prior_weight": 1000.0, "router.load_coef": 0.0}
@@ -29,6 +36,7 @@ _HALF: Values = {
     "model.num_groups": 3,
     "router.depth_target": 3.0,
 }
+_ANY_LAYER: Values = {"router.form": "hash", "model.pool_size": 50}
 _RATE: Values = {"optimizer.learning_rate": 3e-3}
 _DECAY: Values = {"optimizer.weight_decay": 2.0}
 _SIX: Values = {"model.pool_size": 6, "model.max_depth": 6, "model.min_depth": 6}
@@ -63,10 +71,13 @@ MODELS: dict[str, Values] = {
     "radial, T/2": _HALF,
     "radial, exits by token": {**_RADIAL, "router.exit_sees": "token"},
     "radial, fixed depth": {**_GROUPS, "cache.view": "same_step"},
-    "hash, pool of 50": {"router.form": "hash", "model.pool_size": 50},
+    "hash, pool of 50": _ANY_LAYER,
+    # The pool is one group for it, of clones at first; or four that mean nothing to it, as where nothing pulls.
+    "hash, pool of 50, pulled": {**_ANY_LAYER, **_PULL, "model.num_groups": 1},
+    "hash, pool of 50, pulled in four": {**_ANY_LAYER, **_PULL},
     **_PEERS,
 }
-BASELINES = ("hash, pool of 50", *_PEERS)
+BASELINES = (*(name for name in MODELS if name.startswith("hash")), *_PEERS)
 # With more seeds, pools and routes, at the learning rate that dense_micro had until 2026-11-27.
 RATE_MODELS: dict[str, Values] = {
     f"{name}, rate 3e-3": {**values, **_RATE}

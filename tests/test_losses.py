@@ -56,7 +56,7 @@ def test_exits_are_trained_by_what_each_further_layer_took_off_the_loss(every):
     """Against the definition, from the states and logits of a model whose tokens leave at 1, 2 or 3 layers; a
     quarter of them have no target, and gain nothing."""
     config = make_config(
-        router__exit_training="benefit", router__read_every=every, model__max_depth=4, train__batch_size=9
+        router__exit_training="benefit", router__read_every=every, model__max_depth=4, train__batch_size=18
     )
     model, batch = Model(config).with_mixed_exits(), make_batch(config, seed=3, packed=True)
     output = model(batch, rng=jax.random.key(2))
