@@ -232,6 +232,7 @@ def _router(config: Config) -> Callable[[], object]:
         controllers=Controllers.init(config.router, config.model.pool_size),
         at=schedule(config.router, config.model.max_depth, jnp.int32(0)),
         rng_B=row_keys(jax.random.key(0), 0, shape[0]),
+        column_M=jnp.zeros(0, jnp.int32),
     )
     h_BSD = jax.random.normal(jax.random.key(0), (*shape, config.model.d_model))
     active_BS = jnp.ones(shape, bool)

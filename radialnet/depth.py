@@ -31,6 +31,7 @@ class Inputs:
     controllers: Controllers
     at: Schedule
     rng_B: jax.Array  # A key for each row.
+    column_M: jax.Array  # Columns of the rows whose states the loss reads: `Trace.read_BMD`; may be none.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,8 +43,8 @@ class DepthLoop:
         keeps_products: whether the backward pass finds what the layers computed, or computes it again, a step at a time
             (rematerialisation: memory of a step's activations instead of T steps').
         keeps_attended: whether it finds what attention did; needed where it finds the products.
-        reads_states: whether the loss looks at the states between steps, so that `Trace.h_BSD` carries a gradient.
-            Exits are then trained by what is read there, and not by the survival gate.
+        reads_states: whether exits are trained by what is read of the states between steps, and not by the survival
+            gate.
     """
 
     graph: nnx.GraphDef
@@ -72,7 +73,8 @@ class Trace:
     sums: StepSums
     num_computed: jax.Array  # Rows that were computed, for nothing or not; in `unrolled` those that execute.
     layer_BS: jax.Array  # The layer that each token executed; L for none.
-    h_BSD: jax.Array  # The residual stream before the step. Carries a gradient if the loop reads states.
+    h_BSD: jax.Array  # The residual stream before the step; without a gradient.
+    read_BMD: jax.Array  # That of `Inputs.column_M`, with one: of a part, for it is kept for all steps.
     exit_logit_BS: jax.Array  # `Route.exit_logit_BS`.
 
 
@@ -113,8 +115,8 @@ def unrolled(loop: DepthLoop, params, h_BSD: jax.Array, is_real_BS: jax.Array, i
         gate_BS, log_survival_BS, sums, route = decide(
             loop, router, h_BSD, log_survival_BS, active_BS, depth_step, inputs, plan
         )
-        before_BSD = h_BSD if loop.reads_states else jax.lax.stop_gradient(h_BSD)
-        steps.append(Trace(sums, route.executes_BS.sum(), route.layer_BS, before_BSD, route.exit_logit_BS))
+        before_BSD, read_BMD = jax.lax.stop_gradient(h_BSD), h_BSD[:, inputs.column_M]
+        steps.append(Trace(sums, route.executes_BS.sum(), route.layer_BS, before_BSD, read_BMD, route.exit_logit_BS))
         if loop.estimator == "dense":
             update_BSD, cache = pool.choose(h_BSD, route, cache, inputs.positions, depth_step)
         else:
@@ -166,7 +168,7 @@ def _forward(loop: DepthLoop, params, h_BSD, is_real_BS, inputs):
         update_BSD, cache, attended, products, num_computed = pool.forward(
             h_BSD, route.layer_BS, cache, inputs.positions, depth_step, products, depth_step
         )
-        trace = Trace(sums, num_computed, route.layer_BS, h_BSD, route.exit_logit_BS)
+        trace = Trace(sums, num_computed, route.layer_BS, h_BSD, h_BSD[:, inputs.column_M], route.exit_logit_BS)
         state = _StepState(
             log_survival_BS=before_BS,
             active_BS=active_BS,
@@ -199,7 +201,7 @@ def _scanned_backward(loop: DepthLoop, residuals, d_outputs):
     @jax.named_scope("depth_step")
     def step(carry, of_step):
         d_h_BSD, d_log_survival_BS, d_logits_BSN, d_entries, d_block, d_router = carry
-        depth_step, h_BSD, state, d_sums, d_exit_logit_BS, d_read_BSD = of_step
+        depth_step, h_BSD, state, d_sums, d_exit_logit_BS, d_read_BMD = of_step
         cache = last_cache.at_step(state.cache)
 
         def redecide(router_params, h_BSD, log_survival_BS, logits_BSN):
@@ -238,8 +240,7 @@ def _scanned_backward(loop: DepthLoop, residuals, d_outputs):
         )
         d_router = jax.tree.map(jnp.add, d_router, d_of_router)
         d_h_BSD += d_layer_BSD + d_routed_BSD
-        if loop.reads_states:
-            d_h_BSD += d_read_BSD
+        d_h_BSD = d_h_BSD.at[:, inputs.column_M].add(d_read_BMD)
         return (d_h_BSD, d_log_survival_BS, d_logits_BSN, d_entries, d_block, d_router), None
 
     d_entries = tuple(jnp.zeros(x.shape, jnp.float32) for x in (last_cache.k_BCGK, last_cache.v_BCGK))
@@ -250,8 +251,7 @@ def _scanned_backward(loop: DepthLoop, residuals, d_outputs):
     d_log_survival_BS, d_logits_BSN = jnp.zeros(h_TBSD.shape[1:3]), router.no_plan(h_TBSD.shape[1:3]).logits_BSN
     carry = d_h_BSD, d_log_survival_BS, d_logits_BSN, d_entries, d_block, d_router
     d_sums = differentiable(d_trace.sums)
-    d_reads = d_trace.h_BSD if loop.reads_states else None
-    steps = jnp.arange(loop.max_depth), h_TBSD, states, d_sums, d_trace.exit_logit_BS, d_reads
+    steps = jnp.arange(loop.max_depth), h_TBSD, states, d_sums, d_trace.exit_logit_BS, d_trace.read_BMD
     (d_h_BSD, *_, d_block, d_router), _ = jax.lax.scan(step, carry, steps, reverse=True)
 
     nnx.update(router, d_router)

@@ -94,7 +94,7 @@ def executions(
     )
     at = schedule(config.router, cfg.max_depth, step).for_evaluation()
     rng_B = row_keys(jax.random.split(jax.random.key(0))[0], 0, len(h_BSD))
-    inputs = Inputs(batch["token"], positions, controllers, at, rng_B)
+    inputs = Inputs(batch["token"], positions, controllers, at, rng_B, jnp.zeros(0, jnp.int32))
 
     def depth_step(carry, t):
         h_BSD, log_survival_BS, active_BS, plan, cache = carry

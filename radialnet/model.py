@@ -47,19 +47,9 @@ class Read:
     num_left_BM: jax.Array  # Layers that the token still executed.
 
     @classmethod
-    def of(
-        cls, trace: Trace, depth_BS: jax.Array, min_depth: int, every: int, column_rng: jax.Array, rng_B: jax.Array
-    ) -> "Read":
+    def of(cls, trace: Trace, column_M: jax.Array, depth_BS: jax.Array, min_depth: int, rng_B: jax.Array) -> "Read":
         """Of each token that is read, a step drawn at random from those it could have left at; `final_BMD` is the bare
-        state there.
-
-        Args:
-            every: this many-th token is read, from a random one on, round the end of the row.
-        """
-        num_columns = depth_BS.shape[1]
-        every = min(every, num_columns)
-        first = jax.random.randint(column_rng, (), 0, num_columns)
-        column_M = (first + every * jnp.arange(num_columns // every)) % num_columns
+        state there."""
         depth_BM = depth_BS[:, column_M]
         num_steps_BM = depth_BM - min_depth
         step_BM = min_depth + (draw(jax.random.uniform, rng_B, depth_BM.shape) * num_steps_BM).astype(jnp.int32)
@@ -68,10 +58,17 @@ class Read:
         return cls(
             column_M=column_M,
             is_read_BM=num_steps_BM > 0,
-            final_BMD=trace.h_BSD[step_BM, rows_B1, column_M],
+            final_BMD=trace.read_BMD[step_BM, rows_B1, jnp.arange(len(column_M))],
             exit_logit_BM=trace.exit_logit_BS[step_BM, rows_B1, column_M],
             num_left_BM=jnp.maximum(depth_BM - step_BM, 1),
         )
+
+
+def spread_columns(num_columns: int, every: int, rng: jax.Array) -> jax.Array:
+    """Every so-many-th column of a row, from a random one on, round its end: [M]. One at least."""
+    every = min(every, num_columns)
+    first = jax.random.randint(rng, (), 0, num_columns)
+    return (first + every * jnp.arange(num_columns // every)) % num_columns
 
 
 class RadialTransformer(nnx.Module):
@@ -161,7 +158,12 @@ class RadialTransformer(nnx.Module):
         first_row, batch = self.parallel.first_row(len(token_BS)), len(token_BS)
         route_rng, read_rng = jax.random.split(rng)
         column_rng, step_rng = jax.random.split(read_rng)
-        inputs = Inputs(token_BS, positions, controllers, at, row_keys(route_rng, first_row, batch))
+        column_M = jnp.zeros(0, jnp.int32)
+        if self.reads_states:
+            # Evaluation has one key for all batches, and should not look at the same columns in each of them.
+            column_rng = jax.random.fold_in(column_rng, self.parallel.sum_rows(token_BS.sum()))
+            column_M = spread_columns(token_BS.shape[1], self.read_every, column_rng)
+        inputs = Inputs(token_BS, positions, controllers, at, row_keys(route_rng, first_row, batch), column_M)
         h_BSD, trace = run(loop, params, h_BSD, is_real_BS, inputs)
         depth_BS = (trace.layer_BS < self.cfg.pool_size).sum(0)
         ratio_TBS = residual_ratio(jnp.concatenate([trace.h_BSD, h_BSD[None]]))
@@ -169,10 +171,8 @@ class RadialTransformer(nnx.Module):
         h_BSD = self._run_unshared(self.coda, h_BSD, is_real_BS, positions)
         final_BSD, read = self.final(h_BSD), None
         if self.reads_states:
-            # Evaluation has one key for all batches, and should not look at the same columns in each of them.
-            column_rng = jax.random.fold_in(column_rng, self.parallel.sum_rows(token_BS.sum()))
             rng_B = row_keys(step_rng, first_row, batch)
-            read = Read.of(trace, depth_BS, self.cfg.min_depth, self.read_every, column_rng, rng_B)
+            read = Read.of(trace, column_M, depth_BS, self.cfg.min_depth, rng_B)
             read = read.replace(final_BMD=self.final(read.final_BMD))
         head = self.head[...].astype(final_BSD.dtype)
         return Output(

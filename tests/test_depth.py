@@ -140,7 +140,8 @@ def memory(max_depth, **overrides):
     model, batch = Model(config), make_batch(config)
 
     def loss(params):
-        return forward(model.graph, params, batch, model.controllers, model.at, jax.random.key(0)).exit_BSD.sum()
+        output = forward(model.graph, params, batch, model.controllers, model.at, jax.random.key(0))
+        return output.exit_BSD.sum() + (output.read.final_BMD.sum() if output.read else 0)
 
     return jax.jit(jax.grad(loss)).lower(model.params).compile().memory_analysis().temp_size_in_bytes
 
@@ -155,6 +156,15 @@ def test_one_cache_is_kept_and_not_one_for_each_step(view):
 def test_rematerialisation_saves_memory():
     kept, again = (memory(16, model__remat=remat) for remat in ("none", "step"))
     assert again < 0.6 * kept
+
+
+def test_states_that_are_not_read_have_no_gradient_to_keep():
+    """A step keeps a gradient of what is read of its states, and not of all."""
+    fields = {"router__exit_training": "benefit", "model__min_depth": 1, "model__remat": "step"}
+    every, few = (memory(16, router__read_every=every, **fields) for every in (1, 8))
+    config = make_config(train__seq_len=64)
+    states = 16 * config.train.batch_size * 64 * config.model.d_model * 4
+    assert every - few > 0.8 * states
 
 
 def test_a_step_that_is_not_differentiated_keeps_nothing():
