@@ -23,7 +23,14 @@ _GROUPS: Values = {
     "model.num_groups": 4,
     **_PULL,
 }
-_RADIAL: Values = {**_GROUPS, **_EXITS, "model.max_depth": 5, "model.min_depth": 3, "cache.view": "same_step"}
+_RADIAL: Values = {
+    **_GROUPS,
+    **_EXITS,
+    "router.read_coef": 0.2,
+    "model.max_depth": 5,
+    "model.min_depth": 3,
+    "cache.view": "same_step",
+}
 # To any layer, by a prior that leaves a router of all layers no choice: what there was before `hash_exit`.
 _HASH: Values = {**_LEARNED, "router.prior": "hash", "router.prior_weight": 1000.0, "router.load_coef": 0.0}
 _ANY_ORDER: Values = {**_HASH, "model.pool_size": 48, **_EXITS}
@@ -72,9 +79,8 @@ MODELS: dict[str, Values] = {
     "radial, exits by token": {**_RADIAL, "router.exit_sees": "token"},
     "radial, fixed depth": {**_GROUPS, "cache.view": "same_step"},
     "hash, pool of 50": _ANY_LAYER,
-    # The pool is one group for it, of clones at first; or four that mean nothing to it, as where nothing pulls.
+    # The pool is one group for it, of clones at first.
     "hash, pool of 50, pulled": {**_ANY_LAYER, **_PULL, "model.num_groups": 1},
-    "hash, pool of 50, pulled in four": {**_ANY_LAYER, **_PULL},
     **_PEERS,
 }
 BASELINES = (*(name for name in MODELS if name.startswith("hash")), *_PEERS)
@@ -106,20 +112,52 @@ RATE_MODELS: dict[str, Values] = {
 # Added to the trained exit bias (nats that another layer must take off the loss) to read one model at many depths. The
 # first one switches exits off.
 EXIT_BIASES = (-1e9, -0.1, -0.05, -0.03, -0.02, -0.01, 0.0, 0.01, 0.02, 0.03, 0.05)
-# Models of words, by what differs from configs/dense_mini.py.
+# Models of words, by what differs from configs/dense_mini.py: 2 layers per token.
+_RADIAL_MINI: Values = {
+    "router.form": "hash_exit",
+    "model.pool_size": 48,
+    "model.num_groups": 2,
+    "model.max_depth": 3,
+    "model.min_depth": 1,
+    "router.exit_training": "benefit",
+    "router.read_every": 4,
+    "router.explore": 0.05,
+    "router.exit_warmup_steps": 80,
+    "router.depth_ramp_steps": 200,
+    "cache.view": "same_step",
+    "optimizer.group_decay": 1.0,
+}
 MINI_MODELS: dict[str, Values] = {
     "BPE, dense": {},
-    "BPE, dense, rate 3e-3": _RATE,
-    "BPE, dense, rate 3e-3, decay 2": {**_RATE, **_DECAY},
-    "BPE, dense, rate 3e-3, decay 4": {**_RATE, "optimizer.weight_decay": 4.0},
-    "BPE, radial, fixed depth, rate 3e-3, decay 2": {
-        **_HASH,
-        "router.prior": "group_hash",
-        "model.pool_size": 16,
-        **_RATE,
-        **_DECAY,
-    },
-    "BPE, hash, rate 3e-3, decay 2": {"router.form": "hash", "model.pool_size": 20, **_RATE, **_DECAY},
+    # configs/radial_mini.py.
+    "BPE, radial": _RADIAL_MINI,
+    "BPE, hash": {"router.form": "hash", "model.pool_size": 48, "optimizer.group_decay": 1.0, "model.num_groups": 1},
+}
+# 4 layers, as dense_mini had until 2026-11-27.
+_FOUR: Values = {
+    "model.pool_size": 4,
+    "model.max_depth": 4,
+    "model.min_depth": 4,
+    "router.depth_target": 4.0,
+    "train.num_steps": 1350,
+    "eval.every_steps": 450,
+}
+FOUR_MODELS: dict[str, Values] = {
+    f"{name}, 4 layers": {**_FOUR, **values}
+    for name, values in {
+        "BPE, dense": {},
+        "BPE, dense, rate 3e-3": _RATE,
+        "BPE, dense, rate 3e-3, decay 2": {**_RATE, **_DECAY},
+        "BPE, dense, rate 3e-3, decay 4": {**_RATE, "optimizer.weight_decay": 4.0},
+        "BPE, radial, fixed depth, rate 3e-3, decay 2": {
+            **_HASH,
+            "router.prior": "group_hash",
+            "model.pool_size": 16,
+            **_RATE,
+            **_DECAY,
+        },
+        "BPE, hash, rate 3e-3, decay 2": {"router.form": "hash", "model.pool_size": 20, **_RATE, **_DECAY},
+    }.items()
 }
 # Models of the hop task, by what differs from configs/hops.py.
 HOP_MODELS: dict[str, Values] = {
@@ -147,7 +185,13 @@ TABLES = (
     Table(
         "Words",
         MINI_MODELS,
-        "BPE, dense, rate 3e-3, decay 2",
+        "BPE, dense",
+        "14 million tokens of a BPE of 1,024; AdamW at a learning rate of 6e-3, weight decay 1.",
+    ),
+    Table(
+        "Words, four layers",
+        FOUR_MODELS,
+        "BPE, dense, rate 3e-3, decay 2, 4 layers",
         "22 million tokens of a BPE of 1,024; AdamW, rate 6e-3 and weight decay 1 but where a name says otherwise.",
     ),
 )
@@ -246,9 +290,7 @@ def figures_of(models: dict[str, dict], curve: list[dict], hop_runs: list[dict])
         "radial T÷2/dense T": ratio("radial, T/2", "dense, 6 layers"),
         "layers saved at 0.5 % loss": layers_saved(curve, 0.005) if curve else None,
         "radial/best baseline": ratio("radial", *BASELINES),
-        "BPE, radial fixed depth/dense": ratio(
-            "BPE, radial, fixed depth, rate 3e-3, decay 2", "BPE, dense, rate 3e-3, decay 2"
-        ),
+        "BPE, radial/dense": ratio("BPE, radial", "BPE, dense"),
         "hops spearman": statistics.fmean(correlations) if correlations else None,
         "load entropy": of("radial", "load_entropy"),
         "route_mi": of("radial", "route_mi"),
