@@ -74,7 +74,8 @@ def get_config() -> ConfigDict:
     # tokens of one id leave at the same step, whatever their context). The latter needs `explore`.
     router.exit_sees = "state"
     router.read_coef = 0.1  # Of `benefit`: of the cross-entropy at states between steps.
-    # Of `benefit`: every this many-th token has one such state read. 1: each, as many products of the head again.
+    # Of `benefit`: every this many-th token has one such state read. 1: each, as many products of the head again, and
+    # gradients of the states of all T steps in memory.
     router.read_every = 1
     router.explore = 0.0  # Share of tokens that in training don't leave before T, whatever the router says.
     router.capacity = 0.5  # Of `mod`: share of a row's tokens that execute a step at which tokens compete.

@@ -33,7 +33,8 @@ def get_config() -> ConfigDict:
     config.router.exit_warmup_steps = 300
     config.router.depth_ramp_steps = 700
 
-    # Better by 0.3 % to 0.7 % at the end, behind for two thirds of the steps (docs/LOG.md).
+    # Layers of a group are pulled to their mean: 0.3 % to 0.7 % better at the end, and behind for two thirds of the
+    # steps (docs/LOG.md).
     config.optimizer.group_decay = 0.3
 
     # Keys of a group meet queries of their own step only: 0.2 % better than "latest", one seed (docs/LOG.md).

@@ -222,9 +222,7 @@ def _router(config: Config) -> Callable[[], object]:
     """The router alone, as a training step runs it: forward at all depth steps, then again with the gradient."""
     graph, params = nnx.split(Router(config.model, config.router, nnx.Rngs(0)))
     shape = config.train.batch_size, config.train.seq_len
-    loop = DepthLoop(
-        graph, config.cache.view, config.model.max_depth, config.router.estimator, VOCAB, True, True, False
-    )
+    loop = DepthLoop(graph, config.cache.view, config.model.max_depth, config.router.estimator, VOCAB, True, True, True)
     token_BS = jnp.zeros(shape, jnp.int32)
     inputs = Inputs(
         token_BS=token_BS,
@@ -232,7 +230,6 @@ def _router(config: Config) -> Callable[[], object]:
         controllers=Controllers.init(config.router, config.model.pool_size),
         at=schedule(config.router, config.model.max_depth, jnp.int32(0)),
         rng_B=row_keys(jax.random.key(0), 0, shape[0]),
-        column_M=jnp.zeros(0, jnp.int32),
     )
     h_BSD = jax.random.normal(jax.random.key(0), (*shape, config.model.d_model))
     active_BS = jnp.ones(shape, bool)

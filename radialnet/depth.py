@@ -31,7 +31,8 @@ class Inputs:
     controllers: Controllers
     at: Schedule
     rng_B: jax.Array  # A key for each row.
-    column_M: jax.Array  # Columns of the rows whose states the loss reads: `Trace.read_BMD`; may be none.
+    # Columns of the rows whose states the loss reads, `Trace.read_BMD`; no two alike.
+    column_M: jax.Array = flax.struct.field(default_factory=lambda: jnp.zeros(0, jnp.int32))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,8 +44,8 @@ class DepthLoop:
         keeps_products: whether the backward pass finds what the layers computed, or computes it again, a step at a time
             (rematerialisation: memory of a step's activations instead of T steps').
         keeps_attended: whether it finds what attention did; needed where it finds the products.
-        reads_states: whether exits are trained by what is read of the states between steps, and not by the survival
-            gate.
+        has_survival_gate: whether updates carry the gradient of the exits before them; not where exits are trained by
+            what is read of the states between steps.
     """
 
     graph: nnx.GraphDef
@@ -54,7 +55,7 @@ class DepthLoop:
     vocab_size: int
     keeps_products: bool
     keeps_attended: bool
-    reads_states: bool
+    has_survival_gate: bool
 
     def modules(self, params) -> tuple[Router, LayerPool]:
         return nnx.merge(self.graph, params)
@@ -74,7 +75,7 @@ class Trace:
     num_computed: jax.Array  # Rows that were computed, for nothing or not; in `unrolled` those that execute.
     layer_BS: jax.Array  # The layer that each token executed; L for none.
     h_BSD: jax.Array  # The residual stream before the step; without a gradient.
-    read_BMD: jax.Array  # That of `Inputs.column_M`, with one: of a part, for it is kept for all steps.
+    read_BMD: jax.Array  # The same in `Inputs.column_M`, with one: in all of them T steps' would be kept at once.
     exit_logit_BS: jax.Array  # `Route.exit_logit_BS`.
 
 
@@ -95,7 +96,7 @@ def decide(
     route = router(h_BSD, step, inputs.controllers, inputs.at)
     log_survival_BS += route.log_survive_BS
     gate_BS = jnp.ones(active_BS.shape)
-    if not loop.reads_states:
+    if loop.has_survival_gate:
         gate_BS *= choice_gate(log_survival_BS, loop.estimator)
     if loop.estimator != "dense":
         gate_BS *= choice_gate(route.log_p_layer_BS, loop.estimator)
@@ -240,7 +241,7 @@ def _scanned_backward(loop: DepthLoop, residuals, d_outputs):
         )
         d_router = jax.tree.map(jnp.add, d_router, d_of_router)
         d_h_BSD += d_layer_BSD + d_routed_BSD
-        d_h_BSD = d_h_BSD.at[:, inputs.column_M].add(d_read_BMD)
+        d_h_BSD = d_h_BSD.at[:, inputs.column_M].add(d_read_BMD, unique_indices=True)
         return (d_h_BSD, d_log_survival_BS, d_logits_BSN, d_entries, d_block, d_router), None
 
     d_entries = tuple(jnp.zeros(x.shape, jnp.float32) for x in (last_cache.k_BCGK, last_cache.v_BCGK))

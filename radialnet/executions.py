@@ -90,11 +90,11 @@ def executions(
 
     loop_graph, view = nnx.split((model.router, model.pool))[0], config.view_over(cfg.max_depth)
     loop = DepthLoop(
-        loop_graph, view, cfg.max_depth, model.estimator, model.vocab_size, False, False, model.reads_states
+        loop_graph, view, cfg.max_depth, model.estimator, model.vocab_size, False, False, not model.reads_states
     )
     at = schedule(config.router, cfg.max_depth, step).for_evaluation()
     rng_B = row_keys(jax.random.split(jax.random.key(0))[0], 0, len(h_BSD))
-    inputs = Inputs(batch["token"], positions, controllers, at, rng_B, jnp.zeros(0, jnp.int32))
+    inputs = Inputs(batch["token"], positions, controllers, at, rng_B)
 
     def depth_step(carry, t):
         h_BSD, log_survival_BS, active_BS, plan, cache = carry

@@ -29,7 +29,7 @@ class Output:
     routing: RoutingSums
     depth_BS: jax.Array  # Executed layers of the pool.
     layer_TBS: jax.Array  # The layer that each token executed at each depth step; L for none.
-    h_TBSD: jax.Array  # The residual stream before each depth step.
+    h_TBSD: jax.Array  # The residual stream before each depth step; without a gradient.
     exit_logit_TBS: jax.Array  # e.
     skips_TBS: jax.Array  # Steps at which a token executed nothing; False for padding.
     residual_ratio_TBS: jax.Array  # ‖f(x)‖ / ‖x + f(x)‖ of each executed step, 0 elsewhere; without a gradient.
@@ -53,7 +53,7 @@ class Read:
         depth_BM = depth_BS[:, column_M]
         num_steps_BM = depth_BM - min_depth
         step_BM = min_depth + (draw(jax.random.uniform, rng_B, depth_BM.shape) * num_steps_BM).astype(jnp.int32)
-        step_BM = jnp.clip(step_BM, min(min_depth, len(trace.h_BSD) - 1), len(trace.h_BSD) - 1)
+        step_BM = jnp.clip(step_BM, min(min_depth, len(trace.read_BMD) - 1), len(trace.read_BMD) - 1)
         rows_B1 = jnp.arange(len(depth_BS))[:, None]
         return cls(
             column_M=column_M,
@@ -152,18 +152,17 @@ class RadialTransformer(nnx.Module):
             # Of rows that are computed elsewhere nothing is kept but what comes back.
             keeps_products=self.cfg.remat == "none" and not self.parallel.exchanges,
             keeps_attended=self.cfg.remat == "none" or self.parallel.exchanges,
-            reads_states=self.reads_states,
+            has_survival_gate=not self.reads_states,
         )
         run = unrolled if self.estimator == "dense" else scanned
         first_row, batch = self.parallel.first_row(len(token_BS)), len(token_BS)
         route_rng, read_rng = jax.random.split(rng)
         column_rng, step_rng = jax.random.split(read_rng)
-        column_M = jnp.zeros(0, jnp.int32)
+        inputs = Inputs(token_BS, positions, controllers, at, row_keys(route_rng, first_row, batch))
         if self.reads_states:
             # Evaluation has one key for all batches, and should not look at the same columns in each of them.
             column_rng = jax.random.fold_in(column_rng, self.parallel.sum_rows(token_BS.sum()))
-            column_M = spread_columns(token_BS.shape[1], self.read_every, column_rng)
-        inputs = Inputs(token_BS, positions, controllers, at, row_keys(route_rng, first_row, batch), column_M)
+            inputs = inputs.replace(column_M=spread_columns(token_BS.shape[1], self.read_every, column_rng))
         h_BSD, trace = run(loop, params, h_BSD, is_real_BS, inputs)
         depth_BS = (trace.layer_BS < self.cfg.pool_size).sum(0)
         ratio_TBS = residual_ratio(jnp.concatenate([trace.h_BSD, h_BSD[None]]))
@@ -172,7 +171,7 @@ class RadialTransformer(nnx.Module):
         final_BSD, read = self.final(h_BSD), None
         if self.reads_states:
             rng_B = row_keys(step_rng, first_row, batch)
-            read = Read.of(trace, column_M, depth_BS, self.cfg.min_depth, rng_B)
+            read = Read.of(trace, inputs.column_M, depth_BS, self.cfg.min_depth, rng_B)
             read = read.replace(final_BMD=self.final(read.final_BMD))
         head = self.head[...].astype(final_BSD.dtype)
         return Output(

@@ -43,7 +43,7 @@ _HALF: Values = {
     "model.num_groups": 3,
     "router.depth_target": 3.0,
 }
-_ANY_LAYER: Values = {"router.form": "hash", "model.pool_size": 50}
+_HASH_50: Values = {"router.form": "hash", "model.pool_size": 50}
 _RATE: Values = {"optimizer.learning_rate": 3e-3}
 _DECAY: Values = {"optimizer.weight_decay": 2.0}
 _SIX: Values = {"model.pool_size": 6, "model.max_depth": 6, "model.min_depth": 6}
@@ -78,12 +78,12 @@ MODELS: dict[str, Values] = {
     "radial, T/2": _HALF,
     "radial, exits by token": {**_RADIAL, "router.exit_sees": "token"},
     "radial, fixed depth": {**_GROUPS, "cache.view": "same_step"},
-    "hash, pool of 50": _ANY_LAYER,
-    # The pool is one group for it, of clones at first.
-    "hash, pool of 50, pulled": {**_ANY_LAYER, **_PULL, "model.num_groups": 1},
+    "hash, pool of 50": _HASH_50,
+    # Any layer at any step: all are pulled to one mean, and begin as clones of one.
+    "hash, pool of 50, pulled": {**_HASH_50, **_PULL, "model.num_groups": 1},
     **_PEERS,
 }
-BASELINES = (*(name for name in MODELS if name.startswith("hash")), *_PEERS)
+BASELINES = ("hash, pool of 50", "hash, pool of 50, pulled", *_PEERS)
 # With more seeds, pools and routes, at the learning rate that dense_micro had until 2026-11-27.
 RATE_MODELS: dict[str, Values] = {
     f"{name}, rate 3e-3": {**values, **_RATE}
@@ -131,7 +131,12 @@ MINI_MODELS: dict[str, Values] = {
     "BPE, dense": {},
     # configs/radial_mini.py.
     "BPE, radial": _RADIAL_MINI,
-    "BPE, hash": {"router.form": "hash", "model.pool_size": 48, "optimizer.group_decay": 1.0, "model.num_groups": 1},
+    "BPE, hash, pulled": {
+        "router.form": "hash",
+        "model.pool_size": 48,
+        "model.num_groups": 1,
+        "optimizer.group_decay": 1.0,
+    },
 }
 # 4 layers, as dense_mini had until 2026-11-27.
 _FOUR: Values = {
