@@ -15,6 +15,7 @@ _DEPTHS: Values = {
 _EXITS: Values = {**_DEPTHS, "router.exit_training": "benefit", "router.explore": 0.05}
 _LEARNED: Values = {"router.form": "factored"}
 _PULL: Values = {"optimizer.group_decay": 0.3}
+_NO_PULL: Values = {"optimizer.group_decay": 0.0, "router.read_coef": 0.1}
 # Routes that the token and the step give, to a layer of the step's group.
 _GROUPS: Values = {
     "router.form": "hash_exit",
@@ -76,8 +77,10 @@ MODELS: dict[str, Values] = {
     # configs/radial_micro.py.
     "radial": _RADIAL,
     "radial, T/2": _HALF,
-    "radial, exits by token": {**_RADIAL, "router.exit_sees": "token"},
     "radial, fixed depth": {**_GROUPS, "cache.view": "same_step"},
+    "radial, not pulled": {**_RADIAL, **_NO_PULL},
+    "radial, exits by token, not pulled": {**_RADIAL, "router.exit_sees": "token", **_NO_PULL},
+    "radial, fixed depth, not pulled": {**_GROUPS, "cache.view": "same_step", **_NO_PULL},
     "hash, pool of 50": _HASH_50,
     # Any layer at any step: all are pulled to one mean, and begin as clones of one.
     "hash, pool of 50, pulled": {**_HASH_50, **_PULL, "model.num_groups": 1},
