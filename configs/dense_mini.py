@@ -3,7 +3,7 @@
 What: a plain transformer of 2 layers of width 128, which every token goes through; the baseline of `radial_mini`.
 Cost: 1.2 MFLOP per token forward; 14 million tokens, the standard library three times over: 16 minutes on one CPU core
 (14,000 tokens/s), seconds on a GPU. 0.7M parameters.
-Expected: 2.682 nats per token held out.
+Expected: 2.682 nats per token held out, with Python 3.11.7.
 Command: python train.py --config=configs/dense_mini.py --workdir=runs/dense_mini
 """
 
@@ -26,8 +26,8 @@ def get_config() -> ConfigDict:
 
     config.data.vocab_size = 1024
 
-    # Chosen for four layers that read the text six times over and learn it by heart: 13 % off their loss together
-    # (docs/LOG.md). For two layers nothing else was tried.
+    # Chosen for four layers that read Python 3.12's text six times over and learn it by heart: 13 % off their loss
+    # together (docs/LOG.md). For two layers nothing else was tried.
     config.optimizer.learning_rate = 6e-3
     config.optimizer.weight_decay = 1.0
 

@@ -26,7 +26,7 @@ def get_config() -> ConfigDict:
     config.model.num_groups = 4
 
     config.router.form = "hash_exit"
-    config.router.load_coef = 0.0  # Nothing to learn from it: layers are given, and loaded as the hash does.
+    config.router.load_coef = 0.0  # Without effect: layers are given, and loaded as the hash does.
     config.router.exit_training = "benefit"
     # With 0.1 it was 0.2 to 0.4 % worse, with 0.4 0.5 % (docs/LOG.md).
     config.router.read_coef = 0.2

@@ -222,7 +222,16 @@ def _router(config: Config) -> Callable[[], object]:
     """The router alone, as a training step runs it: forward at all depth steps, then again with the gradient."""
     graph, params = nnx.split(Router(config.model, config.router, nnx.Rngs(0)))
     shape = config.train.batch_size, config.train.seq_len
-    loop = DepthLoop(graph, config.cache.view, config.model.max_depth, config.router.estimator, VOCAB, True, True, True)
+    loop = DepthLoop(
+        graph,
+        config.cache.view,
+        config.model.max_depth,
+        config.router.estimator,
+        VOCAB,
+        keeps_products=True,
+        keeps_attended=True,
+        has_survival_gate=True,
+    )
     token_BS = jnp.zeros(shape, jnp.int32)
     inputs = Inputs(
         token_BS=token_BS,

@@ -31,7 +31,7 @@ class Inputs:
     controllers: Controllers
     at: Schedule
     rng_B: jax.Array  # A key for each row.
-    # Columns of the rows whose states the loss reads, `Trace.read_BMD`; no two alike.
+    # Columns whose states the loss reads (`Trace.read_BMD`), the same in all rows, no two alike.
     column_M: jax.Array = flax.struct.field(default_factory=lambda: jnp.zeros(0, jnp.int32))
 
 
@@ -75,7 +75,8 @@ class Trace:
     num_computed: jax.Array  # Rows that were computed, for nothing or not; in `unrolled` those that execute.
     layer_BS: jax.Array  # The layer that each token executed; L for none.
     h_BSD: jax.Array  # The residual stream before the step; without a gradient.
-    read_BMD: jax.Array  # The same in `Inputs.column_M`, with one: in all of them T steps' would be kept at once.
+    # The same at the columns `Inputs.column_M`, with its gradient: of all columns it would be kept for all T steps.
+    read_BMD: jax.Array
     exit_logit_BS: jax.Array  # `Route.exit_logit_BS`.
 
 

@@ -90,7 +90,14 @@ def executions(
 
     loop_graph, view = nnx.split((model.router, model.pool))[0], config.view_over(cfg.max_depth)
     loop = DepthLoop(
-        loop_graph, view, cfg.max_depth, model.estimator, model.vocab_size, False, False, not model.reads_states
+        loop_graph,
+        view,
+        cfg.max_depth,
+        model.estimator,
+        model.vocab_size,
+        keeps_products=False,
+        keeps_attended=False,
+        has_survival_gate=not model.reads_states,
     )
     at = schedule(config.router, cfg.max_depth, step).for_evaluation()
     rng_B = row_keys(jax.random.split(jax.random.key(0))[0], 0, len(h_BSD))

@@ -49,7 +49,7 @@ class Read:
     @classmethod
     def of(cls, trace: Trace, column_M: jax.Array, depth_BS: jax.Array, min_depth: int, rng_B: jax.Array) -> "Read":
         """Of each token that is read, a step drawn at random from those it could have left at; `final_BMD` is the bare
-        state there."""
+        state there, for the caller to norm."""
         depth_BM = depth_BS[:, column_M]
         num_steps_BM = depth_BM - min_depth
         step_BM = min_depth + (draw(jax.random.uniform, rng_B, depth_BM.shape) * num_steps_BM).astype(jnp.int32)
