@@ -5,7 +5,8 @@ group a token gets is given by its hash, and the layers of a group are pulled to
 after 1 to 3 steps, and a controller holds the mean at 2.
 Cost: 1.26 MFLOP per token forward; 14 million tokens, 21 minutes on one CPU core. 10.5M parameters, 0.7M of them used
 by a token.
-Expected: 2.583 nats per token held out at mean depth 2.00 (dense_mini: 2.682), with Python 3.11.7.
+Expected: 2.583 nats per token held out at mean depth 2.00 (dense_mini: 2.682), with Python 3.11.7. Neither of the two
+learns to copy what it has read, which is worth more than the pool is (docs/LOG.md).
 Command: python train.py --config=configs/radial_mini.py --workdir=runs/radial_mini
 """
 
