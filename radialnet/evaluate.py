@@ -166,7 +166,7 @@ def eval_rows(trained: TrainedModel, workdir: Path, data: str | None) -> Rows:
     Raises:
         ConfigError: the documents of the run are not there any more, or others; or `data` can't be read as text.
     """
-    folder = RunFolder(workdir)
+    folder = RunFolder(workdir.expanduser())
     if not data:
         return prepare(trained.config, folder).eval
     if trained.config.data.source == "hops":

@@ -197,7 +197,7 @@ TABLES = (
         MINI_MODELS,
         "BPE, dense",
         "14 million tokens of a BPE of 1,024; AdamW at a learning rate of 6e-3 and weight decay 1, as chosen for four "
-        "dense layers. Neither model copies what it has read (docs/LOG.md).",
+        "dense layers.",
     ),
     Table(
         "Words, four layers",

@@ -292,6 +292,8 @@ def test_what_has_no_report_and_no_text(trained, tmp_path):
     (other / "config.json").write_text(json.dumps({**config, "data": {**config["data"], "source": "stdlib"}}))
     _, stderr = run("-m", "radialnet.hops", f"--workdir={other}", code=2)
     assert stderr.count("\n") == 1 and "config.data.source='stdlib'" in stderr
+    _, stderr = run("-m", "radialnet.copying", f"--workdir={workdir}", code=2)
+    assert stderr == f"error: --workdir={workdir}: a run on config.data.source='hops': radialnet.hops is for it\n"
     _, stderr = run("-m", "radialnet.evaluate", f"--workdir={workdir}", "--data=README.md", code=2)
     assert stderr.count("\n") == 1 and "--data=README.md" in stderr
     _, stderr = run("-m", "radialnet.hops", f"--workdir={tmp_path}", code=2)
