@@ -294,13 +294,21 @@ def _validate_run(config: Sections) -> None:
     _require(data.vocab_size <= 2**20, f"config.data.vocab_size={data.vocab_size}: at most 2**20 is needed")
     _require(bool(data.cache_dir), f"config.data.cache_dir={data.cache_dir!r}: a folder is needed")
     _require(0 < data.eval_fraction < 1, f"config.data.eval_fraction={data.eval_fraction}: between 0 and 1 is needed")
-    _at_least(
-        "optimizer", optimizer, 0, "learning_rate", "warmup_steps", "final_fraction", "weight_decay", "group_decay"
-    )
+    _at_least("optimizer", optimizer, 0, "learning_rate", "warmup_steps", "final_fraction", "weight_decay")
+    _at_least("optimizer", optimizer, 0, "group_decay", "group_decay_init", "group_decay_steps")
+    for name in ("group_decay", "group_decay_init"):
+        value = getattr(optimizer, name)
+        _require(
+            optimizer.learning_rate * value <= 1,
+            f"config.optimizer.{name}={value}: at most 1 / config.optimizer.learning_rate (of "
+            f"{optimizer.learning_rate}) is needed; with more, layers overshoot the mean of their group",
+        )
     _require(
-        optimizer.learning_rate * optimizer.group_decay <= 1,
-        f"config.optimizer.group_decay={optimizer.group_decay}: at most 1 / config.optimizer.learning_rate (of "
-        f"{optimizer.learning_rate}) is needed; with more, layers overshoot the mean of their group",
+        bool(optimizer.group_decay_init) == bool(optimizer.group_decay_steps)
+        and (not optimizer.group_decay_steps or 0 < optimizer.group_decay <= optimizer.group_decay_init),
+        f"config.optimizer.group_decay_init={optimizer.group_decay_init}, "
+        f"group_decay_steps={optimizer.group_decay_steps}, group_decay={optimizer.group_decay}: 0 and 0, or some steps "
+        "from at least a group_decay above 0, are needed",
     )
     has_groups = not config.router.is_in_order and config.model.pool_size > config.model.num_layer_groups
     _require(

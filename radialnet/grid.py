@@ -134,7 +134,8 @@ def _following(fields: dict, assigned: Values, given: Values) -> Values:
             following["model.pool_size"] = max_depth
     if form in IN_ORDER_FORMS:
         following |= {"model.num_groups": 0} if model["num_groups"] else {}
-        following |= {"optimizer.group_decay": 0.0} if fields["optimizer"]["group_decay"] else {}
+        pull = {"group_decay": 0.0, "group_decay_init": 0.0, "group_decay_steps": 0}
+        following |= {f"optimizer.{name}": none for name, none in pull.items() if fields["optimizer"][name]}
     return {field: value for field, value in following.items() if field not in assigned and field not in given}
 
 

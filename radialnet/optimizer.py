@@ -22,16 +22,25 @@ def learning_rate(config: Config) -> optax.Schedule:
     return lambda count: schedule(count + 1)
 
 
+def group_decay(config: Config) -> optax.Schedule:
+    """γ of the update after `count` others: from `group_decay_init` to `group_decay`, by the same factor each step."""
+    cfg = config.optimizer
+    if not cfg.group_decay_steps:
+        return optax.constant_schedule(cfg.group_decay)
+    factor = (cfg.group_decay / cfg.group_decay_init) ** (1 / cfg.group_decay_steps)
+    return optax.exponential_decay(cfg.group_decay_init, 1, factor, end_value=cfg.group_decay)
+
+
 def make_optimizer(config: Config) -> optax.GradientTransformation:
     """Frozen parts get updates of 0, and have no moments; with `low_rank` the pool's matrices have those of factors."""
     cfg, model = config.optimizer, config.model
-    decay = optax.add_decayed_weights(cfg.weight_decay, _decayed)
+    scale = optax.scale_by_learning_rate(learning_rate(config))
     if cfg.group_decay:
-        decay = _and_group_decay(decay, cfg.group_decay, group_of_layer(model.pool_size, model.num_layer_groups))
+        scale = _and_group_decay(scale, group_decay(config), group_of_layer(model.pool_size, model.num_layer_groups))
     adamw = optax.chain(
         _scale_by_adam(b1=0.9, b2=cfg.b2, eps=1e-8),
-        decay,
-        optax.scale_by_learning_rate(learning_rate(config)),
+        optax.add_decayed_weights(cfg.weight_decay, _decayed),
+        scale,
     )
     if cfg.low_rank:
         adamw = low_rank(adamw, cfg.low_rank, config.train.seed)
@@ -82,13 +91,13 @@ def _scale_by_adam(b1: float, b2: float, eps: float) -> optax.GradientTransforma
 
 
 def _and_group_decay(
-    weight_decay: optax.GradientTransformation, decay: float, group_L: np.ndarray
+    scale: optax.GradientTransformation, decay: optax.Schedule, group_L: np.ndarray
 ) -> optax.GradientTransformation:
-    """Besides that of weights, decay of the pool's layers towards the mean of their group: as if all weights of a layer
-    were drawn around it.
+    """Before `scale` by the learning rate, decay of the pool's layers towards the mean of their group: as if all
+    weights of a layer were drawn around it.
 
-    By the learning rate, as weight decay is, so that it fades as that does. The state is that of `weight_decay`: a run
-    may go on with another one, or none.
+    By the learning rate, as weight decay is, so that it fades as that does. The state is that of `scale`, which counts
+    the updates: a run may go on with another decay, or none.
     """
     num_groups, size_L = int(group_L.max()) + 1, np.bincount(group_L)[group_L]
 
@@ -98,11 +107,11 @@ def _and_group_decay(
         return w_LX - sums_GX[group_L] / size_L.reshape(-1, *(1 for _ in w_LX.shape[1:]))
 
     def update(updates: dict, state: optax.OptState, params: dict) -> tuple[dict, optax.OptState]:
-        updates, state = weight_decay.update(updates, state, params)
-        pulled = jax.tree.map(lambda update, w_LX: update + decay * away(w_LX), updates["pool"], params["pool"])
-        return {**updates, "pool": pulled}, state
+        now = decay(state.count)
+        pulled = jax.tree.map(lambda update, w_LX: update + now * away(w_LX), updates["pool"], params["pool"])
+        return scale.update({**updates, "pool": pulled}, state, params)
 
-    return optax.GradientTransformation(weight_decay.init, update)
+    return optax.GradientTransformation(scale.init, update)
 
 
 def _decayed(params: dict) -> dict:

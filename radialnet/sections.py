@@ -198,6 +198,8 @@ class OptimizerConfig:
     b2: float
     weight_decay: float
     group_decay: float
+    group_decay_init: float
+    group_decay_steps: int
     clip_norm: float
     frozen: str
     low_rank: int

@@ -41,6 +41,27 @@ CONFIGS = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "base
         ({"router__form": "hash_exit", "model__pool_size": 2}, ("form='hash_exit'", "pool_size=2", "max_depth=3")),
         ({"router__form": "hash_exit", "router__every": 2}, ("every=2", "form='hash_exit'")),
         ({"optimizer__group_decay": 400.0}, ("group_decay=400.0", "learning_rate (of 0.003)")),
+        ({"optimizer__group_decay": 1.0, "optimizer__group_decay_init": 9.0}, ("init=9.0", "steps=0", "decay=1.0")),
+        (
+            {"optimizer__group_decay_init": 9.0, "optimizer__group_decay_steps": 5},
+            ("init=9.0", "steps=5", "decay=0.0"),
+        ),
+        (
+            {
+                "optimizer__group_decay": 2.0,
+                "optimizer__group_decay_init": 1.0,
+                "optimizer__group_decay_steps": 5,
+            },
+            ("init=1.0", "steps=5", "decay=2.0"),
+        ),
+        (
+            {
+                "optimizer__group_decay": 1.0,
+                "optimizer__group_decay_init": 400.0,
+                "optimizer__group_decay_steps": 5,
+            },
+            ("group_decay_init=400.0", "learning_rate (of 0.003)"),
+        ),
         ({"optimizer__group_decay": 1.0, "optimizer__frozen": "pool"}, ("group_decay=1.0", "frozen='pool'")),
         ({"optimizer__group_decay": 1.0, "model__pool_size": 3}, ("group_decay=1.0", "pool_size=3", "max_depth=3")),
         ({"optimizer__group_decay": 1.0, "router__form": "cyclic"}, ("group_decay=1.0", "form='cyclic'")),

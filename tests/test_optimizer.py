@@ -71,6 +71,30 @@ def test_group_decay_pulls_layers_to_the_mean_of_their_group():
     np.testing.assert_allclose(frozen["pool"]["qkv"], with_it["pool"]["qkv"], rtol=1e-5, atol=1e-8)
 
 
+def test_group_decay_falls_by_the_same_factor_each_step():
+    """The layers of a group that have no gradients: each step leaves 1 - ηγ of what parts them, with the γ of then."""
+    fields = {
+        "model__pool_size": 2,
+        "model__num_groups": 1,
+        "router__form": "hash_exit",
+        "optimizer__weight_decay": 0.0,
+        "optimizer__group_decay": 2.0,
+        "optimizer__group_decay_init": 32.0,
+        "optimizer__group_decay_steps": 4,
+        "train__num_steps": 20,
+    }
+    config = make_config(**fields)
+    params = {"pool": {"qkv": jnp.asarray([[1.0], [3.0]])}}
+    optimizer = make_optimizer(config)
+    state, apart = optimizer.init(params), 2.0
+    for step, decay in enumerate([32.0, 16.0, 8.0, 4.0, 2.0, 2.0, 2.0]):
+        updates, state = optimizer.update(jax.tree.map(jnp.zeros_like, params), state, params)
+        params = optax.apply_updates(params, updates)
+        apart *= 1 - float(learning_rate(config)(step)) * decay
+        low, high = params["pool"]["qkv"][:, 0]
+        np.testing.assert_allclose([high - low, low + high], [apart, 4.0], rtol=1e-5)
+
+
 def test_learning_rate_warms_up_and_decays():
     config = make_config(
         train__num_steps=100, optimizer__warmup_steps=5, optimizer__learning_rate=0.5, optimizer__final_fraction=0.1
