@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import hashlib
 import itertools
 import re
 from collections.abc import Iterable
@@ -14,12 +15,15 @@ DEPTH_FIELDS = {"model.max_depth": "T", "router.depth_target": "d*"}
 
 Values = dict[str, int | float | str]  # "section.field" to its value.
 
+# Of the name of a folder, in bytes; file systems take no longer one.
+_LONGEST_NAME = 255
+
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
     """One run of the grid."""
 
-    name: str  # Readable, and fit to name its folder.
+    name: str  # Readable where it is short enough, and fit to name its folder.
     series: str  # What it has in common with its likes at other depths and of other seeds.
     depth: str  # Its depth fields.
     swept: Values  # All fields that an axis of the grid sets.
@@ -96,7 +100,7 @@ def expand(fields: dict, axes: list[list[Values]], given: Values) -> list[Cell]:
         others = {field: value for field, value in assigned.items() if field != "train.seed"}
         # The seed is always in the name, so that seeds can be added to a grid.
         seed = assigned.get("train.seed", _value(fields, "train.seed"))
-        name = joined({labels[field]: value for field, value in {**others, "train.seed": seed}.items()})
+        name = _folder_name({labels[field]: value for field, value in {**others, "train.seed": seed}.items()})
         try:
             config = Config.from_dict(fields, **{field.replace(".", "__"): value for field, value in overrides.items()})
         except ConfigError as error:
@@ -154,3 +158,13 @@ def _labels(fields: Iterable[str]) -> dict[str, str]:
 def joined(values: Values) -> str:
     """`max_depth=4+seed=0`; what is better not in the name of a folder becomes an underscore."""
     return "+".join(f"{label}=" + re.sub(r"[^\w.+-]", "_", str(value)) for label, value in values.items())
+
+
+def _folder_name(values: Values) -> str:
+    """`joined`; where that is too long for a folder, its beginning, a hash of it and its last value."""
+    name = joined(values)
+    if len(name.encode()) <= _LONGEST_NAME:
+        return name
+    label, value = list(values.items())[-1]
+    end = f"+{hashlib.sha256(name.encode()).hexdigest()[:12]}+{joined({label: value})}"
+    return name.encode()[: _LONGEST_NAME - len(end.encode())].decode(errors="ignore") + end

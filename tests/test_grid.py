@@ -141,3 +141,22 @@ def test_one_bad_cell_is_named():
 def test_a_field_is_set_in_one_place(given, axes):
     with pytest.raises(ConfigError, match="config.train.seed is set 2 times"):
         cells_of(fields_of(base), *axes, given=given)
+
+
+def test_layers_in_order_are_not_pulled():
+    pull = {"optimizer__group_decay": 1.0, "optimizer__group_decay_init": 30.0, "optimizer__group_decay_steps": 9}
+    (dense,) = cells_of(fields_of(radial_nano, **pull), "router.form=sequential+model.max_depth=4")
+    optimizer = dense.config.optimizer
+    assert (optimizer.group_decay, optimizer.group_decay_init, optimizer.group_decay_steps) == (0, 0, 0)
+
+
+def test_the_name_of_a_cell_fits_a_folder(tmp_path):
+    """Whatever is set: a value may be as long as a path, and of characters of several bytes."""
+    fields, names = fields_of(base, data__source="text"), []
+    for path in ("x" * 243, "x" * 244, "x" * 300 + "/a", "x" * 300 + "/b", "ä" * 130):
+        (cell,) = cells_of(fields, f"data.path={path}", "train.seed=7")
+        assert cell.name.startswith(f"path={path[:100]}") and cell.name.endswith("+seed=7")
+        (tmp_path / cell.name).mkdir()
+        names.append(cell.name)
+    assert names[0] == "path=" + "x" * 243 + "+seed=7", "a name that fits is as it was"
+    assert len(set(names)) == 5
