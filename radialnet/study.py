@@ -117,13 +117,21 @@ RATE_MODELS: dict[str, Values] = {
 # first one switches exits off.
 EXIT_BIASES = (-1e9, -0.1, -0.05, -0.03, -0.02, -0.01, 0.0, 0.01, 0.02, 0.03, 0.05)
 # How hard the layers of a group are pulled where text is words, and is read over and over.
-_MINI_PULL: Values = {"optimizer.group_decay": 1.0}
-_FOUR_PULL: Values = {"optimizer.group_decay": 1.0}
+_MINI_PULL: Values = {
+    "optimizer.group_decay": 0.3,
+    "optimizer.group_decay_init": 100.0,
+    "optimizer.group_decay_steps": 408,
+}
+_FOUR_PULL: Values = {
+    "optimizer.group_decay": 1.0,
+    "optimizer.group_decay_init": 30.0,
+    "optimizer.group_decay_steps": 720,
+}
 # Models of words, by what differs from configs/dense_mini.py: 2 layers per token.
 _MINI_GROUPS: Values = {
     "router.form": "hash_exit",
     "model.pool_size": 48,
-    "model.num_groups": 2,
+    "model.num_groups": 1,
     "cache.view": "same_step",
     **_MINI_PULL,
 }
@@ -141,7 +149,7 @@ MINI_MODELS: dict[str, Values] = {
     "BPE, dense": {},
     # configs/radial_mini.py.
     "BPE, radial": {**_MINI_GROUPS, **_MINI_EXITS},
-    "BPE, radial, fixed depth": _MINI_GROUPS,
+    # Which is what it would be with a fixed depth.
     "BPE, hash, pulled": {**_MINI_HASH, **_MINI_PULL},
 }
 # The same with 4 layers per token, which learn to copy what was read in every seed.

@@ -29,10 +29,12 @@ def test_every_model_is_a_config_that_works_with_each_seed():
     assert cells["radial"][0].config == Config.from_dict(radial_micro.get_config())
     mini = study.cells_of(dense_mini.get_config().to_dict(), study.MINI_MODELS, SEEDS[:1])
     assert mini["BPE, radial"][0].config == Config.from_dict(radial_mini.get_config())
-    for name in ("BPE, radial", "radial", "radial, T/2"):
-        config = (cells | mini)[name][0].config
-        bounds = config.model.min_depth, config.model.num_groups, config.model.max_depth
-        assert [bound - config.router.depth_target for bound in bounds] == [-1, 0, 1]
+    four = study.cells_of(dense_mini.get_config().to_dict(), study.FOUR_MODELS, SEEDS[:1])
+    for name in ("BPE, radial, 4 layers", "BPE, radial", "radial", "radial, T/2"):
+        config = (cells | mini | four)[name][0].config
+        bounds = config.model.min_depth, config.model.max_depth
+        assert [bound - config.router.depth_target for bound in bounds] == [-1, 1]
+        assert config.model.num_groups == (1 if name == "BPE, radial" else config.router.depth_target)
     assert config.router.depth_target == cells["dense, 6 layers"][0].config.model.max_depth / 2
     assert study.cells_of(dense_micro.get_config().to_dict(), {}, SEEDS) == {}
 
