@@ -28,7 +28,7 @@ def get_config() -> ConfigDict:
     config.data.vocab_size = 512
 
     # Chosen for four layers that read Python 3.12's text six times over and learn it by heart: 13 % off their loss
-    # together (docs/LOG.md). For two layers nothing else was tried.
+    # together (docs/LOG.md). For two layers a decay of 0.5 or 2 is 1 % worse; other rates were not tried.
     config.optimizer.learning_rate = 6e-3
     config.optimizer.weight_decay = 1.0
 

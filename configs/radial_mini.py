@@ -21,14 +21,14 @@ def get_config() -> ConfigDict:
     config.model.pool_size = 48
     config.model.max_depth = 3
     config.model.min_depth = 1
-    # All layers serve all steps; with a group for each of the two the loss was 2.3 % higher (docs/LOG.md).
+    # All layers serve all steps: at two layers that is better than a group for each, at four worse (docs/LOG.md).
     config.model.num_groups = 1
 
     # As in radial_micro: which layer is given, when to leave is learned.
     config.router.form = "hash_exit"
     config.router.exit_training = "benefit"
     # read_coef is the default's: that of radial_micro was not tried alone.
-    # The head is a fifth of a token's FLOPs here.
+    # The head is an eighth of a token's FLOPs here.
     config.router.read_every = 4
     config.router.explore = 0.05
     config.router.exit_warmup_steps = 80
@@ -36,7 +36,7 @@ def get_config() -> ConfigDict:
 
     config.cache.view = "same_step"
 
-    # One layer at first, in which what all tokens need is found, and then more and more of 48.
+    # One layer at first, in which what all tokens need is found, and then more and more of 48; for 0.6 of the run.
     config.optimizer.group_decay = 0.3
     config.optimizer.group_decay_init = 100.0
     config.optimizer.group_decay_steps = 408

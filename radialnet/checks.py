@@ -307,8 +307,8 @@ def _validate_run(config: Sections) -> None:
         bool(optimizer.group_decay_init) == bool(optimizer.group_decay_steps)
         and (not optimizer.group_decay_steps or 0 < optimizer.group_decay <= optimizer.group_decay_init),
         f"config.optimizer.group_decay_init={optimizer.group_decay_init}, "
-        f"group_decay_steps={optimizer.group_decay_steps}, group_decay={optimizer.group_decay}: 0 and 0, or some steps "
-        "from at least a group_decay above 0, are needed",
+        f"group_decay_steps={optimizer.group_decay_steps}, group_decay={optimizer.group_decay}: the first two "
+        "must both be 0, or both above 0 with 0 < group_decay <= group_decay_init",
     )
     has_groups = not config.router.is_in_order and config.model.pool_size > config.model.num_layer_groups
     _require(

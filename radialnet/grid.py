@@ -15,7 +15,7 @@ DEPTH_FIELDS = {"model.max_depth": "T", "router.depth_target": "d*"}
 
 Values = dict[str, int | float | str]  # "section.field" to its value.
 
-# Of the name of a folder, in bytes; file systems take no longer one.
+# Of the name of a folder, in bytes; most file systems take no longer one.
 _LONGEST_NAME = 255
 
 
@@ -122,7 +122,7 @@ def _following(fields: dict, assigned: Values, given: Values) -> Values:
     """What a max depth, or a form, takes along where it is not set itself.
 
     Exits that are off stay off, what may not be more than the depth is lowered to it, a dense run has as many layers.
-    Layers in order have no groups, and none that are pulled together.
+    Layers in order have no groups, and none that are pulled together; a pull of 0 does not begin with another one.
     """
     model, router, following = fields["model"], fields["router"], {}
     form = assigned.get("router.form", router["form"])
@@ -136,8 +136,10 @@ def _following(fields: dict, assigned: Values, given: Values) -> Values:
             following["model.num_groups"] = max_depth
         if form == "sequential":
             following["model.pool_size"] = max_depth
+    pulled = form not in IN_ORDER_FORMS and assigned.get("optimizer.group_decay", True)
     if form in IN_ORDER_FORMS:
         following |= {"model.num_groups": 0} if model["num_groups"] else {}
+    if not pulled:
         pull = {"group_decay": 0.0, "group_decay_init": 0.0, "group_decay_steps": 0}
         following |= {f"optimizer.{name}": none for name, none in pull.items() if fields["optimizer"][name]}
     return {field: value for field, value in following.items() if field not in assigned and field not in given}
@@ -161,7 +163,7 @@ def joined(values: Values) -> str:
 
 
 def _folder_name(values: Values) -> str:
-    """`joined`; where that is too long for a folder, its beginning, a hash of it and its last value."""
+    """`joined`; where that is too long for a folder, its beginning, a hash of it and the last value, a cell's seed."""
     name = joined(values)
     if len(name.encode()) <= _LONGEST_NAME:
         return name

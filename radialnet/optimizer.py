@@ -27,8 +27,8 @@ def group_decay(config: Config) -> optax.Schedule:
     cfg = config.optimizer
     if not cfg.group_decay_steps:
         return optax.constant_schedule(cfg.group_decay)
-    factor = (cfg.group_decay / cfg.group_decay_init) ** (1 / cfg.group_decay_steps)
-    return optax.exponential_decay(cfg.group_decay_init, 1, factor, end_value=cfg.group_decay)
+    ratio = cfg.group_decay / cfg.group_decay_init
+    return optax.exponential_decay(cfg.group_decay_init, cfg.group_decay_steps, ratio, end_value=cfg.group_decay)
 
 
 def make_optimizer(config: Config) -> optax.GradientTransformation:
@@ -36,7 +36,7 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
     cfg, model = config.optimizer, config.model
     scale = optax.scale_by_learning_rate(learning_rate(config))
     if cfg.group_decay:
-        scale = _and_group_decay(scale, group_decay(config), group_of_layer(model.pool_size, model.num_layer_groups))
+        scale = _with_group_decay(scale, group_decay(config), group_of_layer(model.pool_size, model.num_layer_groups))
     adamw = optax.chain(
         _scale_by_adam(b1=0.9, b2=cfg.b2, eps=1e-8),
         optax.add_decayed_weights(cfg.weight_decay, _decayed),
@@ -90,7 +90,7 @@ def _scale_by_adam(b1: float, b2: float, eps: float) -> optax.GradientTransforma
     return optax.GradientTransformation(optax.scale_by_adam(b1, b2, eps).init, update)
 
 
-def _and_group_decay(
+def _with_group_decay(
     scale: optax.GradientTransformation, decay: optax.Schedule, group_L: np.ndarray
 ) -> optax.GradientTransformation:
     """Before `scale` by the learning rate, decay of the pool's layers towards the mean of their group: as if all

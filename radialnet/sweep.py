@@ -116,7 +116,7 @@ def run_all(
         on_end: called with the path of the log and the exit code.
     """
     waiting, running = list(commands), {}
-    # Before any of them runs: a name may be too long for a folder.
+    # Before any of them runs: a path may be too long, or not one to write to.
     for log in commands:
         log.parent.mkdir(parents=True, exist_ok=True)
     handlers = {number: signal.signal(number, _end) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -143,11 +143,15 @@ def test_a_field_is_set_in_one_place(given, axes):
         cells_of(fields_of(base), *axes, given=given)
 
 
-def test_layers_in_order_are_not_pulled():
+def test_what_is_not_pulled_is_not_at_first_either():
     pull = {"optimizer__group_decay": 1.0, "optimizer__group_decay_init": 30.0, "optimizer__group_decay_steps": 9}
-    (dense,) = cells_of(fields_of(radial_nano, **pull), "router.form=sequential+model.max_depth=4")
-    optimizer = dense.config.optimizer
-    assert (optimizer.group_decay, optimizer.group_decay_init, optimizer.group_decay_steps) == (0, 0, 0)
+    fields = fields_of(radial_nano, **pull)
+    (dense,) = cells_of(fields, "router.form=sequential+model.max_depth=4")
+    found = []
+    for cell in (dense, *cells_of(fields, "optimizer.group_decay=0,2")):
+        optimizer = cell.config.optimizer
+        found.append((optimizer.group_decay, optimizer.group_decay_init, optimizer.group_decay_steps))
+    assert found == [(0, 0, 0), (0, 0, 0), (2, 30, 9)]
 
 
 def test_the_name_of_a_cell_fits_a_folder(tmp_path):

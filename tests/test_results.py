@@ -113,7 +113,8 @@ def test_figures_compare_what_they_say():
     assert found["radial/dense equal depth"] == ce["radial"] / ce["dense"]
     few = {name: models[name] for name in ("radial", "looped", "early exit")}
     assert study.figures_of(few, [], [])["radial/best baseline"] == ce["radial"] / ce["early exit"]
-    assert found["BPE, radial/dense"] == ce["BPE, radial"] / ce["BPE, dense"]
+    for layers in ("", ", 4 layers"):
+        assert found[f"BPE, radial/dense{layers}"] == ce[f"BPE, radial{layers}"] / ce[f"BPE, dense{layers}"]
     assert found["hops spearman"] == 0.5
     assert study.figures_of(models, CURVE, [])["hops spearman"] is None
     few = {name: models[name] for name in ("dense", "radial")}
