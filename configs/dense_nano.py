@@ -17,6 +17,7 @@ def get_config() -> ConfigDict:
     config.router.form = "sequential"
     config.model.pool_size = config.model.max_depth = config.model.min_depth = 4
     config.model.num_groups = 0
-    config.optimizer.group_decay = 0.0
+    config.optimizer.group_decay = config.optimizer.group_decay_init = 0.0
+    config.optimizer.group_decay_steps = 0
 
     return config

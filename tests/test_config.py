@@ -183,6 +183,6 @@ def test_dense_nano_executes_as_many_layers_as_radial_nano():
     )
     assert dense.router.form == "sequential"
     assert dense.model.max_depth == dense.model.pool_size == radial.router.depth_target
-    optimizer = dataclasses.replace(radial.optimizer, group_decay=0.0)
+    optimizer = dataclasses.replace(radial.optimizer, group_decay=0.0, group_decay_init=0.0, group_decay_steps=0)
     assert (dense.train, dense.data, dense.optimizer) == (radial.train, radial.data, optimizer)
     assert (dense.model.d_model, dense.model.d_ff) == (radial.model.d_model, radial.model.d_ff)
