@@ -114,8 +114,8 @@ def get_config() -> ConfigDict:
     # Of all weights of the pool's layers, towards the mean of their group (model.num_groups): a group is one layer, and
     # what each of its layers needs beside that. 0 = none.
     optimizer.group_decay = 0.0
-    # That of the first step, from which it falls, by the same factor each step, to group_decay over
-    # group_decay_steps; both are 0, or none. However long the run is: 0.6 of its steps was good (radial_mini).
+    # γ of the first step; over group_decay_steps it falls to group_decay, by the same factor each step. Both 0:
+    # group_decay throughout; for no pull set all three to 0. About 0.6 of the run's steps were good (radial_mini).
     optimizer.group_decay_init = 0.0
     optimizer.group_decay_steps = 0
     optimizer.clip_norm = 1.0  # Global gradient norm.

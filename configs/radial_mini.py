@@ -3,7 +3,7 @@
 What: a pool of 48 layers of width 128. Which of them a token gets at a step is given by its hash; they are pulled to
 their mean, at first so hard that they are one layer, and later hardly. When to leave is learned, after 1 to 3 steps,
 and a controller holds the mean at 2.
-Cost: 1.13 MFLOP per token forward; 11 million tokens, 17 minutes on one CPU core. 10.4M parameters, 0.6M of them used
+Cost: 1.13 MFLOP per token forward; 11 million tokens, 20 minutes on one CPU core. 10.4M parameters, 0.6M of them used
 by a token.
 Expected: 2.084 nats per token held out at mean depth 2.02, with Python 3.11.7. `dense_mini` has 2.079 with this seed
 and 2.290 and 2.280 with two others, for whether it learns to copy what it has read is chance (docs/LOG.md).

@@ -141,7 +141,7 @@ def _following(fields: dict, assigned: Values, given: Values) -> Values:
         following |= {"model.num_groups": 0} if model["num_groups"] else {}
     if not pulled:
         pull = {"group_decay": 0.0, "group_decay_init": 0.0, "group_decay_steps": 0}
-        following |= {f"optimizer.{name}": none for name, none in pull.items() if fields["optimizer"][name]}
+        following |= {f"optimizer.{name}": zero for name, zero in pull.items() if fields["optimizer"][name]}
     return {field: value for field, value in following.items() if field not in assigned and field not in given}
 
 

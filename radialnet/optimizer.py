@@ -93,11 +93,11 @@ def _scale_by_adam(b1: float, b2: float, eps: float) -> optax.GradientTransforma
 def _with_group_decay(
     scale: optax.GradientTransformation, decay: optax.Schedule, group_L: np.ndarray
 ) -> optax.GradientTransformation:
-    """Before `scale` by the learning rate, decay of the pool's layers towards the mean of their group: as if all
+    """`scale` by the learning rate, and before it a pull of the pool's layers to the mean of their group: as if all
     weights of a layer were drawn around it.
 
-    By the learning rate, as weight decay is, so that it fades as that does. The state is that of `scale`, which counts
-    the updates: a run may go on with another decay, or none.
+    By the learning rate, as weight decay is, so that it fades with that besides its own fall. The state is that of
+    `scale`, which counts the updates: a run may go on with another pull, or none.
     """
     num_groups, size_L = int(group_L.max()) + 1, np.bincount(group_L)[group_L]
 
@@ -107,8 +107,8 @@ def _with_group_decay(
         return w_LX - sums_GX[group_L] / size_L.reshape(-1, *(1 for _ in w_LX.shape[1:]))
 
     def update(updates: dict, state: optax.OptState, params: dict) -> tuple[dict, optax.OptState]:
-        now = decay(state.count)
-        pulled = jax.tree.map(lambda update, w_LX: update + now * away(w_LX), updates["pool"], params["pool"])
+        decay_now = decay(state.count)
+        pulled = jax.tree.map(lambda update, w_LX: update + decay_now * away(w_LX), updates["pool"], params["pool"])
         return scale.update({**updates, "pool": pulled}, state, params)
 
     return optax.GradientTransformation(scale.init, update)
