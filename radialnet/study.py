@@ -152,7 +152,24 @@ MINI_MODELS: dict[str, Values] = {
     "BPE, radial": {**_MINI_GROUPS, **_MINI_EXITS},
     # What `BPE, radial` is with a fixed depth.
     "BPE, hash, pulled": {**_MINI_HASH, **_MINI_PULL},
+    "BPE, hash": _MINI_HASH,
+    # The peers of bytes; exits are when those of the radial network are, and tokens as deep.
+    "BPE, early exit": {"router.form": "early_exit", "model.pool_size": 3, **_MINI_EXITS},
+    # At two layers it is dense: a third one for an eighth of the tokens, as its paper has it, is the nearest.
+    "BPE, Mixture-of-Depths": {
+        **_PEERS["Mixture-of-Depths"],
+        "router.capacity": 0.125,
+        **dict.fromkeys(("model.pool_size", "model.max_depth", "model.min_depth"), 3),
+    },
+    "BPE, Mixture-of-Recursions": {
+        **_PEERS["Mixture-of-Recursions"],
+        "model.pool_size": 1,
+        **{name: _MINI_EXITS[name] for name in _DEPTHS},
+    },
+    "BPE, looped": {**_PEERS["looped"], "model.pool_size": 1},
+    "BPE, random": {**_PEERS["random"], "model.pool_size": 8},
 }
+MINI_BASELINES = ("BPE, hash, pulled", "BPE, hash", *(f"BPE, {name}" for name in _PEERS))
 # The same with 4 layers per token. Dense ones learn to copy what was read in every seed; of two it is chance.
 _FOUR: Values = {
     "model.pool_size": 4,
@@ -314,6 +331,7 @@ def figures_of(models: dict[str, dict], curve: list[dict], hop_runs: list[dict])
         "layers saved at 0.5 % loss": layers_saved(curve, 0.005) if curve else None,
         "radial/best baseline": ratio("radial", *BASELINES),
         "BPE, radial/dense": ratio("BPE, radial", "BPE, dense"),
+        "BPE, radial/best baseline": ratio("BPE, radial", *MINI_BASELINES),
         "BPE, radial/dense, 4 layers": ratio("BPE, radial, 4 layers", "BPE, dense, 4 layers"),
         "hops spearman": statistics.fmean(correlations) if correlations else None,
         "load entropy": of("radial", "load_entropy"),

@@ -23,7 +23,8 @@ def test_every_model_is_a_config_that_works_with_each_seed():
             for field, value in models[name].items():
                 section, key = field.split(".")
                 assert all(getattr(getattr(cell.config, section), key) == value for cell in runs), field
-    assert set(study.BASELINES) < set(study.MODELS) and set(sparsity._BESIDE) < set(study.RATE_MODELS)
+    assert set(study.BASELINES) < set(study.MODELS) and set(study.MINI_BASELINES) < set(study.MINI_MODELS)
+    assert set(sparsity._BESIDE) < set(study.RATE_MODELS)
     assert len(set(study.ALL_MODELS)) == len(study.ALL_MODELS)
     cells = study.cells_of(dense_micro.get_config().to_dict(), study.MODELS, SEEDS[:1])
     assert cells["radial"][0].config == Config.from_dict(radial_micro.get_config())
