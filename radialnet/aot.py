@@ -38,6 +38,7 @@ from ml_collections import config_flags
 
 from radialnet import attention, cli, grouped
 from radialnet.config import Config
+from radialnet.controllers import Controllers, schedule
 from radialnet.cost import PEAK_FLOPS, WIRE_BYTES_PER_S, flops_by_part, rate
 from radialnet.decode_cache import DecodeCache, Stages
 from radialnet.decode_step import Decoding, Weights, decode_step
@@ -45,7 +46,6 @@ from radialnet.hop_task import make_tokenizer
 from radialnet.model import abstract_params, init_params, place
 from radialnet.optimizer import make_optimizer
 from radialnet.program import work_of
-from radialnet.router import Controllers, schedule
 from radialnet.sections import PAGE_SIZE, ConfigError
 from radialnet.sharding import Placement
 from radialnet.tokenizer import BYTE_VOCAB_SIZE, Tokenizer

@@ -36,6 +36,7 @@ from radialnet import attention, cli
 from radialnet.baseline import VOCAB, DenseStep, fused_attention, num_heads, program_mb
 from radialnet.cache import Packing, UnifiedCache
 from radialnet.config import Config
+from radialnet.controllers import Controllers, schedule
 from radialnet.cost import flops_per_token
 from radialnet.data import prefetch, prepare, train_batches
 from radialnet.decode_benchmark import benchmark_cache, benchmark_decode, plot_windows
@@ -46,7 +47,7 @@ from radialnet.metrics import figures
 from radialnet.model import init_params
 from radialnet.optimizer import make_optimizer
 from radialnet.pool import Positions
-from radialnet.router import Controllers, Plan, Router, row_keys, schedule
+from radialnet.router import Plan, Router, row_keys
 from radialnet.router_benchmark import benchmark_router, plot_routers
 from radialnet.run_folder import RunFolder
 from radialnet.sections import ConfigError

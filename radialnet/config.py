@@ -13,8 +13,9 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from configs import base
-from radialnet.checks import validate
 from radialnet.files import write_whole
+from radialnet.model_checks import validate_model, validate_router
+from radialnet.run_checks import validate_run
 from radialnet.sections import ConfigError, Sections
 
 
@@ -35,7 +36,8 @@ class Config(Sections):
                 section, _, field = name.partition("__")
                 fields.setdefault(section, {})[field] = value
         config = _build(cls, fields, "config")
-        validate(config)
+        for validate in (validate_model, validate_router, validate_run):
+            validate(config)
         return config
 
     def to_dict(self) -> dict:

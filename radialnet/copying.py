@@ -20,10 +20,10 @@ from flax import nnx
 
 from radialnet import cli
 from radialnet.config import Config
+from radialnet.controllers import Controllers
 from radialnet.data import Rows, eval_batches
 from radialnet.evaluate import eval_rows
 from radialnet.files import finite
-from radialnet.router import Controllers
 from radialnet.sections import ConfigError
 from radialnet.shards import Batch
 from radialnet.train_step import forward_as_evaluated

@@ -18,11 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from radialnet.controllers import schedule
 from radialnet.cost import entry_bytes
 from radialnet.decode_cache import DecodeCache, Stages
 from radialnet.decode_loop import Log, Rows, decode, start
 from radialnet.decode_step import Choice, Decoding, Weights, logits, prefill, read
-from radialnet.router import schedule
 from radialnet.sampling import Sampling, SamplingRows
 from radialnet.sections import PAGE_SIZE, ConfigError
 from radialnet.trained import TrainedModel

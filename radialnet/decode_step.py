@@ -17,12 +17,13 @@ from flax import nnx
 
 from radialnet import grouped
 from radialnet.config import Config
+from radialnet.controllers import Controllers, Schedule
 from radialnet.decode_attention import attend
 from radialnet.decode_cache import DecodeCache, Stages
 from radialnet.grouping import SMALLEST, gather, plan, scatter
 from radialnet.layers import rotation
 from radialnet.model import RadialTransformer
-from radialnet.router import Controllers, Plan, Schedule, StepInputs, choice_gate
+from radialnet.router import Plan, StepInputs, choice_gate
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,9 +17,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from radialnet.controllers import Controllers, Schedule
 from radialnet.metrics import StepSums
 from radialnet.pool import Attended, LayerPool, Positions, Products
-from radialnet.router import Controllers, Decision, Plan, Router, Schedule, StepInputs, choice_gate
+from radialnet.router import Decision, Plan, Router, StepInputs, choice_gate
 
 
 @flax.struct.dataclass

@@ -24,12 +24,12 @@ import optax
 from absl import flags
 
 from radialnet import cli
+from radialnet.controllers import Controllers
 from radialnet.cost import flops_per_token
 from radialnet.data import Rows, eval_batches, held_out_rows, prepare
 from radialnet.decode import Decoder
 from radialnet.files import finite
 from radialnet.metrics import BatchSums, add, figures
-from radialnet.router import Controllers
 from radialnet.run_folder import RunFolder
 from radialnet.sections import ConfigError
 from radialnet.shards import PADDING, Batch

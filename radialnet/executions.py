@@ -8,12 +8,13 @@ from flax import nnx
 
 from radialnet.cache import UnifiedCache
 from radialnet.config import Config
+from radialnet.controllers import Controllers, schedule
 from radialnet.depth import DepthLoop, Inputs, decide
 from radialnet.grouping import gather
 from radialnet.layers import normed
 from radialnet.model import RadialTransformer
 from radialnet.pool import LayerPool, Positions
-from radialnet.router import Controllers, row_keys, schedule
+from radialnet.router import row_keys
 from radialnet.shards import Batch
 
 

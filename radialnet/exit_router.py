@@ -7,17 +7,8 @@
 import jax
 import jax.numpy as jnp
 
-from radialnet.router import (
-    Controllers,
-    Decision,
-    Route,
-    Router,
-    Schedule,
-    StepInputs,
-    draw,
-    hashed_layer,
-    keys_at_step,
-)
+from radialnet.controllers import Controllers, Schedule
+from radialnet.router import Decision, Route, Router, StepInputs, draw, hashed_layer, keys_at_step
 
 
 class ExitRouter(Router):

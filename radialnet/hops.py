@@ -18,10 +18,10 @@ from flax import nnx
 from radialnet import cli
 from radialnet.checks import check_hops
 from radialnet.config import Config
+from radialnet.controllers import Controllers
 from radialnet.data import eval_batches
 from radialnet.files import finite
 from radialnet.hop_task import HopRows, hops_of
-from radialnet.router import Controllers
 from radialnet.sections import ConfigError
 from radialnet.shards import PADDING, Batch
 from radialnet.train_step import forward_as_evaluated

@@ -25,6 +25,7 @@ import safetensors.numpy
 from radialnet.checkpoint import Checkpoints
 from radialnet.cli import warn
 from radialnet.config import Config
+from radialnet.controllers import Controllers
 from radialnet.data import tokenizer_of_run
 from radialnet.files import sha256_of, write_whole
 from radialnet.gguf_file import read_gguf
@@ -33,7 +34,6 @@ from radialnet.model import abstract_params
 from radialnet.opt import config_of_opt, from_opt
 from radialnet.optimizer import make_optimizer
 from radialnet.pretrained import Tensors, needed
-from radialnet.router import Controllers
 from radialnet.run_folder import RunFolder
 from radialnet.sections import ConfigError
 from radialnet.tokenizer import Tokenizer

@@ -3,9 +3,9 @@
 import jax
 import jax.numpy as jnp
 
+from radialnet.controllers import Schedule
 from radialnet.metrics import RoutingSums
 from radialnet.model import Output, Read
-from radialnet.router import Schedule
 from radialnet.sections import RouterConfig
 from radialnet.sharding import ALONE, Parallel
 

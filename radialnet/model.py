@@ -10,13 +10,14 @@ from flax import nnx
 
 from radialnet.checks import check_mesh
 from radialnet.config import Config
+from radialnet.controllers import Controllers, Schedule
 from radialnet.depth import DepthLoop, Inputs, Trace, scanned, unrolled
 from radialnet.exchange import choose_dispatch, default_kind
 from radialnet.layers import normed
 from radialnet.metrics import RoutingSums
 from radialnet.peer_routers import make_router
 from radialnet.pool import LayerPool, Positions, clone_groups
-from radialnet.router import Controllers, Schedule, draw, group_of_layer, row_keys
+from radialnet.router import draw, group_of_layer, row_keys
 from radialnet.sections import view_over
 from radialnet.sharding import ALONE, Axes, Parallel, Placement, make_mesh
 

@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from radialnet.controllers import Controllers, Schedule
 from radialnet.exit_router import ExitRouter
-from radialnet.router import Controllers, Decision, Plan, Route, Router, Schedule, StepInputs, draw, keys_at_step
+from radialnet.router import Decision, Plan, Route, Router, StepInputs, draw, keys_at_step
 from radialnet.sections import ModelConfig, RouterConfig
 from radialnet.sharding import ALONE, Parallel
 

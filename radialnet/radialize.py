@@ -21,8 +21,8 @@ from flax import nnx
 
 from radialnet import cli
 from radialnet.config import Config
+from radialnet.controllers import Controllers
 from radialnet.interchange import import_pretrained
-from radialnet.router import Controllers
 from radialnet.sections import ConfigError
 from radialnet.shards import Batch
 from radialnet.sources import Document, Source, documents, evenly

@@ -15,9 +15,9 @@ import numpy as np
 from flax import nnx
 
 from radialnet.config import Config
+from radialnet.controllers import Controllers
 from radialnet.data import Rows, eval_batches
 from radialnet.executions import Execution, executions
-from radialnet.router import Controllers
 from radialnet.shards import Batch
 from radialnet.sources import evenly
 from radialnet.trained import TrainedModel

@@ -21,10 +21,11 @@ from configs import base
 from radialnet.aot import devices_of
 from radialnet.comparisons import plot_lines
 from radialnet.config import Config
+from radialnet.controllers import Controllers, schedule
 from radialnet.cost import MEMORY_BYTES_PER_S, PEAK_FLOPS, flops_by_part, rate, weights_by_part
 from radialnet.pool import LayerPool, Positions
 from radialnet.program import work_of
-from radialnet.router import Controllers, Router, StepInputs, row_keys, schedule
+from radialnet.router import Router, StepInputs, row_keys
 from radialnet.sections import ConfigError
 from radialnet.timing import Timings
 

@@ -8,8 +8,8 @@ import numpy as np
 from flax import nnx
 
 from radialnet.config import Config
+from radialnet.controllers import Controllers
 from radialnet.data import Rows, eval_batches
-from radialnet.router import Controllers
 from radialnet.shards import PADDING, Batch
 from radialnet.tokenizer import Tokenizer
 from radialnet.train_step import forward_as_evaluated

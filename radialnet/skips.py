@@ -26,9 +26,9 @@ from flax import nnx
 from radialnet import cli
 from radialnet.comparisons import plot_skips
 from radialnet.config import Config
+from radialnet.controllers import Controllers
 from radialnet.data import eval_batches, held_out_rows
 from radialnet.files import write_whole
-from radialnet.router import Controllers
 from radialnet.sections import ConfigError
 from radialnet.shards import Batch
 from radialnet.sources import documents, evenly

@@ -13,10 +13,10 @@ import optax
 from flax import nnx
 
 from radialnet.config import Config
+from radialnet.controllers import Controllers
 from radialnet.executions import Execution, executions
 from radialnet.layers import rms_norm
 from radialnet.losses import cross_entropy
-from radialnet.router import Controllers
 from radialnet.shards import Batch
 from radialnet.sparse import Gates, TopShare, gains, head_sizes, sparsified, top
 from radialnet.train_step import forward_as_evaluated

@@ -35,11 +35,11 @@ from configs import base
 from radialnet import cli
 from radialnet.comparisons import plot_sparsity
 from radialnet.config import Config
+from radialnet.controllers import Controllers
 from radialnet.data import Rows, batches_from, eval_batches, held_out_rows, prepare
 from radialnet.evaluate import eval_rows
 from radialnet.executions import Execution, executions
 from radialnet.files import write_whole
-from radialnet.router import Controllers
 from radialnet.run_folder import RunFolder
 from radialnet.sections import ConfigError
 from radialnet.shards import Batch

@@ -9,11 +9,11 @@ import optax
 from flax import nnx
 
 from radialnet.config import Config
+from radialnet.controllers import Controllers, Schedule, schedule, update_exit_bias, update_load_bias
 from radialnet.losses import cross_entropy, divergence, read_losses, skip_losses, total_loss
 from radialnet.metrics import BatchSums
 from radialnet.model import Output
 from radialnet.optimizer import clip, learning_rate, without_frozen
-from radialnet.router import Controllers, Schedule, schedule, update_exit_bias, update_load_bias
 from radialnet.sharding import ONE_DEVICE, Parallel, Placement
 
 Batch = dict[str, jax.Array]

@@ -9,9 +9,9 @@ from flax import nnx
 from radialnet.checkpoint import Checkpoints
 from radialnet.cli import warn
 from radialnet.config import Config
+from radialnet.controllers import Controllers
 from radialnet.data import tokenizer_of_run
 from radialnet.model import abstract_params
-from radialnet.router import Controllers
 from radialnet.run_folder import RunFolder, saved_steps
 from radialnet.sections import ConfigError
 from radialnet.tokenizer import Tokenizer

@@ -9,10 +9,11 @@ from flax import nnx
 from radialnet.baseline import VOCAB as BASELINE_VOCAB
 from radialnet.baseline import dense_logits, dense_params
 from radialnet.cache import UnifiedCache
+from radialnet.controllers import Controllers, schedule
 from radialnet.cost import entry_bytes, flops_by_part, flops_per_token, weights_by_part
 from radialnet.model import abstract_params
 from radialnet.peer_routers import make_router
-from radialnet.router import Controllers, StepInputs, row_keys, schedule
+from radialnet.router import StepInputs, row_keys
 from tests.tiny import TOKEN_EXITS, VOCAB, make_config
 
 

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from radialnet import losses
+from radialnet.controllers import Controllers
 from radialnet.data import prepare
 from radialnet.evaluate import evaluate_trained
 from radialnet.losses import divergence, skip_losses
 from radialnet.model import abstract_params, init_params, place, residual_ratio
 from radialnet.optimizer import make_optimizer
-from radialnet.router import Controllers
 from radialnet.run_folder import RunFolder
 from radialnet.sections import ConfigError
 from radialnet.sharding import ONE_DEVICE

@@ -14,12 +14,12 @@ import safetensors.numpy
 
 from radialnet.checkpoint import Checkpoints
 from radialnet.config import Config
+from radialnet.controllers import Controllers
 from radialnet.data import prepare
 from radialnet.interchange import export_run, import_run
 from radialnet.llama import config_of_llama, llama_fields
 from radialnet.model import init_params
 from radialnet.optimizer import learning_rate, make_optimizer
-from radialnet.router import Controllers
 from radialnet.run_folder import RunFolder
 from radialnet.sections import VIEWS, ConfigError
 from radialnet.tokenizer import BYTE_VOCAB_SIZE, Tokenizer

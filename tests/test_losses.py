@@ -7,9 +7,9 @@ import optax
 import pytest
 
 from radialnet import losses
+from radialnet.controllers import schedule
 from radialnet.layers import rms_norm
 from radialnet.losses import cross_entropy, depth_loss, load_loss, read_losses, router_z_loss, total_loss
-from radialnet.router import schedule
 from tests.tiny import Model, make_batch, make_config, zero_sums
 
 T, L = 2, 3

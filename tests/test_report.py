@@ -13,12 +13,12 @@ import pytest
 
 from radialnet.checkpoint import Checkpoints
 from radialnet.config import Config
+from radialnet.controllers import Controllers
 from radialnet.data import prepare
 from radialnet.environment import read_starts, record_start
 from radialnet.evaluate import evaluate_trained
 from radialnet.model import init_params
 from radialnet.report import layer_use, names_of, raised_alarms, read_run, report
-from radialnet.router import Controllers
 from radialnet.routes import PART_OF_CHARACTER, ShownToken, shown_tokens, transitions
 from radialnet.run_folder import RunFolder
 from radialnet.sections import ConfigError

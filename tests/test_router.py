@@ -3,18 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from radialnet.router import (
-    Controllers,
-    Router,
-    StepInputs,
-    choice_gate,
-    group_of_layer,
-    prior_logits,
-    row_keys,
-    schedule,
-    update_exit_bias,
-    update_load_bias,
-)
+from radialnet.controllers import Controllers, schedule, update_exit_bias, update_load_bias
+from radialnet.router import Router, StepInputs, choice_gate, group_of_layer, prior_logits, row_keys
 from tests.tiny import TOKEN_EXITS, VOCAB, Model, make_batch, make_config
 
 L, T = 5, 3

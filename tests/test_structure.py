@@ -5,19 +5,18 @@ import re
 from pathlib import Path
 
 ORDER = [
-    "files", "sections", "checks", "config", "cost", "sharding", "processes", "cli", "grid", "study",
-    "sentencepiece_model", "tokenizer", "sources", "shards", "streaming", "hop_task", "grouping", "row_function",
-    "block_loop", "grouped_kernels", "grouped", "exchange", "visibility", "attention_kernels", "attention", "cache",
-    "layers", "router", "exit_router", "peer_routers", "metrics", "pool", "depth", "model", "losses", "low_rank",
-    "optimizer", "train_step", "run_folder", "environment", "checkpoint", "data", "trained", "plots", "comparisons",
-    "sampling",
-    "decode_cache", "decode_attention", "decode_step", "decode_loop", "decode", "trackers", "writers", "progress",
-    "profiling", "preemption", "alarms", "watchdog", "prepare", "evaluate", "hops", "copying", "generate", "harness",
-    "lm_eval", "routes", "page", "report", "program", "aot", "baseline", "timing", "decode_benchmark",
-    "router_benchmark", "kernel_benchmark", "benchmark", "train_log", "non_finite", "train_loop", "trainer",
-    "pretrained", "llama", "opt", "gguf_file", "interchange", "export", "import", "torch_models", "radialize",
-    "executions", "residuals", "torch_residuals", "profile", "skips", "sparse", "sparse_training", "sparse_decode",
-    "sparsity", "sweep", "results", "scaling",
+    "files", "sections", "checks", "model_checks", "run_checks", "config", "cost", "sharding", "processes", "cli",
+    "grid", "study", "sentencepiece_model", "tokenizer", "sources", "shards", "streaming", "hop_task", "grouping",
+    "row_function", "block_loop", "grouped_kernels", "grouped", "exchange", "visibility", "attention_kernels",
+    "attention", "cache", "layers", "controllers", "router", "exit_router", "peer_routers", "metrics", "pool",
+    "depth", "model", "losses", "low_rank", "optimizer", "train_step", "run_folder", "environment", "checkpoint",
+    "data", "trained", "plots", "comparisons", "sampling", "decode_cache", "decode_attention", "decode_step",
+    "decode_loop", "decode", "trackers", "writers", "progress", "profiling", "preemption", "alarms", "watchdog",
+    "prepare", "evaluate", "hops", "copying", "generate", "harness", "lm_eval", "routes", "page", "report", "program",
+    "aot", "baseline", "timing", "decode_benchmark", "router_benchmark", "kernel_benchmark", "benchmark", "train_log",
+    "non_finite", "train_loop", "trainer", "pretrained", "llama", "opt", "gguf_file", "interchange", "export",
+    "import", "torch_models", "radialize", "executions", "residuals", "torch_residuals", "profile", "skips", "sparse",
+    "sparse_training", "sparse_decode", "sparsity", "sweep", "results", "scaling",
 ]  # fmt: skip
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "radialnet"
@@ -64,7 +63,7 @@ def test_the_faults_of_the_table_are_those_of_tests():
 
 
 def test_config_needs_no_jax():
-    for name in ("files", "sections", "checks", "config"):
+    for name in ("files", "sections", "checks", "model_checks", "run_checks", "config"):
         assert not re.search(r"^\s*(import|from) jax", (PACKAGE / f"{name}.py").read_text(), re.MULTILINE), name
     for path in (ROOT / "configs").glob("*.py"):
         roots = {

@@ -8,9 +8,9 @@ import numpy as np
 
 from configs import base
 from radialnet.config import Config
+from radialnet.controllers import Controllers, schedule
 from radialnet.metrics import RoutingSums
 from radialnet.model import init_params
-from radialnet.router import Controllers, schedule
 from radialnet.train_step import forward
 
 VOCAB = 17
