@@ -14,7 +14,11 @@ _DEPTHS: Values = {
 }
 _EXITS: Values = {**_DEPTHS, "router.exit_training": "benefit", "router.explore": 0.05}
 _LEARNED: Values = {"router.form": "factored"}
-_PULL: Values = {"optimizer.group_decay": 0.3}
+_PULL: Values = {
+    "optimizer.group_decay": 0.03,
+    "optimizer.group_decay_init": 3.0,
+    "optimizer.group_decay_steps": 1800,
+}
 # Routes that the token and the step give, to a layer of the step's group.
 _GROUPS: Values = {
     "router.form": "hash_exit",

@@ -3,6 +3,7 @@
 import dataclasses
 import shutil
 import time
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -27,10 +28,21 @@ from radialnet.run_folder import RunFolder
 from radialnet.sections import ConfigError
 from radialnet.sharding import Placement
 from radialnet.train_log import TrainLog, line_of, stop_if_not_finite
-from radialnet.train_step import Teacher, TrainState, eval_step, jitted_train_step, trees_of
+from radialnet.train_step import (
+    Teacher,
+    TrainState,
+    eval_step,
+    holds_depth,
+    jitted_train_step,
+    settle_step,
+    trees_of,
+)
 from radialnet.trained import TrainedModel, keep_programs
 from radialnet.watchdog import Watchdog
 from radialnet.writers import MetricsWriter
+
+# Enough for the exit bias, which is there after about 15 batches.
+_SETTLE_BATCHES = 64
 
 
 @dataclasses.dataclass
@@ -132,6 +144,9 @@ def train_until_done(run: Run, writer: MetricsWriter, preemption: Preemption) ->
                     stop_if_not_finite(config, run.step, scalars)
                     window = placement.put_everywhere(log.window())
                     with log.clock.paused(), watchdog.paused():
+                        if is_last and holds_depth(config):
+                            _settle(run, eval_fn, next_batch)
+                            scalars = {**scalars, "exit_bias": run.state.controllers.exit_bias}
                         if must_evaluate:
                             line = _eval_line(run, eval_fn, scalars)
                             writer.write(line)
@@ -183,6 +198,21 @@ def _write_sample(run: Run, writer: MetricsWriter) -> None:
 
 def _is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
+
+
+def _settle(run: Run, eval_fn: EvalStep, next_batch: Callable[[], dict]) -> None:
+    """Let the controllers go on over text to come, while the parameters stay what they are.
+
+    As long as those learn, what a token's exit logit is moves with every step, and the exit bias behind it: by the last
+    step alone the depth would be some 2 % off its target.
+    """
+    config, state, step = run.config, run.state, np.int32(run.step)
+    where = jax.tree.map(lambda x: x.sharding, state.controllers)
+    settle = jax.jit(partial(settle_step, config=config), out_shardings=where)
+    for _ in range(min(_SETTLE_BATCHES, 1 + config.train.num_steps // 10)):
+        sums = eval_fn(state.params, state.controllers, step, next_batch(), run.bytes_V)
+        state = state.replace(controllers=settle(state.controllers, step, sums))
+    run.state = state
 
 
 def _eval_line(run: Run, eval_fn: EvalStep, scalars: dict) -> dict:

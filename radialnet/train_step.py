@@ -262,7 +262,7 @@ def train_step(
     @jax.named_scope("optimizer")
     def update(params, opt_state, controllers):
         updates, opt_state = optimizer.update(clip(config, grads, grad_norm), opt_state, params)
-        return optax.apply_updates(params, updates), opt_state, _update_controllers(config, controllers, at, sums)
+        return optax.apply_updates(params, updates), opt_state, update_controllers(config, controllers, at, sums)
 
     # A branch, and not a choice between new and old: that would keep both in memory.
     old = state.params, state.optimizer, state.controllers
@@ -316,17 +316,28 @@ def spike_limit(recent_2W: jax.Array, sigmas: float) -> jax.Array:
     return jnp.where(is_known, mean_2 + sigmas * std_2, jnp.inf)
 
 
-def _update_controllers(config: Config, controllers: Controllers, at: Schedule, sums: BatchSums) -> Controllers:
+def holds_depth(config: Config) -> bool:
+    """Whether a controller holds the mean depth."""
+    router, model = config.router, config.model
+    return router.is_trained and router.exit_bias_rate > 0 and model.min_depth < model.max_depth
+
+
+def update_controllers(config: Config, controllers: Controllers, at: Schedule, sums: BatchSums) -> Controllers:
+    """One step of all controllers, by what a batch did that was routed with them and `at`."""
     cfg, routing = config.router, sums.routing
-    if not cfg.is_trained:
-        return controllers
-    if cfg.exit_bias_rate and config.model.min_depth < config.model.max_depth:
+    if holds_depth(config):
         # Those that explore go all the way; the target is for the others.
-        depth = (routing.mean_depth() - cfg.explore * config.model.max_depth) / (1 - cfg.explore)
+        depth = (routing.mean_depth() - at.explore * config.model.max_depth) / (1 - at.explore)
         controllers = update_exit_bias(controllers, cfg, at, depth, routing.exit_logit_std())
-    if cfg.load_bias_rate:
+    if cfg.is_trained and cfg.load_bias_rate:
         controllers = update_load_bias(controllers, cfg, routing.load_L())
     return controllers
+
+
+def settle_step(controllers: Controllers, step: jax.Array, sums: BatchSums, *, config: Config) -> Controllers:
+    """One step of the controllers alone, by the sums of `eval_step`: without noise and tokens that explore."""
+    at = schedule(config.router, config.model.max_depth, step).for_evaluation()
+    return update_controllers(config, controllers, at, sums)
 
 
 def eval_step(

@@ -91,6 +91,7 @@ def test_train_leaves_a_whole_run_folder(trained):
         assert all(finite(line[key]) for key in KEYS - {"mfu"})
         assert line["mfu"] is None or line["mfu"] > 0
     assert lines[1]["bpb"] < lines[0]["bpb"]
+    assert lines[1]["exit_bias"] != lines[2]["exit_bias"], "controllers settle on a batch to come"
     for name in ("loss", "depth", "layers"):
         assert (workdir / "plots" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     assert list((workdir / "tensorboard").iterdir())
@@ -197,7 +198,7 @@ def test_evaluate_prints_json(trained):
     line = lines_of(workdir)[-1]
     assert found["step"] == 10
     assert found["max_depth"] == 3
-    for key in ("ce", "bpb", "depth"):
+    for key in ("ce", "bpb", "depth", "exit_bias"):
         assert found[key] == pytest.approx(line[key], rel=1e-5)
 
 

@@ -7,7 +7,15 @@ import pytest
 
 from radialnet.model import init_params
 from radialnet.optimizer import learning_rate, make_optimizer
-from radialnet.train_step import SPIKE_WINDOW, eval_step, init_state, spike_limit, train_step
+from radialnet.train_step import (
+    SPIKE_WINDOW,
+    eval_step,
+    holds_depth,
+    init_state,
+    settle_step,
+    spike_limit,
+    train_step,
+)
 from tests.tiny import VOCAB, make_batch, make_config
 
 BYTES = jnp.ones(VOCAB, jnp.int32)
@@ -87,6 +95,37 @@ def test_exit_bias_controller_reaches_the_target_depth(target):
     assert np.std(depths[-100:]) < 0.4, "held, not swinging between the extremes"
     held_out = training.evaluate(make_batch(config, seed=7)).routing.mean_depth()
     assert float(held_out) == pytest.approx(target, rel=0.25)
+
+
+def test_controllers_settle_where_tokens_explore_no_more():
+    """From a bias with which all leave at once; half of the tokens of training go all the way, of evaluation none."""
+    config = make_config(
+        model__max_depth=4,
+        train__batch_size=64,
+        router__explore=0.5,
+        router__depth_target=2.25,
+        router__exit_bias_init=1.0,
+    )
+    training, depths, bias_before = Training(config), [], 1.0
+    settle = jax.jit(partial(settle_step, config=config))
+    for seed in range(150):
+        sums = training.evaluate(make_batch(config, seed=seed))
+        depths.append(float(sums.routing.mean_depth()))
+        controllers = settle(training.state.controllers, training.state.step, sums)
+        assert (controllers.exit_bias < bias_before) == (depths[-1] < 2.25)
+        training.state, bias_before = training.state.replace(controllers=controllers), float(controllers.exit_bias)
+    assert depths[0] == 1.0
+    assert np.mean(depths[-20:]) == pytest.approx(2.25, rel=0.01)
+
+
+def test_which_models_hold_a_depth():
+    for without in (
+        {"model__min_depth": 3},
+        {"router__exit_bias_rate": 0.0},
+        {"router__form": "sequential", "model__pool_size": 3},
+    ):
+        assert not holds_depth(make_config(**without))
+    assert holds_depth(make_config())
 
 
 @pytest.mark.slow
