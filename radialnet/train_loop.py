@@ -14,6 +14,7 @@ from flax import nnx
 from radialnet.checkpoint import Checkpoints
 from radialnet.cli import NonFiniteError, PreemptedError, warn
 from radialnet.config import Config
+from radialnet.controllers import holds_depth, schedule, update_exit_bias
 from radialnet.data import Dataset, batches_from, eval_batches
 from radialnet.decode import CacheFullError
 from radialnet.evaluate import EvalStep, evaluate
@@ -28,20 +29,12 @@ from radialnet.run_folder import RunFolder
 from radialnet.sections import ConfigError
 from radialnet.sharding import Placement
 from radialnet.train_log import TrainLog, line_of, stop_if_not_finite
-from radialnet.train_step import (
-    Teacher,
-    TrainState,
-    eval_step,
-    holds_depth,
-    jitted_train_step,
-    settle_step,
-    trees_of,
-)
+from radialnet.train_step import Teacher, TrainState, eval_step, jitted_train_step, trees_of
 from radialnet.trained import TrainedModel, keep_programs
 from radialnet.watchdog import Watchdog
 from radialnet.writers import MetricsWriter
 
-# Enough for the exit bias, which is there after about 15 batches.
+# The exit bias is where it stays after 15 to 40 batches of 2,048 tokens; of short runs it has a tenth of their steps.
 _SETTLE_BATCHES = 64
 
 
@@ -143,10 +136,11 @@ def train_until_done(run: Run, writer: MetricsWriter, preemption: Preemption) ->
                     log.flush()
                     stop_if_not_finite(config, run.step, scalars)
                     window = placement.put_everywhere(log.window())
+                    if is_last and holds_depth(config.model, config.router):
+                        with log.clock.paused(), watchdog.paused():
+                            settle_exit_bias(run, eval_fn, next_batch)
+                        scalars = {**scalars, "exit_bias": run.state.controllers.exit_bias}
                     with log.clock.paused(), watchdog.paused():
-                        if is_last and holds_depth(config):
-                            _settle(run, eval_fn, next_batch)
-                            scalars = {**scalars, "exit_bias": run.state.controllers.exit_bias}
                         if must_evaluate:
                             line = _eval_line(run, eval_fn, scalars)
                             writer.write(line)
@@ -200,19 +194,32 @@ def _is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _settle(run: Run, eval_fn: EvalStep, next_batch: Callable[[], dict]) -> None:
-    """Let the controllers go on over text to come, while the parameters stay what they are.
+def settle_exit_bias(run: Run, eval_fn: EvalStep, next_batch: Callable[[], dict]) -> None:
+    """Let the exit bias go on over text to come, while the parameters stay what they are and no token explores.
 
-    As long as those learn, what a token's exit logit is moves with every step, and the exit bias behind it: by the last
-    step alone the depth would be some 2 % off its target.
+    As long as those are learned the exit logits of all tokens move together with each step, and the exit bias behind
+    them: what it is after the last one would be chance, and the depth up to 2 % off its target. It is its mean over
+    the second half of the batches, and stays where it was if that is not finite or exits are still closed.
     """
     config, state, step = run.config, run.state, np.int32(run.step)
-    where = jax.tree.map(lambda x: x.sharding, state.controllers)
-    settle = jax.jit(partial(settle_step, config=config), out_shardings=where)
+    at = schedule(config.router, config.model.max_depth, step)
+    if not at.may_exit:
+        return
+
+    def update(controllers, sums):
+        routing = sums.routing
+        return update_exit_bias(controllers, config.router, at, routing.mean_depth(), routing.exit_logit_std())
+
+    out = {} if run.placement.parallel.num_devices == 1 else {"out_shardings": run.placement.everywhere}
+    update, controllers, biases = jax.jit(update, **out), state.controllers, []
     for _ in range(min(_SETTLE_BATCHES, 1 + config.train.num_steps // 10)):
-        sums = eval_fn(state.params, state.controllers, step, next_batch(), run.bytes_V)
-        state = state.replace(controllers=settle(state.controllers, step, sums))
-    run.state = state
+        sums = eval_fn(state.params, controllers, step, next_batch(), run.bytes_V)
+        controllers = update(controllers, sums)
+        biases.append(controllers.exit_bias)
+    exit_bias = np.mean(np.array(biases, np.float32)[len(biases) // 2 :])
+    if np.isfinite(exit_bias):
+        exit_bias = run.placement.put_everywhere(exit_bias)
+        run.state = state.replace(controllers=state.controllers.replace(exit_bias=exit_bias))
 
 
 def _eval_line(run: Run, eval_fn: EvalStep, scalars: dict) -> dict:

@@ -9,7 +9,14 @@ import optax
 from flax import nnx
 
 from radialnet.config import Config
-from radialnet.controllers import Controllers, Schedule, schedule, update_exit_bias, update_load_bias
+from radialnet.controllers import (
+    Controllers,
+    Schedule,
+    holds_depth,
+    schedule,
+    update_exit_bias,
+    update_load_bias,
+)
 from radialnet.losses import cross_entropy, divergence, read_losses, skip_losses, total_loss
 from radialnet.metrics import BatchSums
 from radialnet.model import Output
@@ -262,7 +269,7 @@ def train_step(
     @jax.named_scope("optimizer")
     def update(params, opt_state, controllers):
         updates, opt_state = optimizer.update(clip(config, grads, grad_norm), opt_state, params)
-        return optax.apply_updates(params, updates), opt_state, update_controllers(config, controllers, at, sums)
+        return optax.apply_updates(params, updates), opt_state, _update_controllers(config, controllers, at, sums)
 
     # A branch, and not a choice between new and old: that would keep both in memory.
     old = state.params, state.optimizer, state.controllers
@@ -316,28 +323,15 @@ def spike_limit(recent_2W: jax.Array, sigmas: float) -> jax.Array:
     return jnp.where(is_known, mean_2 + sigmas * std_2, jnp.inf)
 
 
-def holds_depth(config: Config) -> bool:
-    """Whether a controller holds the mean depth."""
-    router, model = config.router, config.model
-    return router.is_trained and router.exit_bias_rate > 0 and model.min_depth < model.max_depth
-
-
-def update_controllers(config: Config, controllers: Controllers, at: Schedule, sums: BatchSums) -> Controllers:
-    """One step of all controllers, by what a batch did that was routed with them and `at`."""
-    cfg, routing = config.router, sums.routing
-    if holds_depth(config):
+def _update_controllers(config: Config, controllers: Controllers, at: Schedule, sums: BatchSums) -> Controllers:
+    cfg, model, routing = config.router, config.model, sums.routing
+    if holds_depth(model, cfg):
         # Those that explore go all the way; the target is for the others.
-        depth = (routing.mean_depth() - at.explore * config.model.max_depth) / (1 - at.explore)
+        depth = (routing.mean_depth() - cfg.explore * model.max_depth) / (1 - cfg.explore)
         controllers = update_exit_bias(controllers, cfg, at, depth, routing.exit_logit_std())
     if cfg.is_trained and cfg.load_bias_rate:
         controllers = update_load_bias(controllers, cfg, routing.load_L())
     return controllers
-
-
-def settle_step(controllers: Controllers, step: jax.Array, sums: BatchSums, *, config: Config) -> Controllers:
-    """One step of the controllers alone, by the sums of `eval_step`: without noise and tokens that explore."""
-    at = schedule(config.router, config.model.max_depth, step).for_evaluation()
-    return update_controllers(config, controllers, at, sums)
 
 
 def eval_step(

@@ -1,3 +1,5 @@
+import itertools
+import types
 from functools import partial
 
 import jax
@@ -5,14 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from radialnet.controllers import holds_depth
 from radialnet.model import init_params
 from radialnet.optimizer import learning_rate, make_optimizer
+from radialnet.sharding import ONE_DEVICE
+from radialnet.train_loop import settle_exit_bias
 from radialnet.train_step import (
     SPIKE_WINDOW,
     eval_step,
-    holds_depth,
     init_state,
-    settle_step,
     spike_limit,
     train_step,
 )
@@ -97,25 +100,43 @@ def test_exit_bias_controller_reaches_the_target_depth(target):
     assert float(held_out) == pytest.approx(target, rel=0.25)
 
 
-def test_controllers_settle_where_tokens_explore_no_more():
-    """From a bias with which all leave at once; half of the tokens of training go all the way, of evaluation none."""
+def settled(num_steps, poison=1.0, **overrides):
+    """What `settle_exit_bias` makes of a fresh model after a run, with batches numbered from 0; how many it took."""
     config = make_config(
         model__max_depth=4,
         train__batch_size=64,
+        train__num_steps=num_steps,
         router__explore=0.5,
         router__depth_target=2.25,
-        router__exit_bias_init=1.0,
+        **{"router__exit_bias_init": 1.0, "router__load_bias_rate": 0.1, **overrides},
     )
-    training, depths, bias_before = Training(config), [], 1.0
-    settle = jax.jit(partial(settle_step, config=config))
-    for seed in range(150):
-        sums = training.evaluate(make_batch(config, seed=seed))
-        depths.append(float(sums.routing.mean_depth()))
-        controllers = settle(training.state.controllers, training.state.step, sums)
-        assert (controllers.exit_bias < bias_before) == (depths[-1] < 2.25)
-        training.state, bias_before = training.state.replace(controllers=controllers), float(controllers.exit_bias)
-    assert depths[0] == 1.0
-    assert np.mean(depths[-20:]) == pytest.approx(2.25, rel=0.01)
+    training, numbers = Training(config), itertools.count()
+    state = training.state.replace(params=jax.tree.map(lambda x: x * poison, training.state.params))
+    run = types.SimpleNamespace(config=config, state=state, step=num_steps, bytes_V=BYTES, placement=ONE_DEVICE)
+    settle_exit_bias(run, training._eval, lambda: make_batch(config, seed=next(numbers)))
+    changed = state.replace(controllers=state.controllers.replace(exit_bias=run.state.controllers.exit_bias))
+    jax.tree.map(np.testing.assert_array_equal, run.state, changed)
+    training.state = run.state
+    return training, next(numbers)
+
+
+def test_the_exit_bias_settles_after_the_last_step():
+    """From one with which all leave at once; half of the tokens of training go all the way, of evaluation none."""
+    training, num_batches = settled(9999)
+    assert num_batches == 64
+    held_out = [training.evaluate(make_batch(training.config, seed=seed)).routing for seed in range(1000, 1008)]
+    assert np.mean([routing.mean_depth() for routing in held_out]) == pytest.approx(2.25, rel=0.02)
+
+
+def test_the_exit_bias_settles_for_a_tenth_of_a_short_run():
+    training, num_batches = settled(25, router__exit_bias_init=0.0)
+    assert num_batches == 3 and training.state.controllers.exit_bias != 0
+
+
+@pytest.mark.parametrize("closed", [{"router__exit_warmup_steps": 10}, {"poison": np.nan}])
+def test_the_exit_bias_stays_where_it_can_not_settle(closed):
+    training, num_batches = settled(9, **closed)
+    assert training.state.controllers.exit_bias == 1.0 and num_batches == (1 if "poison" in closed else 0)
 
 
 def test_which_models_hold_a_depth():
@@ -124,8 +145,10 @@ def test_which_models_hold_a_depth():
         {"router__exit_bias_rate": 0.0},
         {"router__form": "sequential", "model__pool_size": 3},
     ):
-        assert not holds_depth(make_config(**without))
-    assert holds_depth(make_config())
+        config = make_config(**without)
+        assert not holds_depth(config.model, config.router)
+    config = make_config()
+    assert holds_depth(config.model, config.router)
 
 
 @pytest.mark.slow
