@@ -1,4 +1,7 @@
-"""Checks of fields, and those that other modules make too."""
+"""What checks of a config are made of, and those that are made again where devices or flags are known.
+
+All raise ConfigError, of one line that names the field, its value and what is needed.
+"""
 
 import math
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""What the fields of the model, its cache and its router must be, each and together."""
+"""What the fields of the model, its cache and its router must be, each and together; else ConfigError."""
 
 from radialnet.checks import at_least, one_of, require, told_groups
 from radialnet.sections import (

@@ -107,7 +107,7 @@ def markdown(result: dict) -> str:
         "## Figures",
         "",
         "a/b is a ratio of losses, but for the depth. Learned routes are at a learning rate of 3e-3, hops at 4e-3, all",
-        "else at 6e-3. The best baseline is the best of the other ways to route in the first table.",
+        "else at 6e-3. The best baseline is the best of the other ways to route in the same table.",
         "",
     ]
     lines += ["| figure | |", "|---|---|"]
@@ -297,7 +297,7 @@ if __name__ == "__main__":
     _WORKDIR = flags.DEFINE_string("workdir", None, "Where the runs go.", required=True)
     _SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "config.train.seed of the runs of each model.")
     _MODEL = flags.DEFINE_multi_string(
-        "model", None, "A model to train; may be given again. All by default: 15 hours a seed."
+        "model", None, "A model to train; may be given again. All by default: 17 hours a seed."
     )
     _JOBS = flags.DEFINE_integer("jobs", 1, "Runs at a time.", lower_bound=1)
     _OUT = flags.DEFINE_string("out", "docs", "Where the results are written to, and added to.")

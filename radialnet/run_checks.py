@@ -1,4 +1,4 @@
-"""What the fields of a run must be beside those of its model, each and together: data, optimizer, mesh, log."""
+"""What the fields of a run must be beside those of its model, each and together; else ConfigError."""
 
 import re
 

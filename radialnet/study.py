@@ -132,7 +132,7 @@ _FOUR_PULL: Values = {
     "optimizer.group_decay_init": 30.0,
     "optimizer.group_decay_steps": 720,
 }
-# Models of words, by what differs from configs/dense_mini.py: 2 layers per token.
+# Models of words, by what differs from configs/dense_mini.py: 2 layers per token, but where it says otherwise.
 _MINI_GROUPS: Values = {
     "router.form": "hash_exit",
     "model.pool_size": 48,
@@ -157,9 +157,11 @@ MINI_MODELS: dict[str, Values] = {
     # What `BPE, radial` is with a fixed depth.
     "BPE, hash, pulled": {**_MINI_HASH, **_MINI_PULL},
     "BPE, hash": _MINI_HASH,
-    # The peers of bytes; exits are when those of the radial network are, and tokens as deep.
+    # The peers of bytes. Where they have exits, those begin when the radial network's do and allow the same depths; of
+    # early exit every fourth token is read on the way here too.
     "BPE, early exit": {"router.form": "early_exit", "model.pool_size": 3, **_MINI_EXITS},
-    # At two layers it is dense: a third one for an eighth of the tokens, as its paper has it, is the nearest.
+    # 2.125 layers per token: all of them execute the first and the last, an eighth that between, as in its paper. With
+    # 2 it would be the dense model.
     "BPE, Mixture-of-Depths": {
         **_PEERS["Mixture-of-Depths"],
         "router.capacity": 0.125,

@@ -112,7 +112,8 @@ def line_of(
     num_steps: float,
     num_devices: int,
 ) -> dict:
-    """A line of metrics.jsonl. Those of an evaluation carry the scalars of the training step before it.
+    """A line of metrics.jsonl. Those of an evaluation carry the scalars of the training step before it,
+    but for the exit bias after the last one, which has settled.
 
     Args:
         found: `figures`.

@@ -177,7 +177,8 @@ def test_more_steps_go_on_and_a_changed_shape_is_refused(tmp_path, text):
 
 @pytest.mark.slow
 def test_a_resumed_run_is_the_run_that_was_not_stopped(tmp_path, text):
-    """With the schedules of the longer run from the start, for they depend on the number of steps."""
+    """With the schedules of the longer run from the start, for they depend on the number of steps; and while exits are
+    closed, for else the exit bias settles at the first end."""
     fixed = ["--config.optimizer.final_fraction=1.0", "--config.optimizer.warmup_steps=0"]
     train(tmp_path / "whole", *text, *fixed, "--config.train.num_steps=6", "--config.log.every_steps=1")
     train(tmp_path / "halves", *text, *fixed, "--config.train.num_steps=3", "--config.log.every_steps=1")

@@ -116,6 +116,8 @@ def test_figures_compare_what_they_say():
     assert study.figures_of(few, [], [])["radial/best baseline"] == ce["radial"] / ce["early exit"]
     for layers in ("", ", 4 layers"):
         assert found[f"BPE, radial/dense{layers}"] == ce[f"BPE, radial{layers}"] / ce[f"BPE, dense{layers}"]
+    best = min(ce[name] for name in study.MINI_BASELINES)
+    assert found["BPE, radial/best baseline"] == ce["BPE, radial"] / best
     assert found["hops spearman"] == 0.5
     assert study.figures_of(models, CURVE, [])["hops spearman"] is None
     few = {name: models[name] for name in ("dense", "radial")}
