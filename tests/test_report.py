@@ -18,8 +18,9 @@ from radialnet.data import prepare
 from radialnet.environment import read_starts, record_start
 from radialnet.evaluate import evaluate_trained
 from radialnet.model import init_params
-from radialnet.report import layer_use, names_of, raised_alarms, read_run, report
+from radialnet.report import names_of, raised_alarms, read_run, report
 from radialnet.routes import PART_OF_CHARACTER, ShownToken, shown_tokens, transitions
+from radialnet.run_figures import layer_use
 from radialnet.run_folder import RunFolder
 from radialnet.sections import ConfigError
 from radialnet.sharding import Parallel
