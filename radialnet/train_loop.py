@@ -19,7 +19,7 @@ from radialnet.data import Dataset, batches_from, eval_batches
 from radialnet.decode import CacheFullError
 from radialnet.evaluate import EvalStep, evaluate
 from radialnet.generate import generate
-from radialnet.metrics import figures
+from radialnet.metrics import BatchSums, figures
 from radialnet.non_finite import write_reproduction
 from radialnet.optimizer import make_optimizer
 from radialnet.preemption import Preemption
@@ -70,27 +70,15 @@ def train_until_done(run: Run, writer: MetricsWriter, preemption: Preemption) ->
     Raises what `trainer.train` does of the steps themselves.
     """
     config, num_steps, placement = run.config, run.config.train.num_steps, run.placement
-    batch_size, optimizer = config.train.batch_size, make_optimizer(config)
+    batch_size = config.train.batch_size
     batches = batches_from(run.dataset.train, batch_size, config.train.seed, run.own_rows, run.step)
 
     def next_batch() -> dict:
         return placement.put_rows(next(batches), batch_size)
 
     batch = next_batch()
-    keep_programs(config)
-    step_fn = jitted_train_step(config, run.graph, optimizer, placement, run.state)
-    start = time.perf_counter()
-    lowered = step_fn.lower(run.state, batch, run.bytes_V, run.teacher)
-    compiled = lowered.compile()
-    no_sums = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), lowered.out_info[1])
-    # What belongs to a line of metrics that wasn't due yet when the checkpoint was saved.
-    window = {"sums": no_sums, "num_steps": np.int32(0), "seconds": np.float32(0)}
-    window = placement.put_everywhere(window)
-    no_sums = window["sums"]
-    # Runs of before checksums have none: their first line is of the steps since.
-    if run.step and run.checkpoints.has(run.step, "window"):
-        window = run.checkpoints.restore(run.step, {"window": window})["window"]
-    run.console.print(f"compiled the training step in {time.perf_counter() - start:.1f} s")
+    compiled, no_sums = _compiled_step(run, batch)
+    window = _window(run, no_sums)
     eval_fn = jax.jit(partial(eval_step, config=config, graph=run.graph, placement=placement))
     eval_fn = partial(eval_fn, teacher=run.teacher)
     vocab_size, lines = run.dataset.tokenizer.vocab_size, run.folder.read_metrics()
@@ -158,6 +146,28 @@ def train_until_done(run: Run, writer: MetricsWriter, preemption: Preemption) ->
     run.checkpoints.check(wait=True)
     if config.log.sample_prompt and config.log.sample_tokens:
         _write_sample(run, writer)
+
+
+def _compiled_step(run: Run, batch: dict) -> tuple[jax.stages.Compiled, BatchSums]:
+    """The training step, and the sums of no batch, on all devices."""
+    keep_programs(run.config)
+    start = time.perf_counter()
+    step_fn = jitted_train_step(run.config, run.graph, make_optimizer(run.config), run.placement, run.state)
+    lowered = step_fn.lower(run.state, batch, run.bytes_V, run.teacher)
+    compiled = lowered.compile()
+    run.console.print(f"compiled the training step in {time.perf_counter() - start:.1f} s")
+    return compiled, run.placement.put_everywhere(
+        jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), lowered.out_info[1])
+    )
+
+
+def _window(run: Run, no_sums: BatchSums) -> dict:
+    """What belongs to a line of metrics that wasn't due yet when the checkpoint was saved."""
+    empty = {"sums": no_sums, **run.placement.put_everywhere({"num_steps": np.int32(0), "seconds": np.float32(0)})}
+    # Runs of before checksums have none: their first line is of the steps since.
+    if not run.step or not run.checkpoints.has(run.step, "window"):
+        return empty
+    return run.checkpoints.restore(run.step, {"window": empty})["window"]
 
 
 def _with_reproduction(run: Run, window: dict, error: NonFiniteError) -> NonFiniteError:
