@@ -205,11 +205,13 @@ def _is_due(step: int, every: int) -> bool:
 
 
 def settle_exit_bias(run: Run, eval_fn: EvalStep, next_batch: Callable[[], dict]) -> None:
-    """Let the exit bias go on over text to come, while the parameters stay what they are and no token explores.
+    """Let the exit bias go on over the batches that would come next, while the parameters stay as they are and no token
+    explores. They are not counted as tokens or time of training.
 
-    As long as those are learned the exit logits of all tokens move together with each step, and the exit bias behind
-    them: what it is after the last one would be chance, and the depth up to 2 % off its target. It is its mean over
-    the second half of the batches, and stays where it was if that is not finite or exits are still closed.
+    As long as parameters are learned, the exit logits of all tokens move together with each step, and the exit bias
+    behind them: what it is after the last one is chance, and the depth up to 2 % off its target. It becomes its mean
+    over the second half of the batches; in a run of few steps it only moves towards that depth. It stays where it was
+    if that mean is not finite, or exits are still closed.
     """
     config, state, step = run.config, run.state, np.int32(run.step)
     at = schedule(config.router, config.model.max_depth, step)
