@@ -101,9 +101,13 @@ class Checkpoints:
         if self._process == 0:
             # A full disk needs the room.
             self._remove_unfinished()
-            # What is there of this step already was not whole, or it would have been gone on from.
+            # What is there of this step already was not whole, or it would have been gone on from. Orbax would remove
+            # it too, but each of its processes looks whether it is there, and one that looks too late waits for ever.
             folder = self.folder / str(step)
-            (folder / CHECKSUMS if folder.is_dir() else folder).unlink(missing_ok=True)
+            if folder.is_dir() and not folder.is_symlink():
+                shutil.rmtree(folder, ignore_errors=True)
+            else:
+                folder.unlink(missing_ok=True)
         saving = ocp.save_checkpointables_async(self.folder / str(step), trees, overwrite=True)
         self._saving, self._saving_step = self._worker.submit(self._finish, saving, step), step
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from radialnet import checkpoint
 from radialnet.checkpoint import Checkpoints
 from radialnet.run_folder import CHECKSUMS, has_checkpoint, saved_steps
 from radialnet.sections import ConfigError
@@ -143,6 +144,21 @@ def test_a_broken_step_is_saved_again(folder):
     (folder / "7").write_text("a file")
     save(folder, 5, 6, 7)
     assert newest(folder) == (7, []) and saved_steps(folder) == [7, 6, 5, 3]
+
+
+def test_a_broken_step_is_gone_before_orbax_looks_for_it(folder, monkeypatch):
+    """For each of its processes would, and one that comes too late would wait for the others for ever."""
+    (folder / "5" / "params" / "_METADATA").write_text("{}")
+    (folder / "6").symlink_to(folder / "3")
+    there, save_async = [], checkpoint.ocp.save_checkpointables_async
+
+    def looking(path, *args, **kwargs):
+        there.append(path.exists() or path.is_symlink())
+        return save_async(path, *args, **kwargs)
+
+    monkeypatch.setattr("radialnet.checkpoint.ocp.save_checkpointables_async", looking)
+    save(folder, 5, 6)
+    assert there == [False, False] and newest(folder) == (6, []) and saved_steps(folder) == [6, 5, 3]
 
 
 def test_which_steps_are_kept(tmp_path):
