@@ -4,7 +4,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from radialnet.sections import ModelConfig, RouterConfig
+from radialnet.sections import RouterConfig
 
 
 @flax.struct.dataclass
@@ -58,11 +58,6 @@ def schedule(cfg: RouterConfig, max_depth: int, step: jax.Array) -> Schedule:
         explore=jnp.float32(cfg.explore),
         is_causal=jnp.bool_(False),
     )
-
-
-def holds_depth(model: ModelConfig, cfg: RouterConfig) -> bool:
-    """Whether the exit bias holds the mean depth."""
-    return cfg.is_trained and cfg.exit_bias_rate > 0 and model.min_depth < model.max_depth
 
 
 def update_exit_bias(

@@ -218,8 +218,7 @@ def _of_depths(timings: Timings, trained_runs: dict[Path, TrainedModel], num_new
 
 
 def _chooses_depth(trained: TrainedModel) -> bool:
-    model, router = trained.config.model, trained.config.router
-    return router.is_trained and model.min_depth < model.max_depth and trained.step >= router.exit_warmup_steps
+    return trained.config.has_exits and trained.step >= trained.config.router.exit_warmup_steps
 
 
 def _of_runs(timings: Timings, runs: Path) -> None:

@@ -197,8 +197,7 @@ def choose_dispatch(config: Config, sizes: dict[str, int]) -> tuple[bool, str]:
     mesh, router = config.mesh, config.router
     if sizes["pool"] == 1:
         return False, "config.mesh.pool=1"
-    model = config.model
-    depth = router.depth_target if router.is_trained and model.min_depth < model.max_depth else model.max_depth
+    depth = router.depth_target if config.has_exits else config.model.max_depth
     gather_gb, exchange_gb = (num_bytes / 1e9 for num_bytes in wire_bytes(config, sizes, depth))
     told = f"{gather_gb:.2f} GB of layers to a device and step, {exchange_gb:.2f} GB of tokens"
     if mesh.pool_dispatch != "auto":

@@ -105,7 +105,6 @@ def _summary(runs: Sequence[Run]) -> list[tuple]:
     for run in runs:
         config, held_out, train = run.config, run.last("eval"), run.last("train")
         step = run.lines[-1]["step"] if run.lines else 0
-        has_exits = config.router.is_trained and config.model.min_depth < config.model.max_depth
         columns.append(
             {
                 "training steps": f"{step:,} of {config.train.num_steps:,}",
@@ -117,7 +116,7 @@ def _summary(runs: Sequence[Run]) -> list[tuple]:
                 "layers in the pool": config.model.pool_size,
                 "executed layers per token": _number(held_out.get("depth", train.get("depth")), ".3f"),
                 "their bounds": f"{config.model.min_depth} to {config.model.max_depth}",
-                "their target": f"{config.router.depth_target:g}" if has_exits else None,
+                "their target": f"{config.router.depth_target:g}" if config.has_exits else None,
                 "forward FLOPs per token": _number(held_out.get("flops_per_token"), ",.0f"),
                 "route_mi (nats)": _number(held_out.get("route_mi"), ".3f"),
                 "load_entropy (1 = all layers alike)": _number(held_out.get("load_entropy"), ".3f"),

@@ -280,6 +280,16 @@ class Sections:
     mesh: MeshConfig
     log: LogConfig
 
+    @property
+    def has_exits(self) -> bool:
+        """Whether a router chooses the depth, once exits are open."""
+        return self.router.is_trained and self.model.min_depth < self.model.max_depth
+
+    @property
+    def holds_depth(self) -> bool:
+        """Whether the exit bias holds the mean depth."""
+        return self.has_exits and self.router.exit_bias_rate > 0
+
     def view_over(self, max_depth: int) -> str:
         """`cache.view` over so many depth steps, or the one that shows the same and has less to look through."""
         return view_over(self.cache.view, self.router.is_in_order, self.model.pool_size, max_depth)

@@ -14,7 +14,7 @@ from flax import nnx
 from radialnet.checkpoint import Checkpoints
 from radialnet.cli import NonFiniteError, PreemptedError, warn
 from radialnet.config import Config
-from radialnet.controllers import holds_depth, schedule, update_exit_bias
+from radialnet.controllers import schedule, update_exit_bias
 from radialnet.data import Dataset, batches_from, eval_batches
 from radialnet.decode import CacheFullError
 from radialnet.evaluate import EvalStep, evaluate
@@ -124,7 +124,7 @@ def train_until_done(run: Run, writer: MetricsWriter, preemption: Preemption) ->
                     log.flush()
                     stop_if_not_finite(config, run.step, scalars)
                     window = placement.put_everywhere(log.window())
-                    if is_last and holds_depth(config.model, config.router):
+                    if is_last and config.holds_depth:
                         with log.clock.paused(), watchdog.paused():
                             settle_exit_bias(run, eval_fn, next_batch)
                         scalars = {**scalars, "exit_bias": run.state.controllers.exit_bias}

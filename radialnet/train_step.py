@@ -9,14 +9,7 @@ import optax
 from flax import nnx
 
 from radialnet.config import Config
-from radialnet.controllers import (
-    Controllers,
-    Schedule,
-    holds_depth,
-    schedule,
-    update_exit_bias,
-    update_load_bias,
-)
+from radialnet.controllers import Controllers, Schedule, schedule, update_exit_bias, update_load_bias
 from radialnet.losses import cross_entropy, divergence, read_losses, skip_losses, total_loss
 from radialnet.metrics import BatchSums
 from radialnet.model import Output
@@ -325,7 +318,7 @@ def spike_limit(recent_2W: jax.Array, sigmas: float) -> jax.Array:
 
 def _update_controllers(config: Config, controllers: Controllers, at: Schedule, sums: BatchSums) -> Controllers:
     cfg, model, routing = config.router, config.model, sums.routing
-    if holds_depth(model, cfg):
+    if config.holds_depth:
         # Those that explore go all the way; the target is for the others.
         depth = (routing.mean_depth() - cfg.explore * model.max_depth) / (1 - cfg.explore)
         controllers = update_exit_bias(controllers, cfg, at, depth, routing.exit_logit_std())

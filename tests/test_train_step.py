@@ -7,18 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from radialnet.controllers import holds_depth
 from radialnet.model import init_params
 from radialnet.optimizer import learning_rate, make_optimizer
 from radialnet.sharding import ONE_DEVICE
 from radialnet.train_loop import settle_exit_bias
-from radialnet.train_step import (
-    SPIKE_WINDOW,
-    eval_step,
-    init_state,
-    spike_limit,
-    train_step,
-)
+from radialnet.train_step import SPIKE_WINDOW, eval_step, init_state, spike_limit, train_step
 from tests.tiny import VOCAB, make_batch, make_config
 
 BYTES = jnp.ones(VOCAB, jnp.int32)
@@ -145,10 +138,8 @@ def test_which_models_hold_a_depth():
         {"router__exit_bias_rate": 0.0},
         {"router__form": "sequential", "model__pool_size": 3},
     ):
-        config = make_config(**without)
-        assert not holds_depth(config.model, config.router)
-    config = make_config()
-    assert holds_depth(config.model, config.router)
+        assert not make_config(**without).holds_depth
+    assert make_config().holds_depth
 
 
 @pytest.mark.slow
