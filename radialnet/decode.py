@@ -9,7 +9,6 @@ What runs on the device is `decode_loop` and `decode_step`; here is what happens
 takes the next request of the queue, the cache grows, texts are cut at their stop strings.
 """
 
-import dataclasses
 from collections.abc import Iterable, Iterator
 from functools import partial
 
@@ -23,13 +22,13 @@ from radialnet.cost import entry_bytes
 from radialnet.decode_cache import DecodeCache, Stages
 from radialnet.decode_loop import Log, Rows, decode, start
 from radialnet.decode_step import Choice, Decoding, Weights, logits, prefill, read
+from radialnet.requests import Completion, Piece, Request, Writing, check_requests
 from radialnet.sampling import Sampling, SamplingRows
 from radialnet.sections import PAGE_SIZE, ConfigError
 from radialnet.trained import TrainedModel
 
 # Tokens that a prompt is prefilled by at a time; shorter prompts take the next smaller bucket.
 CHUNKS = (16, 64, 256)
-MAX_TOKENS = 2**20  # Of a request.
 # Pages of a row to begin with; the cache doubles when it is full.
 FIRST_PAGES = 64
 
@@ -49,60 +48,6 @@ _OR_SLIDE = ", or config.cache.when_full='slide' to give up the oldest tokens"
 
 class CacheFullError(ConfigError):
     """There is no room for the next entries, and nothing may be given up for them."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """What to continue, and how.
-
-    Attributes:
-        prompt: token ids, without the separator that every row begins with.
-        stop: strings at which the text ends; they are not part of it.
-    """
-
-    prompt: tuple[int, ...]
-    max_new_tokens: int
-    sampling: Sampling = dataclasses.field(default_factory=Sampling)
-    stop: tuple[str, ...] = ()
-
-
-@dataclasses.dataclass(frozen=True)
-class Completion:
-    """What became of a request.
-
-    Attributes:
-        index: of the request, in the order in which they came.
-        tokens: the new ones; where a stop string cut the text, they go on to the end of the token that it was seen at.
-        reason: "length", "stop" or "end" (the model ended the document).
-        layer_ST: the layer that each token of the row executed at each stage, -1 for none; the separator is the first
-            token. Those of the last new token are none where it was not run any more.
-    """
-
-    index: int
-    text: str
-    tokens: list[int]
-    reason: str
-    layer_ST: np.ndarray
-
-
-@dataclasses.dataclass(frozen=True)
-class Piece:
-    """A part of a text, as it is written."""
-
-    index: int
-    text: str
-    completion: Completion | None  # With the last piece.
-
-
-@dataclasses.dataclass
-class _Row:
-    """What a row of the batch is at work on."""
-
-    index: int
-    request: Request
-    layer_ST: np.ndarray
-    tokens: list[int] = dataclasses.field(default_factory=list)
-    shown: str = ""
 
 
 class Decoder:
@@ -171,24 +116,14 @@ class Decoder:
             CacheFullError: a request alone fills the cache and `when_full` is "error"; or nothing is left to give up.
         """
         queue = list(enumerate(requests))
-        # Positions beyond those that were learned stand for nothing.
-        most = min(MAX_TOKENS, self.trained.config.model.max_positions or MAX_TOKENS)
-        for index, request in queue:
-            if request.max_new_tokens < 1:
-                raise ConfigError(f"request {index}: max_new_tokens={request.max_new_tokens}: at least 1 is needed")
-            if (length := 1 + len(request.prompt) + request.max_new_tokens) > most:
-                raise ConfigError(
-                    f"request {index}: max_new_tokens={request.max_new_tokens}: that makes {length} tokens with the "
-                    f"prompt, and at most {most} are allowed"
-                )
+        check_requests((request for _, request in queue), self.trained.config.model.max_positions)
         if not queue:
             return
         # What a call that was not seen to its end has left behind.
         for row in list(self._in_use):
             self._finish(row)
-        longest = max(1 + len(request.prompt) + request.max_new_tokens for _, request in queue)
-        self._make_room(longest)
-        at_work: dict[int, _Row] = {}
+        self._make_room(max(request.num_tokens for _, request in queue))
+        at_work: dict[int, Writing] = {}
         # Stop strings can't be seen on the device: it comes back often enough not to write far beyond one.
         every = min(every, 16) if any(request.stop for _, request in queue) else every
         while queue or at_work:
@@ -276,14 +211,13 @@ class Decoder:
     def _num_pages_allowed(self, num_pages: int) -> int:
         return min(num_pages, self.capacity // PAGE_SIZE) if self.capacity else num_pages
 
-    def _has_room(self, at_work: Iterable[_Row], request: Request) -> bool:
+    def _has_room(self, at_work: Iterable[Writing], request: Request) -> bool:
         """Whether a request surely fits in beside those at work. One that is alone has all the room there is."""
 
         def most_pages(request: Request) -> int:
-            length = 1 + len(request.prompt) + request.max_new_tokens
-            return -(-length * self.decoding.stages.total // PAGE_SIZE)
+            return -(-request.num_tokens * self.decoding.stages.total // PAGE_SIZE)
 
-        pages = [most_pages(work.request) for work in at_work]
+        pages = [most_pages(writing.request) for writing in at_work]
         if not pages or not self.capacity or self.when_full == "slide":
             return True
         return sum(pages) + most_pages(request) <= self.capacity // PAGE_SIZE
@@ -313,10 +247,10 @@ class Decoder:
         self.cache, self.rows = _finish(self.cache, self.rows, row)
         self._in_use.remove(row)
 
-    def _admit(self, row: int, index: int, request: Request) -> _Row:
+    def _admit(self, row: int, index: int, request: Request) -> Writing:
         """Let a row begin with a request: all of its prompt but the last token goes into the cache."""
         tokens = np.asarray([self.decoding.separator_id, *request.prompt], np.int32)
-        layer_ST = np.full((len(tokens) + request.max_new_tokens, self.decoding.stages.total), -1, np.int32)
+        layer_ST = np.full((request.num_tokens, self.decoding.stages.total), -1, np.int32)
         begin, last = 0, len(tokens) - 1
         # A prefill writes the first entries of all its tokens first, so that they would all be given up together.
         largest = CHUNKS[0] if self.when_full == "slide" else CHUNKS[-1]
@@ -339,46 +273,20 @@ class Decoder:
         seen_V[tokens[1:]] = True
         given = tokens[last], last, request.max_new_tokens, seen_V, SamplingRows.of([request.sampling])
         self.rows = _begin(self.decoding, self.weights, self.rows, row, *given)
-        return _Row(index, request, layer_ST)
+        return Writing(index, request, self.trained.tokenizer, layer_ST)
 
-    def _text(self, work: _Row, tokens: list[int]) -> str:
-        return self.trained.tokenizer.decode(tokens, after=work.request.prompt)
-
-    def _until_stop(self, work: _Row) -> list[int]:
-        """The new tokens up to the one that completes a stop string; what came after it is not wanted."""
-        num = 1
-        while not any(stop in self._text(work, work.tokens[:num]) for stop in work.request.stop):
-            num += 1
-        return work.tokens[:num]
-
-    def _collect(self, at_work: dict[int, _Row], log: Log) -> Iterator[Piece]:
+    def _collect(self, at_work: dict[int, Writing], log: Log) -> Iterator[Piece]:
         """What the rows have written since the last time; those that are done leave."""
         is_live_R = np.asarray(self.rows.is_live_R)
-        for row, work in list(at_work.items()):
+        for row, writing in list(at_work.items()):
             ran_I = log.layer_IR[:, row] >= 0
-            work.layer_ST[log.place_IR[ran_I, row], log.stage_IR[ran_I, row]] = log.layer_IR[ran_I, row]
-            work.tokens += log.new_IR[log.new_IR[:, row] >= 0, row].tolist()
-            tokens = work.tokens
-            text, is_done = self._text(work, tokens), not is_live_R[row]
-            reason = "length" if len(tokens) == work.request.max_new_tokens else "end"
-            cuts = [at for at in (text.find(stop) for stop in work.request.stop) if at >= 0]
-            if cuts:
-                tokens = self._until_stop(work)
-                text, is_done, reason = text[: min(cuts)], True, "stop"
-            sure = text
-            if not is_done:
-                # The last characters may be a part of one that more bytes belong to, or the beginning of a stop string.
-                sure = text.rstrip("\ufffd")
-                sure = sure[: len(sure) - max((_overlap(sure, stop) for stop in work.request.stop), default=0)]
-            completion = None
-            if is_done:
-                layer_ST = work.layer_ST[: 1 + len(work.request.prompt) + len(tokens)]
-                completion = Completion(work.index, text, tokens, reason, layer_ST)
+            writing.layer_ST[log.place_IR[ran_I, row], log.stage_IR[ran_I, row]] = log.layer_IR[ran_I, row]
+            writing.tokens += log.new_IR[log.new_IR[:, row] >= 0, row].tolist()
+            piece = writing.piece(bool(is_live_R[row]))
+            if piece and piece.completion:
                 self._finish(row)
                 del at_work[row]
-            if completion or len(sure) > len(work.shown):
-                piece = Piece(work.index, sure[len(work.shown) :], completion)
-                work.shown = sure
+            if piece:
                 yield piece
 
 
@@ -403,8 +311,3 @@ def _begin(
 def _finish(cache: DecodeCache, rows: Rows, row) -> tuple[DecodeCache, Rows]:
     """Cache and rows after a row is done."""
     return cache.released(row), rows.replace(is_live_R=rows.is_live_R.at[row].set(False))
-
-
-def _overlap(text: str, stop: str) -> int:
-    """The longest end of the text that a stop string begins with."""
-    return next((size for size in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:size])), 0)

@@ -21,8 +21,9 @@ import numpy as np
 from absl import flags
 
 from radialnet import cli
-from radialnet.decode import Completion, Decoder, Request
+from radialnet.decode import Decoder
 from radialnet.plots import plot_trace
+from radialnet.requests import Completion, Request
 from radialnet.sampling import Sampling
 from radialnet.sections import ConfigError
 from radialnet.trained import TrainedModel, load_trained

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from radialnet.decode import Decoder, Request
+from radialnet.decode import Decoder
 from radialnet.interchange import import_run
+from radialnet.requests import Request
 from radialnet.sections import ConfigError
 from radialnet.tokenizer import BYTE_VOCAB_SIZE, Tokenizer
 from radialnet.trained import load_trained
