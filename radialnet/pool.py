@@ -11,10 +11,10 @@ from radialnet.cache import Packing, UnifiedCache, document_starts
 from radialnet.exchange import Exchange
 from radialnet.grouping import Groups, gather, permute, plan, scatter
 from radialnet.layers import Block, rotation
+from radialnet.orders import Orders
 from radialnet.router import Route, group_of_layer
 from radialnet.sections import ModelConfig
 from radialnet.sharding import ALONE, Parallel
-from radialnet.visibility import Visibility
 
 
 @flax.struct.dataclass
@@ -46,50 +46,6 @@ class Products:
 
     before: dict[str, jax.Array]
     after: dict[str, jax.Array]
-
-
-@flax.struct.dataclass
-class _Orders:
-    """The orders in which the tokens of a depth step lie: sorted by layer; packed by row of the batch, as queries; and
-    as the cache takes entries, packed or all of them. What to take where, to get from one to another (`permute`).
-    """
-
-    groups: Groups
-    packing: Packing
-    sorted_to_packed: jax.Array
-    packed_to_sorted: jax.Array
-    sorted_to_entries: jax.Array
-    entries_to_sorted: jax.Array
-    query_layer_BS: jax.Array
-    entry_layer_BS: jax.Array
-    exchange: Exchange | None  # Where rows go to the devices that have their layers.
-
-    @classmethod
-    def of(
-        cls,
-        groups: Groups,
-        layer_BS: jax.Array,
-        packing: Packing,
-        entries_are_packed: bool,
-        exchange: Exchange | None,
-    ) -> "_Orders":
-        none = len(groups.row_N)
-        to_packed = jnp.take(groups.slot_N, packing.source_N, mode="fill", fill_value=none)
-        from_packed = jnp.take(packing.place_N, groups.row_N, mode="fill", fill_value=none)
-        to_entries, from_entries = (to_packed, from_packed) if entries_are_packed else (groups.slot_N, groups.row_N)
-        packed_layer_BS = jnp.take_along_axis(layer_BS, jnp.maximum(packing.token_BS, 0), axis=1)
-        entry_layer_BS = packed_layer_BS if entries_are_packed else layer_BS
-        orders = to_packed, from_packed, to_entries, from_entries
-        return cls(groups, packing, *orders, packed_layer_BS, entry_layer_BS, exchange)
-
-    def append(self, cache: UnifiedCache, k_NX, v_NX, depth_step: jax.Array) -> UnifiedCache:
-        """The cache with the entries of the step, from sorted keys and values."""
-        shape = *self.entry_layer_BS.shape, *cache.k_BCGK.shape[2:]
-        entries = (permute(x, self.sorted_to_entries, self.entries_to_sorted).reshape(shape) for x in (k_NX, v_NX))
-        return cache.append(*entries, self.entry_layer_BS, self.packing, depth_step)
-
-    def visibility(self, cache: UnifiedCache, positions: Positions) -> Visibility:
-        return cache.visibility(positions.document_start_BS, self.query_layer_BS, self.packing)
 
 
 class LayerPool(nnx.Module):
@@ -175,9 +131,8 @@ class LayerPool(nnx.Module):
         q_NX, k_NX, v_NX = grouped.map_rows(block.before_attention, block.weights(block.BEFORE), (h_ND,), groups, fixed)
         q_BSHK = self._heads(permute(q_NX, to_packed, to_sorted), layer_BS.shape)
         cache = orders.append(cache, k_NX, v_NX, depth_step)
-        mixed_BSHK = attend(
-            q_BSHK, cache.k_BCGK, cache.v_BCGK, orders.visibility(cache, positions), self.attention_backend
-        )
+        visibility = orders.visibility(cache, positions.document_start_BS)
+        mixed_BSHK = attend(q_BSHK, cache.k_BCGK, cache.v_BCGK, visibility, self.attention_backend)
         mixed_NX = permute(mixed_BSHK.reshape(q_NX.shape), to_sorted, to_packed)
         update_ND = grouped.map_rows(block.after_attention, block.weights(block.AFTER), (h_ND, mixed_NX), groups)
         return gather(update_ND, groups).reshape(h_BSD.shape), cache
@@ -210,7 +165,7 @@ class LayerPool(nnx.Module):
         q_BSHK = self._heads(permute(q_NX, to_packed, to_sorted), layer_BS.shape)
         if not is_again:
             cache = orders.append(cache, k_NX, v_NX, depth_step)
-        visibility = orders.visibility(cache, positions)
+        visibility = orders.visibility(cache, positions.document_start_BS)
         mixed_BSHK, lse_BSH = attend_forward(q_BSHK, cache.k_BCGK, cache.v_BCGK, visibility, self.attention_backend)
         mixed_NX = permute(mixed_BSHK.reshape(q_NX.shape), to_sorted, to_packed)
         update_ND, after, _ = self._map_forward(
@@ -267,7 +222,7 @@ class LayerPool(nnx.Module):
             attended.q_BSHK,
             cache.k_BCGK,
             cache.v_BCGK,
-            orders.visibility(cache, positions),
+            orders.visibility(cache, positions.document_start_BS),
             attended.mixed_BSHK,
             attended.lse_BSH,
             d_mixed_BSHK,
@@ -297,7 +252,7 @@ class LayerPool(nnx.Module):
         d_h_BSD = gather(d_h_ND + d_h_before_ND, groups).reshape(h_BSD.shape)
         return d_h_BSD, d_entries, {**d_before, **d_after}
 
-    def _map_forward(self, function, names, rows, orders: _Orders, fixed, kept, t):
+    def _map_forward(self, function, names, rows, orders: Orders, fixed, kept, t):
         """Outputs and products of a half of the layers, and the number of rows that were computed here."""
         weights = self.block.weights(names)
         if orders.exchange is None:
@@ -307,7 +262,7 @@ class LayerPool(nnx.Module):
         outputs, num_computed = exchange.map_forward(function, weights, rows, orders.exchange, fixed)
         return outputs, {}, num_computed
 
-    def _map_backward(self, function, names, rows, orders: _Orders, fixed, kept, t, d_outputs, d_block):
+    def _map_backward(self, function, names, rows, orders: Orders, fixed, kept, t, d_outputs, d_block):
         """The gradients of `_map_forward`, those of the weights added to what `d_block` has of them."""
         weights, d_weights = self.block.weights(names), {name: d_block[name] for name in names}
         if orders.exchange is None:
@@ -378,11 +333,11 @@ class LayerPool(nnx.Module):
         """How the tokens of a depth step lie when they are sorted by layer."""
         return plan(layer_N, self.num_layers, self.grouped_backend, num_at_once=self.num_at_once)
 
-    def _orders(self, layer_BS: jax.Array, cache: UnifiedCache) -> _Orders:
+    def _orders(self, layer_BS: jax.Array, cache: UnifiedCache) -> Orders:
         packing = Packing.of(layer_BS < self.num_layers)
         groups, parallel = self.groups(layer_BS.ravel()), self.parallel
         exchange = Exchange.of(groups, parallel.pool, parallel.exchange) if parallel.exchanges else None
-        return _Orders.of(groups, layer_BS, packing, cache.is_packed, exchange)
+        return Orders.of(groups, layer_BS, packing, cache.is_packed, exchange)
 
     def _heads(self, x_NX: jax.Array, shape: tuple[int, ...]) -> jax.Array:
         return x_NX.reshape(*shape, -1, self.cfg.head_size)

@@ -18,18 +18,13 @@ On a cluster, `--print > commands` writes a command a line. When all of them ran
 Exit codes: 0 done, 1 some cells failed (a line each on stderr), 2 bad configuration or input, nothing was trained.
 """
 
-import contextlib
 import csv
 import io
 import itertools
 import json
 import os
 import shlex
-import signal
-import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 from absl import flags
@@ -42,12 +37,11 @@ from radialnet.comparisons import SweepPoint, plot_sweep
 from radialnet.config import Config
 from radialnet.files import finite, write_whole
 from radialnet.grid import Cell, expand, joined, parse_axis
+from radialnet.jobs import run_all
 from radialnet.run_folder import RunFolder
 from radialnet.sections import ConfigError
 
 EXIT_FAILED_CELLS = 1
-# What a run that is told to end may take to save its state.
-GRACE_S = 60
 # What a row takes from a held-out evaluation.
 FIGURES = ("ce", "bpb", "depth", "load_entropy", "route_mi", "flops_per_token")
 
@@ -98,56 +92,6 @@ def check_same(cell: Cell, folder: RunFolder) -> None:
             raise ConfigError(
                 f"config.{section}.{name}={new!r}, but the run in {folder.root} has {old!r}; take a new --workdir"
             )
-
-
-def _end(number: int, _frame: object) -> None:
-    # Goes through the `finally` that ends the cells.
-    sys.exit(128 + number)
-
-
-def run_all(
-    commands: dict[Path, list[str]], jobs: int, on_start: Callable[[Path], None], on_end: Callable[[Path, int], None]
-) -> None:
-    """Run commands, `jobs` at a time, each with its output added to a log. However this ends, they have ended too.
-
-    Args:
-        commands: by the path of their log.
-        on_start: called with the path of the log.
-        on_end: called with the path of the log and the exit code.
-    """
-    waiting, running = list(commands), {}
-    # Before any of them runs: a path may be too long, or not one to write to.
-    for log in commands:
-        log.parent.mkdir(parents=True, exist_ok=True)
-    handlers = {number: signal.signal(number, _end) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        while waiting or running:
-            while waiting and len(running) < jobs:
-                log = waiting.pop(0)
-                with log.open("ab") as output:
-                    # Out of reach of Ctrl-C, which a terminal sends to all: a run that is asked twice ends unsaved.
-                    running[log] = subprocess.Popen(
-                        commands[log], stdout=output, stderr=subprocess.STDOUT, start_new_session=True
-                    )
-                on_start(log)
-            ended = [log for log, child in running.items() if child.poll() is not None]
-            for log in ended:
-                on_end(log, running.pop(log).returncode)
-            if not ended:
-                time.sleep(0.1)
-    finally:
-        for child in running.values():
-            child.terminate()
-        try:
-            for child in running.values():
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    child.wait(GRACE_S)
-        finally:
-            # Does nothing to those that have ended.
-            for child in running.values():
-                child.kill()
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
 
 
 def finished(cells: list[Cell], workdir: Path) -> dict[str, dict | None]:

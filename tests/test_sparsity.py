@@ -18,7 +18,8 @@ from radialnet.sources import Document
 from radialnet.sparse import Gates, TopShare, flops_per_token, gains, head_sizes, sparsified, top
 from radialnet.sparse_decode import one_token, rows_of
 from radialnet.sparse_training import LARGE_UNITS, fit_predictors, gated, see, train_gates, unlearned
-from radialnet.sparsity import Study, load, measure, over_seeds, texts
+from radialnet.sparsity import load, over_seeds, texts
+from radialnet.sparsity_study import Study, measure
 from radialnet.tokenizer import BYTE_VOCAB_SIZE, Tokenizer
 from radialnet.train_step import forward_as_evaluated
 from radialnet.trained import TrainedModel
