@@ -8,7 +8,7 @@ import pytest
 from radialnet import aot
 from radialnet.model import place
 from radialnet.sections import ConfigError
-from tests.test_cli import environment, run
+from tests.commands import environment, run
 from tests.tiny import make_config
 
 

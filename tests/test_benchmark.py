@@ -20,7 +20,7 @@ from radialnet.kernel_benchmark import CALLS, benchmark_kernels
 from radialnet.program import work_of
 from radialnet.sections import ConfigError
 from radialnet.timing import Timings
-from tests.test_cli import run
+from tests.commands import run
 from tests.test_model import plain_network
 
 SIZES = {"d_model": 16, "d_ff": 24, "seq_len": 8, "batch_size": 2, "max_depth": 3, "dtype": "float32"}

@@ -3,11 +3,7 @@
 import json
 import math
 import os
-import re
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -19,47 +15,14 @@ from radialnet.run_folder import CHECKSUMS
 from radialnet.sampling import Sampling
 from radialnet.sections import ConfigError
 from radialnet.trained import load_trained
+from tests.commands import environment, lines_of, run, text_flags, train
 
-ROOT = Path(__file__).parents[1]
 # What every line of metrics.jsonl must have.
 KEYS = {
     "step", "split", "loss", "ce", "bpb", "loss_load", "loss_depth", "loss_router_z", "depth", "depth_hist", "load",
     "load_entropy", "route_mi", "exit_bias", "grad_norm", "lr", "skipped_steps", "tokens_per_s", "step_ms",
     "flops_per_token", "mfu",
 }  # fmt: skip
-
-
-def environment(devices=1):
-    """Of a command that sees so many virtual devices; those of the tests themselves are eight."""
-    flags = re.sub(r"device_count=\d+", f"device_count={devices}", os.environ["XLA_FLAGS"])
-    return {**os.environ, "JAX_PLATFORMS": "cpu", "COLUMNS": "200", "PYTHONUNBUFFERED": "1", "XLA_FLAGS": flags}
-
-
-def run(*arguments, code=0, devices=1, env=None):
-    """Run a command and return its stdout and stderr; its exit code must be `code`."""
-    command = [sys.executable, *map(str, arguments)]
-    done = subprocess.run(
-        command, cwd=ROOT, env=env or environment(devices), capture_output=True, text=True, timeout=600, check=False
-    )
-    assert done.returncode == code, done.stdout + done.stderr
-    return done.stdout, done.stderr
-
-
-def train(workdir, *overrides, code=0, devices=1):
-    return run("train.py", "--config=configs/smoke.py", f"--workdir={workdir}", *overrides, code=code, devices=devices)
-
-
-def text_flags(tmp_path_factory):
-    """A small folder of text, so that the commands spend their time on what is tested."""
-    folder = tmp_path_factory.mktemp("text")
-    for index in range(40):
-        (folder / f"{index}.py").write_text("".join(f"def f{i}(x):\n    return x + {i * index}\n" for i in range(40)))
-    return [
-        "--config.data.source=text",
-        f"--config.data.path={folder}",
-        "--config.data.eval_fraction=0.2",
-        f"--config.data.cache_dir={tmp_path_factory.mktemp('cache')}",
-    ]
 
 
 @pytest.fixture(scope="module")
@@ -72,10 +35,6 @@ def trained(tmp_path_factory, text):
     workdir = tmp_path_factory.mktemp("runs") / "run"
     stdout, _ = train(workdir, *text)
     return workdir, stdout
-
-
-def lines_of(workdir):
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
 def finite(value):

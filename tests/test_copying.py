@@ -11,9 +11,8 @@ from radialnet.data import eval_batches, held_out_rows
 from radialnet.sources import Document
 from radialnet.tokenizer import BYTE_VOCAB_SIZE, Tokenizer
 from radialnet.trained import TrainedModel
-from tests.test_cli import run
-from tests.test_interchange import make_run
-from tests.tiny import Model, make_config
+from tests.commands import run
+from tests.tiny import Model, make_config, make_run
 
 
 def searched(row, s):

@@ -22,10 +22,8 @@ from radialnet.sharding import ONE_DEVICE
 from radialnet.train_step import Teacher, forward, init_state, jitted_train_step, state_shardings, train_step
 from radialnet.trained import load_trained
 from radialnet.trainer import train
-from tests.test_interchange import make_run
-from tests.test_model import perturbed
 from tests.test_sharding import mesh_config
-from tests.tiny import VOCAB, Model, make_batch, make_config
+from tests.tiny import VOCAB, Model, make_batch, make_config, make_run, perturbed
 
 LAYERS = 5
 ORDERED = {

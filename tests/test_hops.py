@@ -13,7 +13,7 @@ from radialnet.hops import query_figures, spearman
 from radialnet.run_folder import RunFolder
 from radialnet.sections import ConfigError
 from radialnet.tokenizer import SEPARATOR, UNKNOWN, Tokenizer
-from tests.test_cli import run
+from tests.commands import run
 from tests.tiny import make_config
 
 N, K, S = 7, 5, 50  # Room for 14 queries, where all symbols are used.

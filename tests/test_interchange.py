@@ -14,20 +14,17 @@ import safetensors.numpy
 
 from radialnet.checkpoint import Checkpoints
 from radialnet.config import Config
-from radialnet.controllers import Controllers
 from radialnet.data import prepare
 from radialnet.interchange import export_run, import_run
 from radialnet.llama import config_of_llama, llama_fields
-from radialnet.model import init_params
 from radialnet.optimizer import learning_rate, make_optimizer
 from radialnet.run_folder import RunFolder
 from radialnet.sections import VIEWS, ConfigError
-from radialnet.tokenizer import BYTE_VOCAB_SIZE, Tokenizer
+from radialnet.tokenizer import BYTE_VOCAB_SIZE
 from radialnet.trained import load_trained
 from radialnet.trainer import train
-from tests.test_cli import run
-from tests.test_model import perturbed
-from tests.tiny import TOKEN_EXITS, Model, make_batch, make_config
+from tests.commands import run
+from tests.tiny import TOKEN_EXITS, Model, make_batch, make_config, make_run
 
 FORMS = {
     "factored": {"model__prelude_layers": 1, "model__coda_layers": 2},
@@ -50,20 +47,6 @@ FORMS = {
 }
 PLAIN = {"router__form": "sequential", "model__pool_size": 3, "model__qk_norm": False, "model__norm_eps": 1e-3}
 DOCS = Path(__file__).parents[1] / "docs" / "INTERCHANGE.md"
-
-
-def make_run(folder, config, dataset=None, step=3):
-    """A run folder without the training: parameters and controllers off their initial values."""
-    run, tokenizer = RunFolder(folder), dataset.tokenizer if dataset else Tokenizer.train([], BYTE_VOCAB_SIZE)
-    folder.mkdir()
-    tokenizer.save(run.tokenizer)
-    run.write_manifest(dataset.manifest if dataset else {"sha256": "0", "tokenizer": tokenizer.fingerprint()})
-    config.save(run.config)
-    params = perturbed(init_params(config, tokenizer.vocab_size)[1])
-    controllers = jax.tree.map(lambda x: x + 0.3, Controllers.init(config.router, config.model.pool_size))
-    with Checkpoints(run.checkpoints) as checkpoints:
-        checkpoints.save(step, {"params": jax.tree.map(jnp.asarray, params), "controllers": controllers})
-    return folder
 
 
 def assert_same_bits(ours, theirs):

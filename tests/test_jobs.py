@@ -5,13 +5,11 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
 from radialnet.jobs import run_all
-
-ROOT = Path(__file__).parents[1]
+from tests.commands import ROOT
 
 
 def test_nothing_runs_when_a_folder_can_not_be_made(tmp_path):

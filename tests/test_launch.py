@@ -6,7 +6,7 @@ import textwrap
 
 import pytest
 
-from tests.test_cli import ROOT
+from tests.commands import ROOT
 
 # What a user might pass: a value with a blank and one with a quotation mark.
 FLAGS = ["--config=configs/smoke.py", "--config.log.sample_prompt=def f(", "--workdir=/shared/it's here"]

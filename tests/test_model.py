@@ -11,7 +11,7 @@ from radialnet.model import RadialTransformer, init_params, upcycle
 from radialnet.sections import VIEWS
 from radialnet.train_step import forward
 from tests.test_cache import brute_force
-from tests.tiny import VOCAB, Model, make_batch, make_config
+from tests.tiny import VOCAB, Model, make_batch, make_config, perturbed
 
 
 def plain_network(config, params, token, document, position):
@@ -101,13 +101,6 @@ def plain_network(config, params, token, document, position):
 
 def dense_config(**overrides):
     return make_config(model__pool_size=4, model__max_depth=4, router__form="sequential", **overrides)
-
-
-def perturbed(params, seed=0):
-    """Parameters off their initial values, so that a norm scale of 1 hides nothing."""
-    leaves, tree = jax.tree.flatten(params)
-    rng = np.random.default_rng(seed)
-    return jax.tree.unflatten(tree, [x + 0.1 * rng.normal(size=x.shape).astype(np.float32) for x in leaves])
 
 
 @pytest.mark.parametrize("backend", ["block_loop", "ragged_dot", "pallas", "masked_dense"])

@@ -24,7 +24,7 @@ from radialnet.processes import join_processes
 from radialnet.run_folder import saved_steps
 from radialnet.sections import ConfigError
 from radialnet.sharding import along, replicated
-from tests.test_cli import ROOT, environment, lines_of, run, text_flags
+from tests.commands import ROOT, environment, lines_of, run, text_flags
 
 STEPS = 40
 

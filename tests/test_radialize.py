@@ -11,7 +11,7 @@ from radialnet.radialize import compare, logits_of_transformers, text_rows
 from radialnet.sections import ConfigError
 from radialnet.sources import Document, documents
 from radialnet.trained import load_trained
-from tests.test_cli import run
+from tests.commands import run
 from tests.test_opt import by_hand, tensors_of, write
 
 

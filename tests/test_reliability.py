@@ -17,7 +17,7 @@ from radialnet.checkpoint import Checkpoints
 from radialnet.config import Config
 from radialnet.data import prepare
 from radialnet.run_folder import RunFolder, saved_steps
-from tests.test_cli import ROOT, environment, lines_of, run, text_flags
+from tests.commands import ROOT, environment, lines_of, run, text_flags
 
 TIMED = {"tokens_per_s", "step_ms", "mfu"}
 

@@ -26,7 +26,7 @@ from radialnet.sections import ConfigError
 from radialnet.sharding import Parallel
 from radialnet.tokenizer import BYTE_VOCAB_SIZE, Tokenizer
 from radialnet.trained import load_trained
-from tests.test_cli import run as run_command
+from tests.commands import run as run_command
 from tests.tiny import make_config
 
 # What a document must not do to the page that shows it.

@@ -17,9 +17,8 @@ from radialnet.tokenizer import BYTE_VOCAB_SIZE, Tokenizer
 from radialnet.torch_residuals import check_kind, kind_of
 from radialnet.train_step import forward_as_evaluated
 from radialnet.trained import TrainedModel
-from tests.test_cli import run
-from tests.test_interchange import make_run
-from tests.tiny import Model, make_config
+from tests.commands import run
+from tests.tiny import Model, make_config, make_run
 
 SEQ, MAX_DEPTH = 13, 4
 

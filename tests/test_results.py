@@ -7,7 +7,7 @@ from radialnet import results, sparsity, study
 from radialnet.config import Config
 from radialnet.run_folder import RunFolder
 from radialnet.sections import ConfigError
-from tests.test_cli import run
+from tests.commands import run
 
 SEEDS = [{"train.seed": 0}, {"train.seed": 3}]
 # The models that are compared by their loss.

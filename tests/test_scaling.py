@@ -9,7 +9,7 @@ import pytest
 from radialnet.exchange import wire_bytes
 from radialnet.scaling import Fit, Use, _distinct, check, dense, measured, mixture, radial, width
 from radialnet.sections import ConfigError
-from tests.test_cli import run
+from tests.commands import run
 from tests.tiny import make_config
 
 USE = Use()

@@ -12,10 +12,8 @@ from radialnet.skips import Skipping, evenly_gone, most_gone, search
 from radialnet.sources import Document
 from radialnet.tokenizer import BYTE_VOCAB_SIZE, Tokenizer
 from radialnet.trained import TrainedModel
-from tests.test_cli import run
-from tests.test_interchange import make_run
-from tests.test_model import perturbed
-from tests.tiny import Model, make_config
+from tests.commands import run
+from tests.tiny import Model, make_config, make_run, perturbed
 
 LAYERS = 4
 

@@ -17,7 +17,7 @@ from radialnet.data import prepare
 from radialnet.sections import ConfigError
 from radialnet.sources import Document, evenly, fingerprint, open_held_out, open_source
 from radialnet.tokenizer import BYTE_VOCAB_SIZE, Tokenizer
-from tests.test_cli import lines_of, run
+from tests.commands import lines_of, run
 from tests.test_data import SEQ, config_of
 from tests.tiny import make_config
 

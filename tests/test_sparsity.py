@@ -23,10 +23,8 @@ from radialnet.sparsity_study import Study, measure
 from radialnet.tokenizer import BYTE_VOCAB_SIZE, Tokenizer
 from radialnet.train_step import forward_as_evaluated
 from radialnet.trained import TrainedModel
-from tests.test_cli import run
-from tests.test_interchange import make_run
-from tests.test_model import perturbed
-from tests.tiny import Model, make_config
+from tests.commands import run
+from tests.tiny import Model, make_config, make_run, perturbed
 
 LAYERS, RANK = 3, 6
 _forward = jax.jit(forward_as_evaluated, static_argnums=(0, 1))

@@ -17,7 +17,7 @@ from radialnet.grid import expand, parse_axis
 from radialnet.run_folder import RunFolder
 from radialnet.sections import ConfigError
 from radialnet.sweep import check_same, command_of, row_of, train_grid
-from tests.test_cli import ROOT, lines_of, run
+from tests.commands import ROOT, lines_of, run
 
 FIELDS = smoke.get_config().to_dict()
 CONFIG = "--config=configs/smoke.py"

@@ -19,7 +19,7 @@ from radialnet.sections import ConfigError
 from radialnet.tokenizer import BYTE_VOCAB_SIZE, Tokenizer
 from radialnet.torch_residuals import LAYOUTS, layout_of, measure, profile_torch
 from radialnet.trained import load_trained
-from tests.test_cli import run
+from tests.commands import run
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

@@ -19,7 +19,7 @@ from radialnet.sections import ConfigError
 from radialnet.trackers import check_trackers
 from radialnet.train_step import init_state, jitted_train_step
 from radialnet.writers import MetricsWriter
-from tests.test_cli import lines_of, text_flags, train
+from tests.commands import lines_of, text_flags, train
 from tests.tiny import VOCAB, make_batch, make_config
 
 
