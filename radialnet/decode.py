@@ -6,7 +6,8 @@
     completions = decoder.run(requests)           or all at the end
 
 What runs on the device is `decode_loop` and `decode_step`; here is what happens between their calls: a row that is done
-takes the next request of the queue, the cache grows, texts are cut at their stop strings.
+takes the next request of the queue, the cache grows. Which part of a text is shown, and where it ends, is in
+`decode_requests`.
 """
 
 from collections.abc import Iterable, Iterator
@@ -21,8 +22,8 @@ from radialnet.controllers import schedule
 from radialnet.cost import entry_bytes
 from radialnet.decode_cache import DecodeCache, Stages
 from radialnet.decode_loop import Log, Rows, decode, start
+from radialnet.decode_requests import Completion, Piece, Request, Writing, check_requests
 from radialnet.decode_step import Choice, Decoding, Weights, logits, prefill, read
-from radialnet.requests import Completion, Piece, Request, Writing, check_requests
 from radialnet.sampling import Sampling, SamplingRows
 from radialnet.sections import PAGE_SIZE, ConfigError
 from radialnet.trained import TrainedModel
@@ -111,21 +112,21 @@ class Decoder:
         A request waits for a row, and for room in the cache that is enough for its last token at full depth.
 
         Raises:
-            ConfigError: a request asks for no token, or is longer than MAX_TOKENS, or has positions beyond those that
-                were learned.
+            ConfigError: `check_requests`.
             CacheFullError: a request alone fills the cache and `when_full` is "error"; or nothing is left to give up.
         """
+        requests = list(requests)
+        check_requests(requests, self.trained.config.model.max_positions)
         queue = list(enumerate(requests))
-        check_requests((request for _, request in queue), self.trained.config.model.max_positions)
         if not queue:
             return
         # What a call that was not seen to its end has left behind.
         for row in list(self._in_use):
             self._finish(row)
-        self._make_room(max(request.num_tokens for _, request in queue))
+        self._make_room(max(request.num_tokens for request in requests))
         at_work: dict[int, Writing] = {}
         # Stop strings can't be seen on the device: it comes back often enough not to write far beyond one.
-        every = min(every, 16) if any(request.stop for _, request in queue) else every
+        every = min(every, 16) if any(request.stop for request in requests) else every
         while queue or at_work:
             for row in range(self.num_rows):
                 if row not in at_work and queue and self._has_room(at_work.values(), queue[0][1]):
@@ -282,7 +283,7 @@ class Decoder:
             ran_I = log.layer_IR[:, row] >= 0
             writing.layer_ST[log.place_IR[ran_I, row], log.stage_IR[ran_I, row]] = log.layer_IR[ran_I, row]
             writing.tokens += log.new_IR[log.new_IR[:, row] >= 0, row].tolist()
-            piece = writing.piece(bool(is_live_R[row]))
+            piece = writing.next_piece(bool(is_live_R[row]))
             if piece and piece.completion:
                 self._finish(row)
                 del at_work[row]

@@ -24,9 +24,9 @@ from radialnet.config import Config
 from radialnet.controllers import Controllers
 from radialnet.data import Rows, prepare
 from radialnet.decode import Decoder
+from radialnet.decode_requests import Completion, Request
 from radialnet.evaluate import evaluate_trained
 from radialnet.model import init_params
-from radialnet.requests import Completion, Request
 from radialnet.run_folder import RunFolder
 from radialnet.sections import PAGE_SIZE, VIEWS, ConfigError
 from radialnet.sources import evenly

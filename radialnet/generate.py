@@ -22,8 +22,8 @@ from absl import flags
 
 from radialnet import cli
 from radialnet.decode import Decoder
+from radialnet.decode_requests import Completion, Request
 from radialnet.plots import plot_trace
-from radialnet.requests import Completion, Request
 from radialnet.sampling import Sampling
 from radialnet.sections import ConfigError
 from radialnet.trained import TrainedModel, load_trained
@@ -147,7 +147,7 @@ def _draw(trained: TrainedModel, decoder: Decoder, request: Request, done: Compl
     stages = decoder.decoding.stages
     layer_ST = done.layer_ST[:, stages.prelude : stages.first_coda]
     layer_ST = np.where(layer_ST >= 0, layer_ST - stages.prelude, -1)
-    plot_trace(texts, layer_ST, trained.config.model.pool_size, Path(_TRACE.value), 1 + len(request.prompt))
+    plot_trace(texts, layer_ST, trained.config.model.pool_size, Path(_TRACE.value), request.num_prefix)
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ from radialnet.cli import warn
 from radialnet.config import Config
 from radialnet.controllers import Controllers
 from radialnet.decode import Decoder
-from radialnet.requests import Request
+from radialnet.decode_requests import Request
 from radialnet.sampling import Sampling
 from radialnet.sections import ConfigError
 from radialnet.shards import PADDING, Batch

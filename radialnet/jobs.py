@@ -8,19 +8,22 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-# What a run that is told to end may take to save its state.
+# What a command that is told to end may take, for a run saves its state then.
 GRACE_S = 60
 
 
 def _end(number: int, _frame: object) -> None:
-    # Goes through the `finally` that ends the cells.
+    # Goes through the `finally` that ends the commands.
     sys.exit(128 + number)
 
 
 def run_all(
-    commands: dict[Path, list[str]], jobs: int, on_start: Callable[[Path], None], on_end: Callable[[Path, int], None]
+    commands: dict[Path, list[str]],
+    num_at_a_time: int,
+    on_start: Callable[[Path], None],
+    on_end: Callable[[Path, int], None],
 ) -> None:
-    """Run commands, `jobs` at a time, each with its output added to a log. However this ends, they have ended too.
+    """Run commands, so many at a time, each with its output added to a log. However this ends, they have ended too.
 
     Args:
         commands: by the path of their log.
@@ -34,7 +37,7 @@ def run_all(
     handlers = {number: signal.signal(number, _end) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         while waiting or running:
-            while waiting and len(running) < jobs:
+            while waiting and len(running) < num_at_a_time:
                 log = waiting.pop(0)
                 with log.open("ab") as output:
                     # Out of reach of Ctrl-C, which a terminal sends to all: a run that is asked twice ends unsaved.

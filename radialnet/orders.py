@@ -16,7 +16,11 @@ from radialnet.visibility import Visibility
 
 @flax.struct.dataclass
 class Orders:
-    """What to take where, to get from one order to another (`permute`)."""
+    """What to take where, to get from one order to another (`permute`).
+
+    Attributes:
+        sorted_to_packed, …: for each place of the second order its place in the first, [N]; N where nothing comes.
+    """
 
     groups: Groups
     packing: Packing
@@ -37,6 +41,13 @@ class Orders:
         entries_are_packed: bool,
         exchange: Exchange | None,
     ) -> "Orders":
+        """
+        Args:
+            groups: of the same layers.
+            layer_BS: the layer of each token, 0…L-1; L for a token that executes nothing.
+            entries_are_packed: whether the cache takes entries of executions alone (`UnifiedCache.is_packed`), or S a
+                step.
+        """
         none = len(groups.row_N)
         to_packed = jnp.take(groups.slot_N, packing.source_N, mode="fill", fill_value=none)
         from_packed = jnp.take(packing.place_N, groups.row_N, mode="fill", fill_value=none)
@@ -53,4 +64,5 @@ class Orders:
         return cache.append(*entries, self.entry_layer_BS, self.packing, depth_step)
 
     def visibility(self, cache: UnifiedCache, document_start_BS: jax.Array) -> Visibility:
+        """Which entries of the cache the step's queries see."""
         return cache.visibility(document_start_BS, self.query_layer_BS, self.packing)

@@ -34,7 +34,7 @@ from radialnet.files import write_whole
 from radialnet.run_folder import RunFolder
 from radialnet.sections import ConfigError
 from radialnet.sources import documents, evenly, split_documents
-from radialnet.sparsity_study import METHODS, Study
+from radialnet.sparse_costs import METHODS, Study
 from radialnet.trained import TrainedModel, load_trained
 
 # Documents of the standard library that those are trained on whose run knows no text.

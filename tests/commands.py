@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 
 def environment(devices=1):
     """Of a command that sees so many virtual devices; those of the tests themselves are eight."""
-    flags = re.sub(r"device_count=\d+", f"device_count={devices}", os.environ["XLA_FLAGS"])
+    flags = re.sub(r"device_count=\d+", f"device_count={devices}", os.environ.get("XLA_FLAGS", ""))
     return {**os.environ, "JAX_PLATFORMS": "cpu", "COLUMNS": "200", "PYTHONUNBUFFERED": "1", "XLA_FLAGS": flags}
 
 

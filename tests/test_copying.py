@@ -12,7 +12,8 @@ from radialnet.sources import Document
 from radialnet.tokenizer import BYTE_VOCAB_SIZE, Tokenizer
 from radialnet.trained import TrainedModel
 from tests.commands import run
-from tests.tiny import Model, make_config, make_run
+from tests.runs import make_run
+from tests.tiny import Model, make_config
 
 
 def searched(row, s):

@@ -12,8 +12,8 @@ from flax import nnx
 from radialnet import decode, decode_attention, decode_cache
 from radialnet.controllers import schedule
 from radialnet.decode_cache import DecodeCache, Stages
+from radialnet.decode_requests import Request
 from radialnet.decode_step import Decoding, Weights, decode_step, logits, prefill, route
-from radialnet.requests import Request
 from radialnet.sampling import Sampling
 from radialnet.sections import VIEWS
 from radialnet.tokenizer import Tokenizer

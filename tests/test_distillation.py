@@ -22,8 +22,9 @@ from radialnet.sharding import ONE_DEVICE
 from radialnet.train_step import Teacher, forward, init_state, jitted_train_step, state_shardings, train_step
 from radialnet.trained import load_trained
 from radialnet.trainer import train
+from tests.runs import make_run
 from tests.test_sharding import mesh_config
-from tests.tiny import VOCAB, Model, make_batch, make_config, make_run, perturbed
+from tests.tiny import VOCAB, Model, make_batch, make_config, perturbed
 
 LAYERS = 5
 ORDERED = {

@@ -24,7 +24,8 @@ from radialnet.tokenizer import BYTE_VOCAB_SIZE
 from radialnet.trained import load_trained
 from radialnet.trainer import train
 from tests.commands import run
-from tests.tiny import TOKEN_EXITS, Model, make_batch, make_config, make_run
+from tests.runs import make_run
+from tests.tiny import TOKEN_EXITS, Model, make_batch, make_config
 
 FORMS = {
     "factored": {"model__prelude_layers": 1, "model__coda_layers": 2},

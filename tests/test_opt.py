@@ -7,8 +7,8 @@ import pytest
 import safetensors.numpy
 
 from radialnet.decode import Decoder
+from radialnet.decode_requests import Request
 from radialnet.interchange import import_run
-from radialnet.requests import Request
 from radialnet.sections import ConfigError
 from radialnet.tokenizer import BYTE_VOCAB_SIZE, Tokenizer
 from radialnet.trained import load_trained

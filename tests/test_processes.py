@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import os
 import shutil
 import signal
 import socket
@@ -37,9 +36,6 @@ class Pair:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         self.logs = [workdir.with_suffix(f".{process}") for process in (0, 1)]
-        environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
-        # The tests' own devices are not those of the pair.
-        environment.pop("XLA_FLAGS", None)
         self.processes = [
             subprocess.Popen(
                 [
@@ -47,7 +43,7 @@ class Pair:
                     ROOT / "tests" / "two_processes.py",
                     *map(str, (process, port, workdir, STEPS, *more)),
                 ],
-                env=environment,
+                env={**environment(), "PYTHONPATH": str(ROOT)},
                 stdout=log.open("w"),
                 stderr=subprocess.STDOUT,
             )

@@ -18,7 +18,8 @@ from radialnet.torch_residuals import check_kind, kind_of
 from radialnet.train_step import forward_as_evaluated
 from radialnet.trained import TrainedModel
 from tests.commands import run
-from tests.tiny import Model, make_config, make_run
+from tests.runs import make_run
+from tests.tiny import Model, make_config
 
 SEQ, MAX_DEPTH = 13, 4
 

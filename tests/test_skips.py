@@ -13,7 +13,8 @@ from radialnet.sources import Document
 from radialnet.tokenizer import BYTE_VOCAB_SIZE, Tokenizer
 from radialnet.trained import TrainedModel
 from tests.commands import run
-from tests.tiny import Model, make_config, make_run, perturbed
+from tests.runs import make_run
+from tests.tiny import Model, make_config, perturbed
 
 LAYERS = 4
 

@@ -16,15 +16,16 @@ from radialnet.losses import cross_entropy
 from radialnet.program import work_of
 from radialnet.sources import Document
 from radialnet.sparse import Gates, TopShare, flops_per_token, gains, head_sizes, sparsified, top
+from radialnet.sparse_costs import Study, measure
 from radialnet.sparse_decode import one_token, rows_of
 from radialnet.sparse_training import LARGE_UNITS, fit_predictors, gated, see, train_gates, unlearned
 from radialnet.sparsity import load, over_seeds, texts
-from radialnet.sparsity_study import Study, measure
 from radialnet.tokenizer import BYTE_VOCAB_SIZE, Tokenizer
 from radialnet.train_step import forward_as_evaluated
 from radialnet.trained import TrainedModel
 from tests.commands import run
-from tests.tiny import Model, make_config, make_run, perturbed
+from tests.runs import make_run
+from tests.tiny import Model, make_config, perturbed
 
 LAYERS, RANK = 3, 6
 _forward = jax.jit(forward_as_evaluated, static_argnums=(0, 1))

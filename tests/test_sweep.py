@@ -17,7 +17,7 @@ from radialnet.grid import expand, parse_axis
 from radialnet.run_folder import RunFolder
 from radialnet.sections import ConfigError
 from radialnet.sweep import check_same, command_of, row_of, train_grid
-from tests.commands import ROOT, lines_of, run
+from tests.commands import ROOT, lines_of, run, text_flags
 
 FIELDS = smoke.get_config().to_dict()
 CONFIG = "--config=configs/smoke.py"
@@ -243,14 +243,10 @@ def test_the_parent_needs_no_jax():
 @pytest.fixture(scope="module")
 def grid(tmp_path_factory):
     """The command of a grid of two depths on a little text, and its folder."""
-    folder = tmp_path_factory.mktemp("text")
-    for index in range(40):
-        (folder / f"{index}.py").write_text("".join(f"def f{i}(x):\n    return x + {i * index}\n" for i in range(40)))
     workdir = tmp_path_factory.mktemp("sweeps") / "grid"
     command = [
         "-m", "radialnet.sweep", CONFIG, f"--workdir={workdir}", "--max_depth=2,3", "--json",
-        "--config.data.source=text", f"--config.data.path={folder}", "--config.data.eval_fraction=0.2",
-        f"--config.data.cache_dir={tmp_path_factory.mktemp('cache')}", "--config.train.num_steps=6",
+        *text_flags(tmp_path_factory), "--config.train.num_steps=6",
         "--config.log.sample_tokens=0",
     ]  # fmt: skip
     return command, workdir

@@ -1,4 +1,4 @@
-"""Tiny configs of odd, mutually different sizes, batches for them, a model to call on those, and its run folder."""
+"""Tiny configs of odd, mutually different sizes, batches for them, and a model to call on those."""
 
 from functools import partial
 
@@ -7,13 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from configs import base
-from radialnet.checkpoint import Checkpoints
 from radialnet.config import Config
 from radialnet.controllers import Controllers, schedule
 from radialnet.metrics import RoutingSums
 from radialnet.model import init_params
-from radialnet.run_folder import RunFolder
-from radialnet.tokenizer import BYTE_VOCAB_SIZE, Tokenizer
 from radialnet.train_step import forward
 
 VOCAB = 17
@@ -128,17 +125,3 @@ def perturbed(params, seed=0):
     leaves, tree = jax.tree.flatten(params)
     rng = np.random.default_rng(seed)
     return jax.tree.unflatten(tree, [x + 0.1 * rng.normal(size=x.shape).astype(np.float32) for x in leaves])
-
-
-def make_run(folder, config, dataset=None, step=3):
-    """A run folder without the training: parameters and controllers off their initial values."""
-    run, tokenizer = RunFolder(folder), dataset.tokenizer if dataset else Tokenizer.train([], BYTE_VOCAB_SIZE)
-    folder.mkdir()
-    tokenizer.save(run.tokenizer)
-    run.write_manifest(dataset.manifest if dataset else {"sha256": "0", "tokenizer": tokenizer.fingerprint()})
-    config.save(run.config)
-    params = perturbed(init_params(config, tokenizer.vocab_size)[1])
-    controllers = jax.tree.map(lambda x: x + 0.3, Controllers.init(config.router, config.model.pool_size))
-    with Checkpoints(run.checkpoints) as checkpoints:
-        checkpoints.save(step, {"params": jax.tree.map(jnp.asarray, params), "controllers": controllers})
-    return folder

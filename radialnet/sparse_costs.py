@@ -1,4 +1,4 @@
-"""What skipping within layers costs and loses, for one trained run: each method at each share, measured and timed."""
+"""What a trained run costs and loses, measured and timed: as it is, with layers skipped, with parts of them left out."""
 
 import dataclasses
 import itertools

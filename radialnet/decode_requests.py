@@ -31,14 +31,14 @@ class Request:
     stop: tuple[str, ...] = ()
 
     @property
-    def num_given(self) -> int:
+    def num_prefix(self) -> int:
         """Tokens of its row to begin with: the separator and the prompt."""
         return 1 + len(self.prompt)
 
     @property
     def num_tokens(self) -> int:
         """Tokens of its row at most."""
-        return self.num_given + self.max_new_tokens
+        return self.num_prefix + self.max_new_tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Piece:
 
 @dataclasses.dataclass
 class Writing:
-    """The text of a request that is at work.
+    """A request that is at work: its new tokens, what they executed, and the text so far.
 
     Attributes:
         layer_ST: `Completion.layer_ST`, with room for all new tokens.
@@ -86,8 +86,9 @@ class Writing:
     tokens: list[int] = dataclasses.field(default_factory=list)
     shown: str = ""
 
-    def piece(self, is_live: bool) -> Piece | None:
-        """What of the text is new and sure, and the completion where it has ended; None where there is neither.
+    def next_piece(self, is_live: bool) -> Piece | None:
+        """What of the text is sure and was not shown yet, with the completion where it has ended; None where there is
+        neither. From then on it counts as shown.
 
         Args:
             is_live: whether the row goes on, as far as the device knows.
@@ -95,10 +96,11 @@ class Writing:
         tokens, is_done, stops = self.tokens, not is_live, self.request.stop
         text = self._text(tokens)
         reason = "length" if len(tokens) == self.request.max_new_tokens else "end"
-        cuts = [at for at in (text.find(stop) for stop in stops) if at >= 0]
-        if cuts:
+        if any(stop in text for stop in stops):
+            # By the token that completes the first of them, so that it is the same however many tokens came at once.
             tokens = self._until_stop()
-            text, is_done, reason = text[: min(cuts)], True, "stop"
+            text, is_done, reason = self._text(tokens), True, "stop"
+            text = text[: min(at for at in (text.find(stop) for stop in stops) if at >= 0)]
         sure = text
         if not is_done:
             # The last characters may be a part of one that more bytes belong to, or the beginning of a stop string.
@@ -106,7 +108,7 @@ class Writing:
             sure = sure[: len(sure) - max((_overlap(sure, stop) for stop in stops), default=0)]
         new, completion = sure[len(self.shown) :], None
         if is_done:
-            layer_ST = self.layer_ST[: self.request.num_given + len(tokens)]
+            layer_ST = self.layer_ST[: self.request.num_prefix + len(tokens)]
             completion = Completion(self.index, text, tokens, reason, layer_ST)
         if not (completion or new):
             return None
