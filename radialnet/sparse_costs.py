@@ -1,4 +1,4 @@
-"""What a trained run costs and loses, measured and timed: as it is, with layers skipped, with parts of them left out."""
+"""What a trained run costs and loses, measured and timed: whole, with layers skipped, with parts of them left out."""
 
 import dataclasses
 import itertools
