@@ -227,9 +227,10 @@ TABLES = (
         "Bytes",
         MODELS,
         "dense",
-        "6 million bytes, AdamW at a learning rate of 6e-3. Here and below only `radial` and `radial, T/2` are of "
-        "after exit biases settled, on 64 batches after the last step that are not counted; the depth of other models "
-        "with exits may be off its target for that, in Mixture-of-Recursions by up to 6.5 %.",
+        "6 million bytes, AdamW at a learning rate of 6e-3. Here and below only `radial`, `radial, T/2` and the "
+        "peers of words at two layers are of after exit biases settled, on 64 batches after the last step that are not "
+        "counted; the depth of other models with exits may be off its target for that, in Mixture-of-Recursions by up to "
+        "6.5 %.",
     ),
     Table(
         "Bytes at a rate of 3e-3", RATE_MODELS, "dense, rate 3e-3", "6 million bytes, AdamW at a learning rate of 3e-3."
