@@ -20,6 +20,7 @@ class Orders:
 
     Attributes:
         sorted_to_packed, …: for each place of the second order its place in the first, [N]; N where nothing comes.
+        query_layer_BS, entry_layer_BS: the layers of the tokens as queries lie, and as entries do.
     """
 
     groups: Groups
@@ -41,7 +42,8 @@ class Orders:
         entries_are_packed: bool,
         exchange: Exchange | None,
     ) -> "Orders":
-        """
+        """Those of one depth step.
+
         Args:
             groups: of the same layers.
             layer_BS: the layer of each token, 0…L-1; L for a token that executes nothing.

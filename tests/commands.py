@@ -12,7 +12,8 @@ ROOT = Path(__file__).parents[1]
 
 def environment(devices=1):
     """Of a command that sees so many virtual devices; those of the tests themselves are eight."""
-    flags = re.sub(r"device_count=\d+", f"device_count={devices}", os.environ.get("XLA_FLAGS", ""))
+    flags = re.sub(r"--xla_force_host_platform_device_count=\d+", "", os.environ.get("XLA_FLAGS", ""))
+    flags += f" --xla_force_host_platform_device_count={devices}"
     return {**os.environ, "JAX_PLATFORMS": "cpu", "COLUMNS": "200", "PYTHONUNBUFFERED": "1", "XLA_FLAGS": flags}
 
 

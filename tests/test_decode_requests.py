@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from radialnet.decode_requests import MAX_TOKENS, Request, Writing, check_requests
+from radialnet.decode_requests import MAX_TOKENS, Completion, Request, Writing, check_requests
 from radialnet.sections import ConfigError
 from radialnet.tokenizer import BYTE_VOCAB_SIZE, Tokenizer
 
@@ -11,7 +11,7 @@ BYTES = Tokenizer.train([], BYTE_VOCAB_SIZE)
 TEXT = "naïve END of it – and more"
 
 
-def written(text: str, stop: tuple[str, ...], num_at_a_time: int, num_unused: int = 0) -> tuple[list[str], object]:
+def written(text: str, stop: tuple[str, ...], num_at_a_time: int, num_unused: int = 0) -> tuple[list[str], Completion]:
     """The pieces of a text that comes so many bytes at a time, and its completion.
 
     Args:
@@ -62,7 +62,7 @@ def test_what_is_held_back_is_the_longest_beginning():
 def test_a_text_without_one_is_shown_whole(num_at_a_time):
     pieces, done = written(TEXT, ("ZZ",), num_at_a_time)
     assert done.text == TEXT and done.reason == "length"
-    # A piece for each character where bytes come one by one; each of the 15 pairs completes one.
+    # A piece for each character where bytes come one by one; each pair of them, and what is left, completes one.
     assert len(pieces) == {1: len(TEXT), 2: 15, 100: 1}[num_at_a_time]
 
 
