@@ -151,14 +151,10 @@ def timed(part: Part, shape: tuple[int, int], d_model: int, trains: bool, passes
     return lambda: run(params, h_BSD)
 
 
-def seconds_at_best(
-    part: Part, shape: tuple[int, int], d_model: int, trains: bool, passes_forward: int, passes: int, device
-) -> float:
-    """The time that the part can't fall short of on a device that need not be there.
-
-    Args:
-        passes: of the matrix unit, of each product.
-    """
+def work_of_part(
+    part: Part, shape: tuple[int, int], d_model: int, trains: bool, passes_forward: int, device: jax.Device
+) -> tuple[float, float]:
+    """FLOPs of the part, and the bytes that it can't do without, as compiled for a device that need not be there."""
     sharding = jax.sharding.SingleDeviceSharding(device)
     given = jax.eval_shape(part.init), jax.ShapeDtypeStruct((*shape, d_model), jnp.float32)
     given = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), given)
@@ -166,8 +162,16 @@ def seconds_at_best(
     # Each argument read once and each result written once. What XLA counts as accessed is no bound: of a layer of 2 GB
     # in training 492 GB, for operations count whatever they read, from wherever.
     memory = program.memory_analysis()
-    flops = work_of(program.as_text()).flops
-    num_bytes = memory.argument_size_in_bytes + memory.output_size_in_bytes
+    return work_of(program.as_text()).flops, memory.argument_size_in_bytes + memory.output_size_in_bytes
+
+
+def seconds_at_best(work: tuple[float, float], passes: int, device: jax.Device) -> float:
+    """The time that the work (`work_of_part`) can't fall short of.
+
+    Args:
+        passes: of the matrix unit, of each product.
+    """
+    flops, num_bytes = work
     return max(passes * flops / rate(PEAK_FLOPS, device), num_bytes / rate(MEMORY_BYTES_PER_S, device))
 
 
@@ -212,7 +216,8 @@ def _compare(
     config, in_bf16 = opt_config(*dimensions, model__dtype=dtype), opt_config(*dimensions, **ON_TPU)
     layer = timed(layer_part(config, shape), shape, d_model, trains, 1) if timings.repeats and fits(config) else None
     if device:
-        layer_best_s = seconds_at_best(layer_part(in_bf16, on_tpu), on_tpu, d_model, trains, 1, LAYER_PASSES, device)
+        work = work_of_part(layer_part(in_bf16, on_tpu), on_tpu, d_model, trains, 1, device)
+        layer_best_s = seconds_at_best(work, LAYER_PASSES, device)
     for network, divisor in NETWORKS.items():
         config = opt_config(*dimensions, divisor, train__seq_len=seq_len)
         what, against = f"router {network}", f"layer of OPT-{size}, {use}"
@@ -245,7 +250,8 @@ def _compare(
             row |= described("this machine", row["ratio"])
         if device:
             router = router_part(config, on_tpu)
-            best_s = seconds_at_best(router, on_tpu, d_model, trains, 2, ROUTER_PASSES, device)
+            work = work_of_part(router, on_tpu, d_model, trains, 2, device)
+            best_s = seconds_at_best(work, ROUTER_PASSES, device)
             both = 1e6 * best_s, 1e6 * layer_best_s
             timings.add_given(
                 what, against, *both, "us", **described("device", both[0] / both[1], by=device.device_kind)

@@ -124,8 +124,8 @@ def test_bytes_of_routers_and_layers_are_those_that_their_programs_are_given(dty
 def test_the_best_time_on_a_tpu_is_that_of_flops_and_passes_where_they_bound_it():
     config = router_benchmark.opt_config(512, 4, 5)
     device, shape = devices_of(router_benchmark.TPU)[0], (1, 4096)
-    part = router_benchmark.router_part(config, shape)
-    by_bytes, many = (router_benchmark.seconds_at_best(part, shape, 512, True, 2, passes, device) for passes in (0, 60))
+    work = router_benchmark.work_of_part(router_benchmark.router_part(config, shape), shape, 512, True, 2, device)
+    by_bytes, many = (router_benchmark.seconds_at_best(work, passes, device) for passes in (0, 60))
     flops = 4 * flops_by_part(config, 0, [1.0])["router"] * shape[1]
     assert many == pytest.approx(60 * flops / 197e12, rel=0.03)
     # Passes count where FLOPs bound it; without them there are the bytes.
@@ -134,7 +134,8 @@ def test_the_best_time_on_a_tpu_is_that_of_flops_and_passes_where_they_bound_it(
     in_bf16, shape = router_benchmark.opt_config(512, 4, 5, **router_benchmark.ON_TPU), (64, 16)
     part = router_benchmark.layer_part(in_bf16, shape)
     products = 3 * flops_by_part(in_bf16, 0, [1.0])["layers"] * shape[0] * shape[1] / 197e12
-    found = router_benchmark.seconds_at_best(part, shape, 512, True, 1, 1, device)
+    work = router_benchmark.work_of_part(part, shape, 512, True, 1, device)
+    found = router_benchmark.seconds_at_best(work, 1, device)
     assert products <= found < 1.03 * products
 
 

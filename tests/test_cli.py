@@ -315,24 +315,26 @@ def test_upcycling_from_a_dense_run(tmp_path, text):
     dense = tmp_path / "dense"
     train(dense, *text, "--config.router.form=sequential", "--config.model.pool_size=3")
     overrides = ["--config.model.init=upcycle", f"--config.model.upcycle_from={dense}", "--config.model.min_depth=3"]
+    # More steps than groups, of which all tokens take as many as the dense run has.
+    overrides += ["--config.model.max_depth=4", "--config.model.num_groups=3", "--config.router.exit_bias_init=1000.0"]
+    overrides += ["--config.router.exit_warmup_steps=0", "--config.router.exit_bias_rate=0.0"]
+    overrides += ["--config.router.depth_target=3.0"]
     rate = ["--config.optimizer.learning_rate=0.0", "--config.train.num_steps=1"]
     train(tmp_path / "grown", *text, *overrides, *rate, "--config.router.prior_weight=1000.0")
     grown, original = lines_of(tmp_path / "grown")[-1], lines_of(dense)[-1]
-    assert grown["ce"] == pytest.approx(original["ce"], rel=1e-4)
+    assert grown["depth"] == 3 and grown["ce"] == pytest.approx(original["ce"], rel=1e-4)
+    of_dense, of_grown = (load_trained(path).params["pool"] for path in (dense, tmp_path / "grown"))
+    group_L = np.array([0, 0, 1, 1, 2, 2])
+    jax.tree.map(lambda dense, grown: np.testing.assert_array_equal(grown, dense[group_L]), of_dense, of_grown)
     dense.rename(tmp_path / "gone")
     stdout, _ = train(
         tmp_path / "grown", *text, *overrides, "--config.train.num_steps=2", "--config.router.prior_weight=1000.0"
     )
     assert "step 1 of 2" in stdout, "the dense run is needed at the start only"
     overrides[1] = f"--config.model.upcycle_from={tmp_path / 'grown'}"
+    overrides += ["--config.model.max_depth=3", "--config.model.num_groups=0"]
     _, stderr = train(tmp_path / "again", *text, *overrides, code=2)
     assert "'factored' run of 6 layers" in stderr and "max_depth=3 (config.model.num_groups=0)" in stderr
-    # More steps than groups.
-    overrides[1:] = [f"--config.model.upcycle_from={tmp_path / 'gone'}", "--config.model.min_depth=4"]
-    train(tmp_path / "deeper", *text, *overrides, *rate, "--config.model.max_depth=4", "--config.model.num_groups=3")
-    of_dense, of_grown = (load_trained(tmp_path / name).params["pool"] for name in ("gone", "deeper"))
-    group_L = np.array([0, 0, 1, 1, 2, 2])
-    jax.tree.map(lambda dense, grown: np.testing.assert_array_equal(grown, dense[group_L]), of_dense, of_grown)
 
 
 @pytest.mark.parametrize(
