@@ -23,6 +23,7 @@ KEYS = {
     "load_entropy", "route_mi", "exit_bias", "grad_norm", "lr", "skipped_steps", "tokens_per_s", "step_ms",
     "flops_per_token", "mfu",
 }  # fmt: skip
+SAMPLE = "--config.log.sample_prompt=def "
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +34,7 @@ def text(tmp_path_factory):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, text):
     workdir = tmp_path_factory.mktemp("runs") / "run"
-    stdout, _ = train(workdir, *text)
+    stdout, _ = train(workdir, *text, SAMPLE)
     return workdir, stdout
 
 
@@ -67,7 +68,7 @@ def test_the_same_command_again_says_that_it_is_done(trained, text):
     workdir, _ = trained
     files = [workdir / "metrics.jsonl", workdir / "config.json"]
     before = [path.read_bytes() for path in files]
-    stdout, _ = train(workdir, *text)
+    stdout, _ = train(workdir, *text, SAMPLE)
     assert "done, 10 of 10 steps" in stdout
     # Nor does the config become one that nothing was trained with.
     train(workdir, *text, "--config.router.estimator=score")

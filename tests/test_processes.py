@@ -228,6 +228,7 @@ def trained_by_two(tmp_path_factory):
         *text_flags(tmp_path_factory),
         f"--config.train.num_steps={NUM_STEPS}",
         "--config.log.every_steps=1",
+        "--config.log.sample_prompt=",
         "--config.checkpoint.every_steps=4",
     ]
     mesh = ["--config.mesh.pool=2", "--config.mesh.tensor=2", "--config.mesh.pool_dispatch=exchange"]

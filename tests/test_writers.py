@@ -282,7 +282,7 @@ def test_operations_have_the_names_of_the_code():
 @pytest.mark.slow
 def test_the_trace_of_some_steps_has_the_names_of_the_code_and_changes_no_figure(tmp_path, tmp_path_factory):
     flags = [*text_flags(tmp_path_factory), "--config.train.num_steps=4", "--config.log.every_steps=1"]
-    flags += ["--config.eval.num_batches=1", "--config.log.sample_prompt="]
+    flags += ["--config.eval.num_batches=1"]
     train(tmp_path / "run", *flags, "--config.log.profile_steps=2,3")
     train(tmp_path / "plain", *flags)
     (trace,) = (tmp_path / "run" / "profile").glob("plugins/profile/*/*.xplane.pb")
