@@ -20,7 +20,7 @@ from flax import nnx
 from radialnet.controllers import Controllers, Schedule
 from radialnet.metrics import StepSums
 from radialnet.pool import Attended, LayerPool, Positions, Products
-from radialnet.router import Decision, Plan, Router, StepInputs, choice_gate
+from radialnet.router import Decision, Plan, Router, StepInputs, choice_gate, recent_tokens
 
 
 @flax.struct.dataclass
@@ -93,8 +93,10 @@ def decide(
     Returns:
         The gate of the update, the log of the product of (1 - p_exit) so far, the sums, and the route.
     """
-    begins_BS = inputs.positions.document_start_BS == jnp.arange(active_BS.shape[1])
-    step = StepInputs(inputs.token_BS, begins_BS, active_BS, depth_step, inputs.rng_B, plan, decided)
+    start_BS = inputs.positions.document_start_BS
+    begins_BS = start_BS == jnp.arange(active_BS.shape[1])
+    recent_BSN = recent_tokens(inputs.token_BS, start_BS, router.cfg.hash_span)
+    step = StepInputs(recent_BSN, begins_BS, active_BS, depth_step, inputs.rng_B, plan, decided)
     route = router(h_BSD, step, inputs.controllers, inputs.at)
     log_survival_BS += route.log_survive_BS
     gate_BS = jnp.ones(active_BS.shape)

@@ -32,7 +32,7 @@ class ExitRouter(Router):
             if self.cfg.noise > 0:
                 noise_BS = at.noise * draw(jax.random.logistic, keys_at_step(step.rng_B, depth_step), shape)
             if self.cfg.form == "hash_exit":
-                layer_BS = hashed_layer(step.token_BS, trained_step, self.num_layers, self.num_layer_groups)
+                layer_BS = hashed_layer(step.hashed_BS, trained_step, self.num_layers, self.num_layer_groups)
             else:
                 layer_BS = jnp.full(shape, depth_step % self.num_layers, jnp.int32)
             decided = Decision(layer_BS, self._may_exit(step, at) & (leave_BS + noise_BS > 0))

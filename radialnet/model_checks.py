@@ -123,12 +123,17 @@ def validate_router(config: Sections) -> None:
         "read_coef",
     )
     at_least("router", router, 0, *non_negative)
-    at_least("router", router, 1, "every", "read_every")
+    at_least("router", router, 1, "every", "read_every", "hash_span")
     require(
         router.every == 1 or router.form in ("factored", "flat"),
         f"config.router.every={router.every} is for the forms factored and flat, config.router.form={router.form!r}",
     )
     at_least("router", router, 0, "exit_warmup_steps", "depth_ramp_steps", "exit_bias_rate", "load_bias_rate")
+    require(
+        router.hash_span == 1 or router.hashes,
+        f"config.router.hash_span={router.hash_span} needs a hash, which neither config.router.form="
+        f"{router.form!r} nor config.router.prior={router.prior!r} has",
+    )
     require(0 <= router.explore < 1, f"config.router.explore={router.explore}: at least 0 and less than 1 is needed")
     if router.exit_training == "benefit":
         _validate_benefit(model, router)

@@ -51,7 +51,7 @@ class Plan:
 class StepInputs:
     """What a router looks at in a depth step, beside the residual stream."""
 
-    token_BS: jax.Array
+    recent_BSN: jax.Array  # `recent_tokens`, `router.hash_span` of them.
     begins_BS: jax.Array  # The first tokens of their documents.
     active_BS: jax.Array
     depth_step: jax.Array
@@ -60,6 +60,15 @@ class StepInputs:
     # Choices to keep to, made before from the same inputs: a backward pass that computes the probabilities again must
     # not choose again, for the last bit of a logit could choose otherwise.
     decided: Decision | None = None
+
+    @property
+    def token_BS(self) -> jax.Array:
+        return self.recent_BSN[..., 0]
+
+    @property
+    def hashed_BS(self) -> jax.Array:
+        """The tokens whose hash counts at this step."""
+        return jnp.take(self.recent_BSN, self.depth_step % self.recent_BSN.shape[-1], axis=-1)
 
 
 @flax.struct.dataclass
@@ -180,7 +189,7 @@ class Router(nnx.Module):
         active_BS, depth_step, decided = step.active_BS, step.depth_step, step.decided
         rng_B = keys_at_step(step.rng_B, depth_step)
         if not self.cfg.is_trained:
-            return self._fixed_route(step.token_BS, active_BS, depth_step, rng_B)
+            return self._fixed_route(step.hashed_BS, active_BS, depth_step, rng_B)
         trained_step = jnp.minimum(depth_step, self.max_depth - 1)
         plan = step.plan
         if self.cfg.every == 1:
@@ -191,7 +200,7 @@ class Router(nnx.Module):
             logits_BSN = jax.lax.cond(is_looking, self._look, lambda *_: plan.logits_BSN, *given)
             plan = Plan(logits_BSN=logits_BSN)
         layer_logits_BSL, exit_logit_BS = logits_BSN[..., :-1], logits_BSN[..., -1]
-        biased_BSL = layer_logits_BSL + at.prior_weight * self._prior(step.token_BS, trained_step)
+        biased_BSL = layer_logits_BSL + at.prior_weight * self._prior(step.hashed_BS, trained_step)
         leave_BS = exit_logit_BS + controllers.exit_bias
         # The logit of leaving: against 0 in the factored form, against all layers together in the flat one.
         odds_BS = leave_BS if self.cfg.form != "flat" else leave_BS - jax.nn.logsumexp(biased_BSL, axis=-1)
@@ -306,6 +315,17 @@ def hashed_layer(token_BS: jax.Array, depth_step: jax.Array, num_layers: int, nu
     """The layer of a depth step's group that the token's hash says, another one at each step (arXiv 2106.04426)."""
     in_group_L = in_group(num_layers, num_groups, depth_step)
     return jnp.argmax(in_group_L) + _hash(token_BS, depth_step, in_group_L.sum())
+
+
+def recent_tokens(token_BS: jax.Array, start_BS: jax.Array, span: int) -> jax.Array:
+    """Each token and those before it in its document, the newest first, [B, S, span]. A document's first token stands
+    for those that would be before it.
+
+    Args:
+        start_BS: the first token of each one's document, by its index in the row.
+    """
+    index_BSN = jnp.arange(token_BS.shape[1])[None, :, None] - jnp.arange(span)
+    return jnp.take_along_axis(token_BS[..., None], jnp.maximum(index_BSN, start_BS[..., None]), axis=1)
 
 
 def _hash(token_BS: jax.Array, depth_step: jax.Array, num_choices: jax.Array) -> jax.Array:

@@ -114,7 +114,7 @@ def router_part(config: Config, shape: tuple[int, int]) -> Part:
     def value(params, h_BSD):
         router, token_BS = nnx.merge(graph, params), jnp.zeros(shape, jnp.int32)
         keys = row_keys(jax.random.key(0), 0, shape[0])
-        step = StepInputs(token_BS, token_BS > 0, token_BS == 0, jnp.int32(0), keys, router.no_plan(shape))
+        step = StepInputs(token_BS[..., None], token_BS > 0, token_BS == 0, jnp.int32(0), keys, router.no_plan(shape))
         controllers = Controllers.init(config.router, config.model.pool_size)
         route = router(h_BSD, step, controllers, schedule(config.router, 1, jnp.int32(0)))
         # The choice is a part of what is timed, and of no gradient.

@@ -79,6 +79,7 @@ class RouterConfig:
     sees_step: bool
     every: int
     prior: str
+    hash_span: int
     prior_weight: float
     prior_steps: int
     noise: float
@@ -131,6 +132,13 @@ class RouterConfig:
         if self.form in ("factored", "flat"):
             return self.prior in ("group", "group_hash")
         return self.form == "hash_exit"
+
+    @property
+    def hashes(self) -> bool:
+        """Whether a token's hash says, or favours, where it goes."""
+        if self.form in ("factored", "flat"):
+            return self.prior in ("hash", "group_hash")
+        return self.form in ("hash", "hash_exit")
 
     @property
     def is_in_order(self) -> bool:

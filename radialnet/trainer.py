@@ -42,6 +42,7 @@ _FIXED_FIELDS = {
     ("router", "sees_step"),
     ("router", "exit_training"),
     ("router", "exit_sees"),
+    ("router", "hash_span"),
     ("train", "batch_size"),
     ("train", "seq_len"),
     ("train", "seed"),

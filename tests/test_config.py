@@ -71,6 +71,8 @@ CONFIGS = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "base
         ({"router__network": "deep"}, ("network='deep'", "low_rank")),
         ({"router__every": 0}, ("every=0", "at least 1")),
         ({"router__every": 2, "router__form": "early_exit"}, ("every=2", "form='early_exit'")),
+        ({"router__hash_span": 0, "router__form": "hash"}, ("hash_span=0", "at least 1")),
+        ({"router__hash_span": 2, "router__form": "cyclic"}, ("hash_span=2", "form='cyclic'", "prior='none'")),
         ({"router__exit_sees": "context"}, ("exit_sees='context'", "state, token")),
         ({"router__exit_sees": "token"}, ("exit_sees='token'", "exit_training='benefit'", "'gate'")),
         ({**TOKEN_EXITS, "router__explore": 0.0}, ("exit_sees='token'", "explore=0.0", "more than 0")),

@@ -118,7 +118,7 @@ def test_router_against_the_products_of_its_own_program(name):
 
     def step(params, h_BSD):
         router = nnx.merge(graph, params)
-        given = token_BS, token_BS < 0, token_BS == 0, jnp.int32(0), row_keys(jax.random.key(0), 0, 1)
+        given = token_BS[..., None], token_BS < 0, token_BS == 0, jnp.int32(0), row_keys(jax.random.key(0), 0, 1)
         inputs = StepInputs(*given, router.no_plan((1, 1)))
         at = schedule(config.router, 3, jnp.int32(0))
         return router(h_BSD, inputs, Controllers.init(config.router, config.model.pool_size), at)

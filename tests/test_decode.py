@@ -40,6 +40,7 @@ class Decoder:
         sizes = num_rows, 40, 90, PAGE, cfg.num_kv_heads, cfg.head_size
         view = config.view_over(self.stages.max_depth) if is_as_decoded else config.cache.view
         self.cache = DecodeCache.empty(view, self.stages, *sizes, jnp.dtype(cfg.dtype))
+        self.text = [[] for _ in range(num_rows)]
         self._prefill = jax.jit(partial(prefill, self.decoding))
         self._step = jax.jit(partial(decode_step, self.decoding))
         self._logits = jax.jit(partial(logits, self.decoding))
@@ -58,13 +59,21 @@ class Decoder:
 
     def prefill(self, row, tokens, begin):
         """In a bucket of CHUNK tokens, whatever their number is."""
-        padded = np.concatenate([tokens, np.full(CHUNK - len(tokens), 5)]).astype(np.int32)
+        padded = self.recent(row, tokens, begin)
+        padded = np.pad(padded, ((0, CHUNK - len(tokens)), (0, 0)), constant_values=5)
         self.cache, h_QD, layer_QT = self._prefill(self.weights, self.cache, row, padded, begin, len(tokens))
         return np.asarray(self._logits(self.weights, h_QD))[: len(tokens)], np.asarray(layer_QT)[: len(tokens)]
 
     def step(self, tokens, places, is_live):
-        self.cache, logits_RV = self._step(self.weights, self.cache, *map(np.asarray, (tokens, places, is_live)))
+        recent_RN = np.concatenate([self.recent(row, [token], places[row]) for row, token in enumerate(tokens)])
+        self.cache, logits_RV = self._step(self.weights, self.cache, *map(np.asarray, (recent_RN, places, is_live)))
         return np.asarray(logits_RV)
+
+    def recent(self, row, tokens, begin):
+        """Tokens of a row with those before them, the newest first."""
+        self.text[row] = [*self.text[row][:begin], *tokens]
+        places, span = range(begin, begin + len(tokens)), self.decoding.config.router.hash_span
+        return np.array([[self.text[row][max(s - n, 0)] for n in range(span)] for s in places], np.int32)
 
 
 def tokens_of(num_rows=2, seed=0, seq=SEQ):
@@ -91,7 +100,7 @@ def test_rows_in_step_leave_out_the_looks_that_their_router_is_spared(in_step, f
 
     def step(h_RQD):
         zeros_RQ = jnp.zeros(shape, jnp.int32)
-        given = h_RQD, zeros_RQ, zeros_RQ, stage_R, zeros_RQ == 0, jnp.zeros(shape), plan
+        given = h_RQD, zeros_RQ[..., None], zeros_RQ, stage_R, zeros_RQ == 0, jnp.zeros(shape), plan
         return route(decoder.decoding, decoder.weights, *given, in_step=in_step)
 
     assert has_spared_products(jax.make_jaxpr(step)(jnp.zeros((*shape, 24))).jaxpr) == in_step
@@ -103,11 +112,12 @@ CASES = {
     "weighted": {"router__estimator": "weighted"},
     "flat": {"router__form": "flat"},
     "linear router at every second step": {"exit_bias": 0.0, "router__network": "linear", "router__every": 2},
-    "hash": {"router__form": "hash", "cache__view": "all"},
+    "hash": {"router__form": "hash", "cache__view": "all", "router__hash_span": 3},
     "group hash, deeper than trained": {
         "max_depth": 7,
         "exit_bias": -4.0,
         "router__prior": "group_hash",
+        "router__hash_span": 2,
         "model__num_groups": 3,
     },
     "early exit by benefit": {"exit_bias": 0.0, "router__form": "early_exit", "router__exit_training": "benefit"},
@@ -115,6 +125,7 @@ CASES = {
         "max_depth": 7,
         "exit_bias": -0.5,
         "router__form": "hash_exit",
+        "router__hash_span": 2,
         "router__exit_training": "benefit",
         "model__num_groups": 3,
         "model__min_depth": 2,
@@ -374,6 +385,7 @@ def test_a_stage_that_is_sat_out_takes_no_iteration():
         {"model__prelude_layers": 1, "cache__view": "same_layer"},
         {"cache__view": "all"},
         {"router__every": 2, "router__exit_bias_init": 0.0},
+        {"router__form": "hash_exit", "router__hash_span": 2, "router__exit_bias_init": 0.0},
         {"router__form": "skip", "cache__view": "same_layer", "model__coda_layers": 1},
         {"router__form": "skip", "cache__view": "same_layer", "model__min_depth": 0, "router__exit_bias_init": 0.0},
     ],

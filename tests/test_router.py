@@ -23,7 +23,7 @@ def route(config, num_rows=400, depth_step=1, seed=0, controllers=None, router=N
     controllers = controllers or Controllers.init(config.router, L)
     active = jnp.arange(num_rows)[:, None] % 7 != 0
     keys = row_keys(jax.random.key(9), 0, len(h))
-    found = router(h, StepInputs(token, active & False, active, depth_step, keys, None), controllers, plan)
+    found = router(h, StepInputs(token[..., None], active & False, active, depth_step, keys, None), controllers, plan)
     if not config.router.is_trained:
         return found, token
     x = np.asarray(h)
@@ -217,6 +217,20 @@ def test_a_heavy_hash_prior_is_the_hash_route():
     )
     np.testing.assert_array_equal(heavy.layer_TBS, hashed.layer_TBS)
     assert (light.layer_TBS != hashed.layer_TBS).any()
+
+
+@pytest.mark.parametrize("fields", [{"router__form": "hash"}, {"router__form": "hash_exit", "model__num_groups": 1}])
+def test_the_hash_of_a_span_is_that_of_the_token_so_many_places_before(fields):
+    """Which layer each id has at each step is what the tokens themselves are given; of documents side by side."""
+    own, spanned = (make_config(**fields, model__min_depth=T, router__hash_span=span) for span in (1, 2))
+    batch = make_batch(own, packed=True)
+    own_TBS, spanned_TBS = (np.asarray(Model(config)(batch).layer_TBS) for config in (own, spanned))
+    document_BS, num_seen = batch["document"], 0
+    for t, b, s in np.argwhere(spanned_TBS < L):
+        said_by = s - 1 if t == 1 and s > 0 and document_BS[b, s - 1] == document_BS[b, s] else s
+        assert spanned_TBS[t, b, s] == own_TBS[t, b, said_by]
+        num_seen += spanned_TBS[t, b, s] != own_TBS[t, b, s]
+    assert num_seen > 3 and (np.diff(document_BS, axis=1) > 0).any()
 
 
 @pytest.mark.parametrize("num_groups, groups", [(0, ([0, 1], [2, 3], [4])), (2, ([0, 1, 2], [3, 4], [3, 4]))])

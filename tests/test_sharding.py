@@ -192,6 +192,7 @@ def test_given_routes_on_eight_devices_equal_those_on_one(exchange):
     """Their network is in a branch, with the sum over its parts."""
     fields = {
         "router__form": "hash_exit",
+        "router__hash_span": 2,
         "router__exit_training": "benefit",
         "router__read_every": 2,
         "router__explore": 0.2,
