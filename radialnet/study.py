@@ -140,6 +140,8 @@ _MINI_GROUPS: Values = {
     "cache.view": "same_step",
     **_MINI_PULL,
 }
+# Each token and the one before it say in turn where it goes.
+_TURNS: Values = {"router.hash_span": 2}
 _MINI_EXITS: Values = {
     "model.max_depth": 3,
     "model.min_depth": 1,
@@ -153,8 +155,9 @@ _MINI_HASH: Values = {"router.form": "hash", "model.pool_size": 48, "model.num_g
 MINI_MODELS: dict[str, Values] = {
     "BPE, dense": {},
     # configs/radial_mini.py.
-    "BPE, radial": {**_MINI_GROUPS, **_MINI_EXITS},
-    # What `BPE, radial` is with a fixed depth.
+    "BPE, radial": {**_MINI_GROUPS, **_TURNS, **_MINI_EXITS},
+    "BPE, radial, fixed depth": {**_MINI_GROUPS, **_TURNS},
+    # What that is where the token itself says at every step where it goes.
     "BPE, hash, pulled": {**_MINI_HASH, **_MINI_PULL},
     "BPE, hash": _MINI_HASH,
     # The peers of bytes. Where they have exits, those begin when the radial network's do and allow the same depths; of
