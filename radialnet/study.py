@@ -33,6 +33,8 @@ _RADIAL: Values = {**_GROUPS_AND_EXITS, **_PULL, "router.read_coef": 0.2}
 # To any layer, by a prior that leaves a router of all layers no choice: what there was before `hash_exit`.
 _HASH: Values = {**_LEARNED, "router.prior": "hash", "router.prior_weight": 1000.0, "router.load_coef": 0.0}
 _ANY_ORDER: Values = {**_HASH, "model.pool_size": 48, **_EXITS}
+# Each token and the one before it say in turn where it goes.
+_TURNS: Values = {"router.hash_span": 2}
 # Half the depth of six dense layers, by the same rule: as many groups as layers on average, exits from one step before
 # that to one after.
 _HALF: Values = {
@@ -72,7 +74,7 @@ MODELS: dict[str, Values] = {
     "dense": {},
     "dense, 6 layers": _SIX,
     # configs/radial_micro.py.
-    "radial": _RADIAL,
+    "radial": {**_RADIAL, **_TURNS},
     "radial, T/2": _HALF,
     "radial, fixed depth": {**_GROUPS, **_PULL},
     # radial_micro of 2026-11-27: neither pulled nor reading as much.
@@ -140,8 +142,6 @@ _MINI_GROUPS: Values = {
     "cache.view": "same_step",
     **_MINI_PULL,
 }
-# Each token and the one before it say in turn where it goes.
-_TURNS: Values = {"router.hash_span": 2}
 _MINI_EXITS: Values = {
     "model.max_depth": 3,
     "model.min_depth": 1,
