@@ -56,7 +56,8 @@ def get_config() -> ConfigDict:
     # and step) | group_hash (one of step t's group, by the token). For routes that may differ from it: where they may
     # not, form=hash_exit has no logits of layers.
     router.prior = "group"
-    # Wherever a hash counts: at step t it is that of the token t mod this many places before. 1: of the token itself.
+    # Wherever a hash counts: at step t it is that of the token t mod this many places before, or of the first one that
+    # the row has of its document. 1: of the token itself.
     router.hash_span = 1
     router.prior_weight = 8.0  # Added to the layer logits that the prior favours.
     router.prior_steps = 0  # Training steps over which the prior fades to 0; 0 = it is kept.

@@ -138,8 +138,11 @@ def trace_decode(config: Config, device) -> jax.stages.Traced:
         at = schedule(config.router, model.max_depth, jnp.int32(config.train.num_steps)).for_evaluation()
         sizes = DECODE_ROWS, config.train.seq_len, num_pages, PAGE_SIZE, model.num_kv_heads, model.head_size
         cache = DecodeCache.empty(config.view_over(model.max_depth), stages, *sizes, jnp.dtype(model.dtype))
-        row_R = jnp.zeros(DECODE_ROWS, jnp.int32)
-        return Weights.of(graph, params, controllers, at), cache, row_R, row_R, row_R > 0
+        place_R, recent_RW = (
+            jnp.zeros(DECODE_ROWS, jnp.int32),
+            jnp.zeros((DECODE_ROWS, config.router.hash_span), jnp.int32),
+        )
+        return Weights.of(graph, params, controllers, at), cache, recent_RW, place_R, place_R > 0
 
     sharding = jax.sharding.SingleDeviceSharding(device)
     given = jax.tree.map(lambda x: _on(x, sharding), jax.eval_shape(inputs, params))

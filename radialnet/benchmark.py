@@ -47,7 +47,7 @@ from radialnet.metrics import figures
 from radialnet.model import init_params
 from radialnet.optimizer import make_optimizer
 from radialnet.pool import Positions
-from radialnet.router import Plan, Router, row_keys
+from radialnet.router import Plan, Router, recent_tokens, row_keys
 from radialnet.router_benchmark import benchmark_router, plot_routers
 from radialnet.run_folder import RunFolder
 from radialnet.sections import ConfigError
@@ -235,7 +235,7 @@ def _router(config: Config) -> Callable[[], object]:
     )
     token_BS = jnp.zeros(shape, jnp.int32)
     inputs = Inputs(
-        token_BS=token_BS,
+        recent_BSW=recent_tokens(token_BS, token_BS, config.router.hash_span),
         positions=Positions.of(token_BS, token_BS, config.model),
         controllers=Controllers.init(config.router, config.model.pool_size),
         at=schedule(config.router, config.model.max_depth, jnp.int32(0)),

@@ -163,14 +163,14 @@ class Decoder:
             # What they may need at most is asked for beforehand: of a quarter of the room.
             of_token = 4 * self.num_rows * self.decoding.stages.total
             at_a_time = max(1, min(CHUNKS[0], num_pages * PAGE_SIZE // of_token))
-        found, recent_RSN = [], self._recent(token_RS)
+        found, recent_RSW = [], self._recent(token_RS)
         for begin in range(0, num_tokens, at_a_time):
-            part_RSN, is_real_part_RS = (x[:, begin : begin + at_a_time] for x in (recent_RSN, is_real_RS))
+            part_RSW, is_real_part_RS = (x[:, begin : begin + at_a_time] for x in (recent_RSW, is_real_RS))
             if num_pages < most:
                 num_R = np.asarray(cache.num_R) + is_real_part_RS.sum(1) * self.decoding.stages.total
                 needed = -(-num_R // PAGE_SIZE) - np.asarray(cache.num_pages_R())
                 cache = self._with_room(cache, int(needed.sum()))
-            cache, *parts = _read(self.decoding, self.weights, cache, part_RSN, is_real_part_RS, begin)
+            cache, *parts = _read(self.decoding, self.weights, cache, part_RSW, is_real_part_RS, begin)
             found.append(parts)
             self.peak_pages = max(self.peak_pages, num_pages - int(cache.num_free))
         h_RSD, layer_RST = (jnp.concatenate(parts, axis=1) for parts in zip(*found, strict=True))
@@ -188,7 +188,7 @@ class Decoder:
         zeros_R, no_layer = jnp.zeros(num_rows, jnp.int32), jnp.full((num_rows, 1), 0, jnp.int32)
         plan = nnx.merge(self.trained.graph, self.trained.params).router.no_plan((num_rows, 1))
         self.rows = Rows(
-            recent_RN=jnp.zeros((num_rows, self.trained.config.router.hash_span), jnp.int32),
+            recent_RW=jnp.zeros((num_rows, self.trained.config.router.hash_span), jnp.int32),
             place_R=zeros_R,
             stage_R=zeros_R,
             h_RD=jnp.zeros((num_rows, model.d_model)),
@@ -256,7 +256,7 @@ class Decoder:
     def _admit(self, row: int, index: int, request: Request) -> Writing:
         """Let a row begin with a request: all of its prompt but the last token goes into the cache."""
         tokens = np.asarray([self.decoding.separator_id, *request.prompt], np.int32)
-        recent_SN = self._recent(tokens[None])[0]
+        recent_SW = self._recent(tokens[None])[0]
         layer_ST = np.full((request.num_tokens, self.decoding.stages.total), -1, np.int32)
         begin, last = 0, len(tokens) - 1
         # A prefill writes the first entries of all its tokens first, so that they would all be given up together.
@@ -271,14 +271,14 @@ class Decoder:
             num = max(min(last - begin, largest, (free * PAGE_SIZE + room) // worst), 1)
             chunk = next(size for size in CHUNKS if size >= num)
             self.cache = self._with_room(self.cache, -(-(num * worst - room) // PAGE_SIZE))
-            part = np.zeros((chunk, recent_SN.shape[1]), np.int32)
-            part[:num] = recent_SN[begin : begin + num]
+            part = np.zeros((chunk, recent_SW.shape[1]), np.int32)
+            part[:num] = recent_SW[begin : begin + num]
             self.cache, _, layer_QT = _prefill(self.decoding, self.weights, self.cache, row, part, begin, num)
             layer_ST[begin : begin + num] = np.asarray(layer_QT)[:num]
             begin += num
         seen_V = np.zeros(self.trained.tokenizer.vocab_size, bool)
         seen_V[tokens[1:]] = True
-        given = recent_SN[last], last, request.max_new_tokens, seen_V, SamplingRows.of([request.sampling])
+        given = recent_SW[last], last, request.max_new_tokens, seen_V, SamplingRows.of([request.sampling])
         self.rows = _begin(self.decoding, self.weights, self.rows, row, *given)
         return Writing(index, request, self.trained.tokenizer, layer_ST)
 
@@ -299,11 +299,11 @@ class Decoder:
 
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
 def _begin(
-    decoding: Decoding, weights: Weights, rows: Rows, row, recent_N, place, max_new, seen_V, sampling: SamplingRows
+    decoding: Decoding, weights: Weights, rows: Rows, row, recent_W, place, max_new, seen_V, sampling: SamplingRows
 ) -> Rows:
     """The rows, one of them at the last token of a new prompt."""
     rows = rows.replace(
-        recent_RN=rows.recent_RN.at[row].set(recent_N),
+        recent_RW=rows.recent_RW.at[row].set(recent_W),
         place_R=rows.place_R.at[row].set(place),
         is_live_R=rows.is_live_R.at[row].set(True),
         num_new_R=rows.num_new_R.at[row].set(0),

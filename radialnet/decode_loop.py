@@ -17,7 +17,7 @@ from radialnet.sampling import SamplingRows, sample
 class Rows:
     """R rows, each with the one token that it is at."""
 
-    recent_RN: jax.Array  # The token and those before it (`router.recent_tokens`).
+    recent_RW: jax.Array  # The token and those before it (`router.recent_tokens`).
     place_R: jax.Array  # The token's index in its row.
     stage_R: jax.Array
     h_RD: jax.Array
@@ -51,7 +51,7 @@ MAX_ITERATIONS = 1024
 def start(decoding: Decoding, weights: Weights, rows: Rows, starts_R: jax.Array) -> Rows:
     """The rows, some of them at the beginning of their token."""
     model = model_of(decoding, weights)
-    h_RD = jnp.where(starts_R[:, None], model.embed(rows.recent_RN[:, 0], rows.place_R), rows.h_RD)
+    h_RD = jnp.where(starts_R[:, None], model.embed(rows.recent_RW[:, 0], rows.place_R), rows.h_RD)
     stage_R = jnp.where(starts_R, 0, rows.stage_R)
     shape = rows.choice.layer_RQ.shape
     fresh = rows.choice.replace(log_survival_RQ=jnp.zeros(shape), plan=model.router.no_plan(shape))
@@ -67,7 +67,7 @@ def start(decoding: Decoding, weights: Weights, rows: Rows, starts_R: jax.Array)
 def _arrive(decoding: Decoding, weights: Weights, rows: Rows, stage_R: jax.Array, active_R: jax.Array) -> Rows:
     """The rows with their active tokens at a stage, and what those do there."""
     before = rows.choice
-    given = rows.recent_RN[:, None], rows.place_R[:, None], stage_R, active_R[:, None]
+    given = rows.recent_RW[:, None], rows.place_R[:, None], stage_R, active_R[:, None]
     given = rows.h_RD[:, None], *given, before.log_survival_RQ, before.plan
     choice = route(decoding, weights, *given, in_step=len(stage_R) == 1)
     stage_R, choice = _left(decoding, weights, stage_R, choice)
@@ -117,10 +117,10 @@ def _emit(decoding: Decoding, weights: Weights, rows: Rows, emits_R: jax.Array) 
     adds_R = emits_R & ~ends_R
     num_new_R = rows.num_new_R + adds_R
     is_live_R = rows.is_live_R & ~ends_R & (num_new_R < rows.max_new_R)
-    moved_RN = jnp.concatenate([token_R[:, None], rows.recent_RN[:, :-1]], axis=1)
+    moved_RW = jnp.concatenate([token_R[:, None], rows.recent_RW[:, :-1]], axis=1)
     is_new_RV = adds_R[:, None] & (jnp.arange(rows.seen_RV.shape[1]) == token_R[:, None])
     rows = rows.replace(
-        recent_RN=jnp.where(adds_R[:, None], moved_RN, rows.recent_RN),
+        recent_RW=jnp.where(adds_R[:, None], moved_RW, rows.recent_RW),
         place_R=rows.place_R + adds_R,
         num_new_R=num_new_R,
         seen_RV=rows.seen_RV | is_new_RV,

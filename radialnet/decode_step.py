@@ -92,7 +92,7 @@ def route(
     decoding: Decoding,
     weights: Weights,
     h_RQD,
-    recent_RQN,
+    recent_RQW,
     place_RQ,
     stage_R,
     active_RQ,
@@ -104,7 +104,7 @@ def route(
     """Where each active token goes at its row's stage.
 
     Args:
-        recent_RQN: `router.recent_tokens`.
+        recent_RQW: `router.recent_tokens`.
         in_step: whether all rows are at the same stage.
 
     Random routes are drawn by the token's place here: others than those of the parallel pass, and as random.
@@ -113,19 +113,19 @@ def route(
     num_layers = model.pool.num_layers
     depth_R = jnp.clip(stage_R - stages.prelude, 0, stages.max_depth - 1)
 
-    def of_row(h_QD, recent_QN, place_Q, active_Q, depth_step, plan_of_Q):
+    def of_row(h_QD, recent_QW, place_Q, active_Q, depth_step, plan_of_Q):
         rng = jax.random.fold_in(jax.random.key(0), place_Q[0])
         plan_of_BS = jax.tree.map(lambda x: x[None], plan_of_Q)
         # Of one text a row.
         begins_BS = place_Q[None] == 0
-        step = StepInputs(recent_QN[None], begins_BS, active_Q[None], depth_step, rng[None], plan_of_BS)
+        step = StepInputs(recent_QW[None], begins_BS, active_Q[None], depth_step, rng[None], plan_of_BS)
         routed = model.router(h_QD[None], step, weights.controllers, weights.at)
         return jax.tree.map(lambda x: x[0] if jnp.ndim(x) else x, routed)
 
     # A single depth step, so that the looks that `router.every` spares are left out, and not made for nothing.
     depth, axis = (depth_R[0], None) if in_step else (depth_R, 0)
     in_axes = 0, 0, 0, 0, axis, 0
-    route = jax.vmap(of_row, in_axes=in_axes)(h_RQD, recent_RQN, place_RQ, active_RQ, depth, plan)
+    route = jax.vmap(of_row, in_axes=in_axes)(h_RQD, recent_RQW, place_RQ, active_RQ, depth, plan)
     is_routed_R1 = stages.is_routed(stage_R)[:, None]
     log_survival_RQ = jnp.where(is_routed_R1, log_survival_RQ + route.log_survive_BS, log_survival_RQ)
     gate_RQ = jnp.ones(active_RQ.shape)
@@ -178,12 +178,12 @@ def execute(
 
 
 def run(
-    decoding: Decoding, weights: Weights, cache: DecodeCache, recent_RQN, place_RQ, is_real_RQ
+    decoding: Decoding, weights: Weights, cache: DecodeCache, recent_RQW, place_RQ, is_real_RQ
 ) -> tuple[DecodeCache, jax.Array, jax.Array]:
     """Run tokens through all their stages, those of all rows side by side.
 
     Args:
-        recent_RQN: each token with those before it (`router.recent_tokens`).
+        recent_RQW: each token with those before it (`router.recent_tokens`).
         place_RQ: their index in the row; each row's next ones.
         is_real_RQ: False for those that only fill the array up.
 
@@ -192,13 +192,13 @@ def run(
         [R, Q, T], -1 for none.
     """
     model, stages = model_of(decoding, weights), decoding.stages
-    num_layers, token_RQ = weights.num_layers, recent_RQN[..., 0]
+    num_layers, token_RQ = weights.num_layers, recent_RQW[..., 0]
 
     def step(stage, carry):
         h_RQD, stays_RQ, log_survival_RQ, plan, cache, layer_TRQ = carry
-        stage_R = jnp.full(len(recent_RQN), stage)
+        stage_R = jnp.full(len(recent_RQW), stage)
         active_RQ = is_real_RQ & (stays_RQ | ~stages.is_routed(stage))
-        given = h_RQD, recent_RQN, place_RQ, stage_R, active_RQ, log_survival_RQ, plan
+        given = h_RQD, recent_RQW, place_RQ, stage_R, active_RQ, log_survival_RQ, plan
         choice = route(decoding, weights, *given, in_step=True)
         h_RQD, cache = execute(decoding, weights, h_RQD, choice, place_RQ, stage_R, cache)
         layer_RQ = jnp.where(choice.layer_RQ < num_layers, choice.layer_RQ, -1)
@@ -213,26 +213,26 @@ def run(
 
 
 def prefill(
-    decoding: Decoding, weights: Weights, cache: DecodeCache, row: jax.Array, recent_QN, begin: jax.Array, num
+    decoding: Decoding, weights: Weights, cache: DecodeCache, row: jax.Array, recent_QW, begin, num
 ) -> tuple[DecodeCache, jax.Array, jax.Array]:
     """`run` the next tokens of one row.
 
     Args:
-        recent_QN: the tokens, each with those before it; the first `num` count, so that one program serves all lengths
+        recent_QW: the tokens, each with those before it; the first `num` count, so that one program serves all lengths
             up to Q.
         begin: the first one's index in the row.
     """
-    index_Q = jnp.arange(len(recent_QN))
-    one_row = cache.row(row), recent_QN[None], (begin + index_Q)[None], (index_Q < num)[None]
+    index_Q = jnp.arange(len(recent_QW))
+    one_row = cache.row(row), recent_QW[None], (begin + index_Q)[None], (index_Q < num)[None]
     changed, h_RQD, layer_RQT = run(decoding, weights, *one_row)
     return cache.with_row(row, changed), h_RQD[0], layer_RQT[0]
 
 
 def decode_step(
-    decoding: Decoding, weights: Weights, cache: DecodeCache, recent_RN, place_R, is_live_R
+    decoding: Decoding, weights: Weights, cache: DecodeCache, recent_RW, place_R, is_live_R
 ) -> tuple[DecodeCache, jax.Array]:
     """`run` one token of each live row, all rows in step: the cache and the logits of what comes next, [R, V]."""
-    cache, h_RQD, _ = run(decoding, weights, cache, recent_RN[:, None], place_R[:, None], is_live_R[:, None])
+    cache, h_RQD, _ = run(decoding, weights, cache, recent_RW[:, None], place_R[:, None], is_live_R[:, None])
     return cache, logits(decoding, weights, h_RQD[:, 0])
 
 
@@ -240,14 +240,14 @@ def read(
     decoding: Decoding,
     weights: Weights,
     cache: DecodeCache,
-    recent_RSN: jax.Array,
+    recent_RSW: jax.Array,
     is_real_RS: jax.Array,
     begin: jax.Array | int = 0,
 ) -> tuple[DecodeCache, jax.Array, jax.Array]:
     """`run` the tokens of given texts one after the other, as if each had been sampled.
 
     Args:
-        recent_RSN: each token with those before it.
+        recent_RSW: each token with those before it.
         begin: the place of the first one in its text.
 
     Returns:
@@ -256,12 +256,12 @@ def read(
     """
 
     def step(cache, given):
-        recent_RN, place, is_real_R = given
-        place_RQ = jnp.full((len(recent_RN), 1), place)
-        cache, h_RQD, layer_RQT = run(decoding, weights, cache, recent_RN[:, None], place_RQ, is_real_R[:, None])
+        recent_RW, place, is_real_R = given
+        place_RQ = jnp.full((len(recent_RW), 1), place)
+        cache, h_RQD, layer_RQT = run(decoding, weights, cache, recent_RW[:, None], place_RQ, is_real_R[:, None])
         return cache, (h_RQD[:, 0], layer_RQT[:, 0])
 
-    given = recent_RSN.swapaxes(0, 1), begin + jnp.arange(recent_RSN.shape[1]), is_real_RS.T
+    given = recent_RSW.swapaxes(0, 1), begin + jnp.arange(recent_RSW.shape[1]), is_real_RS.T
     cache, (h_SRD, layer_SRT) = jax.lax.scan(step, cache, given)
     return cache, h_SRD.swapaxes(0, 1), layer_SRT.swapaxes(0, 1)
 

@@ -20,14 +20,14 @@ from flax import nnx
 from radialnet.controllers import Controllers, Schedule
 from radialnet.metrics import StepSums
 from radialnet.pool import Attended, LayerPool, Positions, Products
-from radialnet.router import Decision, Plan, Router, StepInputs, choice_gate, recent_tokens
+from radialnet.router import Decision, Plan, Router, StepInputs, choice_gate
 
 
 @flax.struct.dataclass
 class Inputs:
     """What the loop reads at every step and never changes."""
 
-    token_BS: jax.Array
+    recent_BSW: jax.Array  # `router.recent_tokens`.
     positions: Positions
     controllers: Controllers
     at: Schedule
@@ -93,10 +93,8 @@ def decide(
     Returns:
         The gate of the update, the log of the product of (1 - p_exit) so far, the sums, and the route.
     """
-    start_BS = inputs.positions.document_start_BS
-    begins_BS = start_BS == jnp.arange(active_BS.shape[1])
-    recent_BSN = recent_tokens(inputs.token_BS, start_BS, router.cfg.hash_span)
-    step = StepInputs(recent_BSN, begins_BS, active_BS, depth_step, inputs.rng_B, plan, decided)
+    begins_BS = inputs.positions.document_start_BS == jnp.arange(active_BS.shape[1])
+    step = StepInputs(inputs.recent_BSW, begins_BS, active_BS, depth_step, inputs.rng_B, plan, decided)
     route = router(h_BSD, step, inputs.controllers, inputs.at)
     log_survival_BS += route.log_survive_BS
     gate_BS = jnp.ones(active_BS.shape)
@@ -104,7 +102,7 @@ def decide(
         gate_BS *= choice_gate(log_survival_BS, loop.estimator)
     if loop.estimator != "dense":
         gate_BS *= choice_gate(route.log_p_layer_BS, loop.estimator)
-    sums = StepSums.of(route, active_BS, log_survival_BS, inputs.token_BS, loop.vocab_size)
+    sums = StepSums.of(route, active_BS, log_survival_BS, step.token_BS, loop.vocab_size)
     return gate_BS, log_survival_BS, sums, route
 
 

@@ -14,7 +14,7 @@ from radialnet.grouping import gather
 from radialnet.layers import normed
 from radialnet.model import RadialTransformer
 from radialnet.pool import LayerPool, Positions
-from radialnet.router import row_keys
+from radialnet.router import recent_tokens, row_keys
 from radialnet.shards import Batch
 
 
@@ -102,7 +102,8 @@ def executions(
     )
     at = schedule(config.router, cfg.max_depth, step).for_evaluation()
     rng_B = row_keys(jax.random.split(jax.random.key(0))[0], 0, len(h_BSD))
-    inputs = Inputs(batch["token"], positions, controllers, at, rng_B)
+    recent_BSW = recent_tokens(batch["token"], positions.document_start_BS, config.router.hash_span)
+    inputs = Inputs(recent_BSW, positions, controllers, at, rng_B)
 
     def depth_step(carry, t):
         h_BSD, log_survival_BS, active_BS, plan, cache = carry

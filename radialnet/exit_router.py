@@ -1,7 +1,8 @@
-"""The router of given routes: which layer a token gets is settled by its step and its id, when it leaves is learned.
+"""The router of given routes: which layer a token gets is settled, when it leaves is learned.
 
 `early_exit`  the layers in turn: a transformer of trained early exits.
-`hash_exit`   of step t's group (`model.num_groups`) the layer that the token's hash says.
+`hash_exit`   of step t's group (`model.num_groups`) the layer that a hash says: of the token itself, or
+              by turns of those before it (`router.hash_span`).
 """
 
 import jax
@@ -32,7 +33,8 @@ class ExitRouter(Router):
             if self.cfg.noise > 0:
                 noise_BS = at.noise * draw(jax.random.logistic, keys_at_step(step.rng_B, depth_step), shape)
             if self.cfg.form == "hash_exit":
-                layer_BS = hashed_layer(step.hashed_BS, trained_step, self.num_layers, self.num_layer_groups)
+                guide_BS = self._guide(step, trained_step)
+                layer_BS = hashed_layer(guide_BS, trained_step, self.num_layers, self.num_layer_groups)
             else:
                 layer_BS = jnp.full(shape, depth_step % self.num_layers, jnp.int32)
             decided = Decision(layer_BS, self._may_exit(step, at) & (leave_BS + noise_BS > 0))

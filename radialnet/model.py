@@ -17,7 +17,7 @@ from radialnet.layers import normed
 from radialnet.metrics import RoutingSums
 from radialnet.peer_routers import make_router
 from radialnet.pool import LayerPool, Positions, clone_groups
-from radialnet.router import draw, group_of_layer, row_keys
+from radialnet.router import draw, group_of_layer, recent_tokens, row_keys
 from radialnet.sections import view_over
 from radialnet.sharding import ALONE, Axes, Parallel, Placement, make_mesh
 
@@ -159,7 +159,8 @@ class RadialTransformer(nnx.Module):
         first_row, batch = self.parallel.first_row(len(token_BS)), len(token_BS)
         route_rng, read_rng = jax.random.split(rng)
         column_rng, step_rng = jax.random.split(read_rng)
-        inputs = Inputs(token_BS, positions, controllers, at, row_keys(route_rng, first_row, batch))
+        recent_BSW = recent_tokens(token_BS, positions.document_start_BS, self.router.cfg.hash_span)
+        inputs = Inputs(recent_BSW, positions, controllers, at, row_keys(route_rng, first_row, batch))
         if self.reads_states:
             # Evaluation has one key for all batches, and should not look at the same columns in each of them.
             column_rng = jax.random.fold_in(column_rng, self.parallel.sum_rows(token_BS.sum()))

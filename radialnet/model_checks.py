@@ -123,16 +123,21 @@ def validate_router(config: Sections) -> None:
         "read_coef",
     )
     at_least("router", router, 0, *non_negative)
-    at_least("router", router, 1, "every", "read_every", "hash_span")
+    at_least("router", router, 1, "every", "read_every")
     require(
         router.every == 1 or router.form in ("factored", "flat"),
         f"config.router.every={router.every} is for the forms factored and flat, config.router.form={router.form!r}",
     )
     at_least("router", router, 0, "exit_warmup_steps", "depth_ramp_steps", "exit_bias_rate", "load_bias_rate")
     require(
+        1 <= router.hash_span <= model.max_depth,
+        f"config.router.hash_span={router.hash_span} is not between 1 and config.model.max_depth={model.max_depth}",
+    )
+    of_prior = f" with config.router.prior={router.prior!r}" if router.form in ("factored", "flat") else ""
+    require(
         router.hash_span == 1 or router.hashes,
-        f"config.router.hash_span={router.hash_span} needs a hash, which neither config.router.form="
-        f"{router.form!r} nor config.router.prior={router.prior!r} has",
+        f"config.router.hash_span={router.hash_span} needs a hash that says where tokens go: "
+        f"config.router.form={router.form!r}{of_prior} has none",
     )
     require(0 <= router.explore < 1, f"config.router.explore={router.explore}: at least 0 and less than 1 is needed")
     if router.exit_training == "benefit":

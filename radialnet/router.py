@@ -51,7 +51,7 @@ class Plan:
 class StepInputs:
     """What a router looks at in a depth step, beside the residual stream."""
 
-    recent_BSN: jax.Array  # `recent_tokens`, `router.hash_span` of them.
+    recent_BSW: jax.Array  # `recent_tokens`, `router.hash_span` of them.
     begins_BS: jax.Array  # The first tokens of their documents.
     active_BS: jax.Array
     depth_step: jax.Array
@@ -63,12 +63,7 @@ class StepInputs:
 
     @property
     def token_BS(self) -> jax.Array:
-        return self.recent_BSN[..., 0]
-
-    @property
-    def hashed_BS(self) -> jax.Array:
-        """The tokens whose hash counts at this step."""
-        return jnp.take(self.recent_BSN, self.depth_step % self.recent_BSN.shape[-1], axis=-1)
+        return self.recent_BSW[..., 0]
 
 
 @flax.struct.dataclass
@@ -189,7 +184,7 @@ class Router(nnx.Module):
         active_BS, depth_step, decided = step.active_BS, step.depth_step, step.decided
         rng_B = keys_at_step(step.rng_B, depth_step)
         if not self.cfg.is_trained:
-            return self._fixed_route(step.hashed_BS, active_BS, depth_step, rng_B)
+            return self._fixed_route(self._guide(step, depth_step), active_BS, depth_step, rng_B)
         trained_step = jnp.minimum(depth_step, self.max_depth - 1)
         plan = step.plan
         if self.cfg.every == 1:
@@ -200,7 +195,7 @@ class Router(nnx.Module):
             logits_BSN = jax.lax.cond(is_looking, self._look, lambda *_: plan.logits_BSN, *given)
             plan = Plan(logits_BSN=logits_BSN)
         layer_logits_BSL, exit_logit_BS = logits_BSN[..., :-1], logits_BSN[..., -1]
-        biased_BSL = layer_logits_BSL + at.prior_weight * self._prior(step.hashed_BS, trained_step)
+        biased_BSL = layer_logits_BSL + at.prior_weight * self._prior(self._guide(step, trained_step), trained_step)
         leave_BS = exit_logit_BS + controllers.exit_bias
         # The logit of leaving: against 0 in the factored form, against all layers together in the flat one.
         odds_BS = leave_BS if self.cfg.form != "flat" else leave_BS - jax.nn.logsumexp(biased_BSL, axis=-1)
@@ -262,11 +257,17 @@ class Router(nnx.Module):
         normed_BSD = rms_norm(h_BSD.astype(jnp.float32), self.norm[...], self.norm_eps)
         return normed_BSD + self.step_embedding[...][trained_step] if self.cfg.sees_step else normed_BSD
 
-    def _prior(self, token_BS: jax.Array, depth_step: jax.Array) -> jax.Array:
+    def _guide(self, step: StepInputs, depth_step: jax.Array) -> jax.Array:
+        """The tokens whose hash counts at a depth step, [B, S]: by turns each token itself and those before it."""
+        span = self.cfg.hash_span
+        assert step.recent_BSW.shape[-1] == span
+        return jnp.take(step.recent_BSW, depth_step % span, axis=-1)
+
+    def _prior(self, guide_BS: jax.Array, depth_step: jax.Array) -> jax.Array:
         """1 for the layers that the prior favours, else 0: [L], or [B, S, L] where it goes by the token."""
         if self.cfg.prior in ("hash", "group_hash"):
             num_groups = 1 if self.cfg.prior == "hash" else self.num_layer_groups
-            return jax.nn.one_hot(hashed_layer(token_BS, depth_step, self.num_layers, num_groups), self.num_layers)
+            return jax.nn.one_hot(hashed_layer(guide_BS, depth_step, self.num_layers, num_groups), self.num_layers)
         return prior_logits(self.cfg.prior, self.num_layers, self.num_layer_groups, depth_step)
 
     def _logits(self, x_BSD: jax.Array) -> jax.Array:
@@ -294,14 +295,14 @@ class Router(nnx.Module):
         layer_BS = jnp.argmax(selection_BSL, axis=-1).astype(jnp.int32)
         return Decision(layer_BS, may_exit_BS & (leave_BS > threshold_BS))
 
-    def _fixed_route(self, token_BS, active_BS, depth_step, rng_B) -> Route:
-        shape, num_layers = token_BS.shape, self.num_layers
+    def _fixed_route(self, guide_BS, active_BS, depth_step, rng_B) -> Route:
+        shape, num_layers = guide_BS.shape, self.num_layers
         if self.cfg.form in ("sequential", "cyclic"):
             layer_BS = jnp.full(shape, depth_step % num_layers, jnp.int32)
         elif self.cfg.form == "random":
             layer_BS = draw(partial(jax.random.randint, minval=0, maxval=num_layers, dtype=jnp.int32), rng_B, shape)
         else:
-            layer_BS = hashed_layer(token_BS, depth_step, num_layers)
+            layer_BS = hashed_layer(guide_BS, depth_step, num_layers)
         return Route.of(Decision(layer_BS, jnp.zeros(shape, bool)), active_BS, self.num_layers)
 
 
@@ -318,14 +319,14 @@ def hashed_layer(token_BS: jax.Array, depth_step: jax.Array, num_layers: int, nu
 
 
 def recent_tokens(token_BS: jax.Array, start_BS: jax.Array, span: int) -> jax.Array:
-    """Each token and those before it in its document, the newest first, [B, S, span]. A document's first token stands
-    for those that would be before it.
+    """Each token and those before it in its document, the newest first, [B, S, W]; W = `router.hash_span`. The first
+    one that the row has of a document stands for those that would be before it.
 
     Args:
-        start_BS: the first token of each one's document, by its index in the row.
+        start_BS: that first token, by its index in the row.
     """
-    index_BSN = jnp.arange(token_BS.shape[1])[None, :, None] - jnp.arange(span)
-    return jnp.take_along_axis(token_BS[..., None], jnp.maximum(index_BSN, start_BS[..., None]), axis=1)
+    index_BSW = jnp.arange(token_BS.shape[1])[None, :, None] - jnp.arange(span)
+    return jnp.take_along_axis(token_BS[..., None], jnp.maximum(index_BSW, start_BS[..., None]), axis=1)
 
 
 def _hash(token_BS: jax.Array, depth_step: jax.Array, num_choices: jax.Array) -> jax.Array:

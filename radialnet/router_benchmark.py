@@ -25,7 +25,7 @@ from radialnet.controllers import Controllers, schedule
 from radialnet.cost import MEMORY_BYTES_PER_S, PEAK_FLOPS, flops_by_part, rate, weights_by_part
 from radialnet.pool import LayerPool, Positions
 from radialnet.program import work_of
-from radialnet.router import Router, StepInputs, row_keys
+from radialnet.router import Router, StepInputs, recent_tokens, row_keys
 from radialnet.sections import ConfigError
 from radialnet.timing import Timings
 
@@ -114,7 +114,8 @@ def router_part(config: Config, shape: tuple[int, int]) -> Part:
     def value(params, h_BSD):
         router, token_BS = nnx.merge(graph, params), jnp.zeros(shape, jnp.int32)
         keys = row_keys(jax.random.key(0), 0, shape[0])
-        step = StepInputs(token_BS[..., None], token_BS > 0, token_BS == 0, jnp.int32(0), keys, router.no_plan(shape))
+        recent_BSW = recent_tokens(token_BS, token_BS, config.router.hash_span)
+        step = StepInputs(recent_BSW, token_BS > 0, token_BS == 0, jnp.int32(0), keys, router.no_plan(shape))
         controllers = Controllers.init(config.router, config.model.pool_size)
         route = router(h_BSD, step, controllers, schedule(config.router, 1, jnp.int32(0)))
         # The choice is a part of what is timed, and of no gradient.

@@ -112,7 +112,7 @@ class RouterConfig:
 
     @property
     def gives_layers(self) -> bool:
-        """Whether it chooses no layer: that is settled by step and token."""
+        """Whether it chooses no layer: that is settled by the step and the tokens."""
         return self.form in EXIT_FORMS
 
     @property

@@ -42,6 +42,12 @@ def test_the_whole_step_is_lowered_and_no_parameter_made():
     assert "while" in lowered.as_text()
 
 
+@pytest.mark.parametrize("fields", [{}, {"router__form": "hash_exit", "router__hash_span": 2}])
+def test_a_step_of_decoding_is_traced(fields):
+    traced = aot.trace_decode(make_config(**fields), jax.devices()[0])
+    assert traced.out_info[1].shape == (aot.DECODE_ROWS, 4096)
+
+
 def test_head_is_as_wide_as_the_vocabulary_of_the_run():
     for fields, vocab_size in (
         ({}, 4096),

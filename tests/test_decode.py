@@ -65,8 +65,8 @@ class Decoder:
         return np.asarray(self._logits(self.weights, h_QD))[: len(tokens)], np.asarray(layer_QT)[: len(tokens)]
 
     def step(self, tokens, places, is_live):
-        recent_RN = np.concatenate([self.recent(row, [token], places[row]) for row, token in enumerate(tokens)])
-        self.cache, logits_RV = self._step(self.weights, self.cache, *map(np.asarray, (recent_RN, places, is_live)))
+        recent_RW = np.concatenate([self.recent(row, [token], places[row]) for row, token in enumerate(tokens)])
+        self.cache, logits_RV = self._step(self.weights, self.cache, *map(np.asarray, (recent_RW, places, is_live)))
         return np.asarray(logits_RV)
 
     def recent(self, row, tokens, begin):
@@ -118,7 +118,7 @@ CASES = {
         "exit_bias": -4.0,
         "router__prior": "group_hash",
         "router__hash_span": 2,
-        "model__num_groups": 3,
+        "model__num_groups": 2,
     },
     "early exit by benefit": {"exit_bias": 0.0, "router__form": "early_exit", "router__exit_training": "benefit"},
     "hash exit, deeper than trained": {
@@ -127,7 +127,7 @@ CASES = {
         "router__form": "hash_exit",
         "router__hash_span": 2,
         "router__exit_training": "benefit",
-        "model__num_groups": 3,
+        "model__num_groups": 2,
         "model__min_depth": 2,
     },
     "by benefit of the token": {"exit_bias": 0.0, **TOKEN_EXITS},
@@ -385,7 +385,7 @@ def test_a_stage_that_is_sat_out_takes_no_iteration():
         {"model__prelude_layers": 1, "cache__view": "same_layer"},
         {"cache__view": "all"},
         {"router__every": 2, "router__exit_bias_init": 0.0},
-        {"router__form": "hash_exit", "router__hash_span": 2, "router__exit_bias_init": 0.0},
+        {"router__form": "hash_exit", "router__hash_span": 3, "router__exit_bias_init": 0.0, "model__num_groups": 1},
         {"router__form": "skip", "cache__view": "same_layer", "model__coda_layers": 1},
         {"router__form": "skip", "cache__view": "same_layer", "model__min_depth": 0, "router__exit_bias_init": 0.0},
     ],

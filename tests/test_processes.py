@@ -228,7 +228,6 @@ def trained_by_two(tmp_path_factory):
         *text_flags(tmp_path_factory),
         f"--config.train.num_steps={NUM_STEPS}",
         "--config.log.every_steps=1",
-        "--config.log.sample_prompt=",
         "--config.checkpoint.every_steps=4",
     ]
     mesh = ["--config.mesh.pool=2", "--config.mesh.tensor=2", "--config.mesh.pool_dispatch=exchange"]
@@ -248,6 +247,8 @@ def test_two_processes_train_as_one_does(tmp_path, trained_by_two):
         )
         assert output[process].count(told) == 1
     assert "held out" in output[0] and "held out" not in output[1], "the first one tells alone"
+    assert "no sample, for the parameters lie on 4 devices" in output[0]
+    flags = [*flags, "--config.log.sample_prompt="]
     run("train.py", *flags, f"--workdir={tmp_path / 'alone'}")
     went_on = shutil.copytree(workdir, tmp_path / "went_on")
     shutil.rmtree(went_on / "checkpoints" / str(NUM_STEPS))

@@ -219,7 +219,14 @@ def test_a_heavy_hash_prior_is_the_hash_route():
     assert (light.layer_TBS != hashed.layer_TBS).any()
 
 
-@pytest.mark.parametrize("fields", [{"router__form": "hash"}, {"router__form": "hash_exit", "model__num_groups": 1}])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"router__form": "hash"},
+        {"router__form": "hash_exit", "model__num_groups": 1},
+        {"router__prior": "hash", "router__prior_weight": 1000.0},
+    ],
+)
 def test_the_hash_of_a_span_is_that_of_the_token_so_many_places_before(fields):
     """Which layer each id has at each step is what the tokens themselves are given; of documents side by side."""
     own, spanned = (make_config(**fields, model__min_depth=T, router__hash_span=span) for span in (1, 2))
@@ -231,6 +238,11 @@ def test_the_hash_of_a_span_is_that_of_the_token_so_many_places_before(fields):
         assert spanned_TBS[t, b, s] == own_TBS[t, b, said_by]
         num_seen += spanned_TBS[t, b, s] != own_TBS[t, b, s]
     assert num_seen > 3 and (np.diff(document_BS, axis=1) > 0).any()
+    if own.router.is_trained:
+        # Beyond the trained steps a token stays with the last one's layer, which it has by the turn of that step.
+        model, never = Model(spanned), jnp.float32(-50)
+        deeper_TBS = model(batch, controllers=model.controllers.replace(exit_bias=never), max_depth=T + 1).layer_TBS
+        np.testing.assert_array_equal(deeper_TBS[T], deeper_TBS[T - 1])
 
 
 @pytest.mark.parametrize("num_groups, groups", [(0, ([0, 1], [2, 3], [4])), (2, ([0, 1, 2], [3, 4], [3, 4]))])
