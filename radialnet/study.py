@@ -19,6 +19,8 @@ _PULL: Values = {
     "optimizer.group_decay_init": 3.0,
     "optimizer.group_decay_steps": 1800,
 }
+# Each token and the one before it say in turn where it goes.
+_TURNS: Values = {"router.hash_span": 2}
 # Routes that the token and the step give, to a layer of the step's group.
 _GROUPS: Values = {
     "router.form": "hash_exit",
@@ -29,12 +31,10 @@ _GROUPS: Values = {
 }
 _GROUPS_AND_EXITS: Values = {**_GROUPS, **_EXITS, "model.max_depth": 5, "model.min_depth": 3}
 # Their layers pulled to the mean of their group, and twice as much learned from states that are read on the way.
-_RADIAL: Values = {**_GROUPS_AND_EXITS, **_PULL, "router.read_coef": 0.2}
+_RADIAL: Values = {**_GROUPS_AND_EXITS, **_TURNS, **_PULL, "router.read_coef": 0.2}
 # To any layer, by a prior that leaves a router of all layers no choice: what there was before `hash_exit`.
 _HASH: Values = {**_LEARNED, "router.prior": "hash", "router.prior_weight": 1000.0, "router.load_coef": 0.0}
 _ANY_ORDER: Values = {**_HASH, "model.pool_size": 48, **_EXITS}
-# Each token and the one before it say in turn where it goes.
-_TURNS: Values = {"router.hash_span": 2}
 # Half the depth of six dense layers, by the same rule: as many groups as layers on average, exits from one step before
 # that to one after.
 _HALF: Values = {
@@ -74,9 +74,9 @@ MODELS: dict[str, Values] = {
     "dense": {},
     "dense, 6 layers": _SIX,
     # configs/radial_micro.py.
-    "radial": {**_RADIAL, **_TURNS},
+    "radial": _RADIAL,
     "radial, T/2": _HALF,
-    "radial, fixed depth": {**_GROUPS, **_PULL},
+    "radial, fixed depth": {**_GROUPS, **_TURNS, **_PULL},
     # radial_micro of 2026-11-27: neither pulled nor reading as much.
     "radial, not pulled": _GROUPS_AND_EXITS,
     "radial, exits by token, not pulled": {**_GROUPS_AND_EXITS, "router.exit_sees": "token"},
@@ -155,9 +155,8 @@ _MINI_HASH: Values = {"router.form": "hash", "model.pool_size": 48, "model.num_g
 MINI_MODELS: dict[str, Values] = {
     "BPE, dense": {},
     # configs/radial_mini.py.
-    "BPE, radial": {**_MINI_GROUPS, **_TURNS, **_MINI_EXITS},
-    "BPE, radial, fixed depth": {**_MINI_GROUPS, **_TURNS},
-    # What that is where the token itself says at every step where it goes.
+    "BPE, radial": {**_MINI_GROUPS, **_MINI_EXITS},
+    # What `BPE, radial` is with a fixed depth.
     "BPE, hash, pulled": {**_MINI_HASH, **_MINI_PULL},
     "BPE, hash": _MINI_HASH,
     # The peers of bytes. Where they have exits, those begin when the radial network's do and allow the same depths; of
