@@ -31,7 +31,7 @@ _GROUPS: Values = {
 }
 _GROUPS_AND_EXITS: Values = {**_GROUPS, **_EXITS, "model.max_depth": 5, "model.min_depth": 3}
 # Their layers pulled to the mean of their group, and twice as much learned from states that are read on the way.
-_RADIAL: Values = {**_GROUPS_AND_EXITS, **_TURNS, **_PULL, "router.read_coef": 0.2}
+_RADIAL: Values = {**_GROUPS_AND_EXITS, **_PULL, "router.read_coef": 0.2}
 # To any layer, by a prior that leaves a router of all layers no choice: what there was before `hash_exit`.
 _HASH: Values = {**_LEARNED, "router.prior": "hash", "router.prior_weight": 1000.0, "router.load_coef": 0.0}
 _ANY_ORDER: Values = {**_HASH, "model.pool_size": 48, **_EXITS}
@@ -74,9 +74,10 @@ MODELS: dict[str, Values] = {
     "dense": {},
     "dense, 6 layers": _SIX,
     # configs/radial_micro.py.
-    "radial": _RADIAL,
+    "radial": {**_RADIAL, **_TURNS},
+    # As these two were before tokens took turns.
     "radial, T/2": _HALF,
-    "radial, fixed depth": {**_GROUPS, **_TURNS, **_PULL},
+    "radial, fixed depth": {**_GROUPS, **_PULL},
     # radial_micro of 2026-11-27: neither pulled nor reading as much.
     "radial, not pulled": _GROUPS_AND_EXITS,
     "radial, exits by token, not pulled": {**_GROUPS_AND_EXITS, "router.exit_sees": "token"},
@@ -227,7 +228,8 @@ TABLES = (
         "Bytes",
         MODELS,
         "dense",
-        "6 million bytes, AdamW at a learning rate of 6e-3. Here and below only `radial` and `radial, T/2`, and of the "
+        "6 million bytes, AdamW at a learning rate of 6e-3. In `radial` alone each token and the one before it say in "
+        "turn where it goes (`router.hash_span`). Here and below only `radial` and `radial, T/2`, and of the "
         "words early exit and Mixture-of-Recursions, are of after exit biases settled, on 64 batches after the last "
         "step that are not counted; the depth of other models with exits may be off its target for that, in "
         "Mixture-of-Recursions by up to 6.5 %.",
