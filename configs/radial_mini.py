@@ -26,6 +26,7 @@ def get_config() -> ConfigDict:
 
     # As in radial_micro: which layer is given, when to leave is learned.
     config.router.form = "hash_exit"
+    config.router.hash_span = 2
     config.router.exit_training = "benefit"
     # A fifth of the default's read_coef was as good (docs/LOG.md); that of radial_micro was not tried alone.
     # The head is an eighth of a token's FLOPs here.

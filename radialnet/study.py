@@ -156,8 +156,9 @@ _MINI_HASH: Values = {"router.form": "hash", "model.pool_size": 48, "model.num_g
 MINI_MODELS: dict[str, Values] = {
     "BPE, dense": {},
     # configs/radial_mini.py.
-    "BPE, radial": {**_MINI_GROUPS, **_MINI_EXITS},
-    # What `BPE, radial` is with a fixed depth.
+    "BPE, radial": {**_MINI_GROUPS, **_TURNS, **_MINI_EXITS},
+    "BPE, radial, fixed depth": {**_MINI_GROUPS, **_TURNS},
+    # The same by each token's own hash.
     "BPE, hash, pulled": {**_MINI_HASH, **_MINI_PULL},
     "BPE, hash": _MINI_HASH,
     # The peers of bytes. Where they have exits, those begin when the radial network's do and allow the same depths; of
