@@ -157,7 +157,8 @@ class RecursionRouter(Router):
         round_BS = decided.leaves_at_BS // num_layers - 1
         log_p_BSR = jax.nn.log_softmax(biased_BSR, axis=-1)
         log_p_BS = jnp.take_along_axis(log_p_BSR, round_BS[..., None], axis=-1)[..., 0]
-        # How much shorter is liked better than longer: what the controller takes the spread of.
+        # e, how much shorter is liked better than longer: the controller takes its spread, and the z-loss holds it
+        # where the controller can follow. Without that it grew against the exit bias without end (docs/LOG.md).
         shorter_BS = logits_BSR[..., 0] - logits_BSR[..., -1]
         return Route.of(
             decided,
@@ -165,6 +166,7 @@ class RecursionRouter(Router):
             num_layers,
             log_survive_BS=jnp.where(is_first, log_p_BS, 0),
             layer_lse_BS=jnp.where(is_first, jax.nn.logsumexp(logits_BSR, axis=-1), 0),
+            z_exit_BS=jnp.where(is_first, shorter_BS, 0),
             leave_logit_BS=shorter_BS + controllers.exit_bias * (num_rounds - 1),
             can_exit=is_first & at.may_exit & (self.min_depth < self.max_depth),
             plan=Plan(leaves_at_BS=decided.leaves_at_BS),
