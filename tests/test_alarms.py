@@ -3,32 +3,11 @@
 import pytest
 
 from radialnet.alarms import HISTORY, PATIENCE, alarms
+from tests.runs import LINE, SICK
 from tests.tiny import make_config
 
+
 # A healthy line of a run whose tokens may leave after 1 to 3 layers and whose target is 2.
-LINE = {
-    "step": 500,
-    "split": "train",
-    "bpb": 2.0,
-    "route_mi": 0.8,
-    "load_entropy": 0.9,
-    "load": [0.2] * 5,
-    "depth": 2.0,
-    "expected_depth": 1.8,
-    "depth_hist": [0.0, 0.3, 0.4, 0.3],
-    "loss_router_z": 4.0,
-    "router_grad_norm": 0.1,
-}
-SICK = {
-    "route_mi": {"route_mi": 0.01},
-    "load_entropy": {"load_entropy": 0.3, "load": [0.9, 0.1, 0, 0, 0]},
-    "depth": {"depth_hist": [0.0, 1.0, 0.0, 0.0]},
-    "soft_depth": {"expected_depth": 0.9},
-    "router_logits": {"loss_router_z": 1e4},
-    "router_gradient": {"router_grad_norm": 50.0},
-}
-
-
 def lines_of(*changes, num_healthy=10):
     return [LINE] * num_healthy + [{**LINE, **change} for change in changes]
 

@@ -23,8 +23,8 @@ from radialnet.program import work_of
 from radialnet.sections import ConfigError
 from radialnet.timing import Timings
 from tests.commands import run
+from tests.plain import plain_network
 from tests.runs import make_run
-from tests.test_model import plain_network
 
 SIZES = {"d_model": 16, "d_ff": 24, "seq_len": 8, "batch_size": 2, "max_depth": 3, "dtype": "float32"}
 NAMES = {
@@ -126,7 +126,7 @@ def test_bytes_of_routers_and_layers_are_those_that_their_programs_are_given(dty
 @pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="compiles for a TPU")
 def test_the_best_time_on_a_tpu_is_that_of_flops_and_passes_where_they_bound_it():
     config = router_benchmark.opt_config(512, 4, 5)
-    device, shape = devices_of(router_benchmark.TPU)[0], (1, 4096)
+    device, shape = devices_of(router_benchmark.TPU)[0], (1, 1024)
     work = router_benchmark.work_of_part(router_benchmark.router_part(config, shape), shape, 512, True, 2, device)
     by_bytes, many = (router_benchmark.seconds_at_best(work, passes, device) for passes in (0, 60))
     flops = 4 * flops_by_part(config, 0, [1.0])["router"] * shape[1]

@@ -5,6 +5,7 @@ import pytest
 
 from radialnet.cache import Packing, UnifiedCache, document_starts
 from radialnet.sections import VIEWS
+from tests.plain import brute_force
 
 B, S, T, L, G, K = 2, 7, 4, 3, 1, 2
 
@@ -18,25 +19,6 @@ def history(seed):
     layer = np.where(executes, rng.integers(0, L, (T, B, S)), L)
     keys = rng.normal(size=(T, B, S, G, K)).astype(np.float32)
     return document, executes, layer, keys
-
-
-def brute_force(view, document, executes, layer, t, b, i, seq=S):
-    """(step, token) of the entries that the query of token i of row b sees at step t, by the rule of the paper."""
-    entries = [
-        (s, j)
-        for s in range(t + 1)
-        for j in range(seq)
-        if j <= i and executes[s, b, j] and document[b, j] == document[b, i] and document[b, j] >= 0
-    ]
-    if view == "latest":
-        return {(s, j) for s, j in entries if not any(s < later and j == k for later, k in entries)}
-    if view == "same_step":
-        return {(s, j) for s, j in entries if s == t}
-    if view == "first":
-        return {(s, j) for s, j in entries if s == 0}
-    if view == "same_layer":
-        return {(s, j) for s, j in entries if layer[s, b, j] == layer[t, b, i]}
-    return set(entries)
 
 
 def packed(x_BSX, packing):

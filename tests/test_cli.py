@@ -218,9 +218,8 @@ def test_generate(trained):
     command = ["-m", "radialnet.generate", f"--workdir={workdir}", "--prompt=def f", "--max_new_tokens=5"]
     greedy, _ = run(*command)
     assert greedy.startswith("def f")
-    sampled = [run(*command, "--temperature=2.0", f"--seed={seed}")[0] for seed in (1, 2, 1)]
-    assert sampled[0] == sampled[2]
-    assert sampled[0] != sampled[1]
+    first, second = (run(*command, "--temperature=2.0", f"--seed={seed}")[0] for seed in (1, 2))
+    assert first != second
     streamed, stats = run(*command, "--stream", "--stats", "--exit_bias=50")
     assert streamed.startswith("def f")
     assert "5 new tokens" in stats and "depth 1.00" in stats, "all leave at the first chance"

@@ -10,11 +10,8 @@ from radialnet.run_folder import RunFolder
 from radialnet.sections import ConfigError
 from radialnet.shards import PADDING, PackedRows, Stream
 from radialnet.sources import Document
-from radialnet.tokenizer import BYTE_VOCAB_SIZE, PIECE, SEPARATOR, Tokenizer, pieces
-from tests.tiny import make_config
-
-SEQ = 7
-TEXTS = ["def f(x):\n    return x + 1\n", "é ünïcode ☃", "a", SEPARATOR + " quoted", "lines\n" * 9]
+from radialnet.tokenizer import BYTE_VOCAB_SIZE, PIECE, Tokenizer, pieces
+from tests.texts import SEQ, TEXTS, config_of
 
 
 @pytest.fixture(scope="module")
@@ -200,11 +197,6 @@ def test_eval_batches_cover_the_rows_once_and_are_filled_with_padding(rows):
     assert not np.concatenate([batch["is_target"] for batch in batches])[len(rows) :].any()
     assert len(list(eval_batches(rows, 4, num_batches=2))) == 2
     assert len(list(eval_batches(rows, 4, num_batches=99))) == len(batches)
-
-
-def config_of(source, path, cache, **overrides):
-    fields = {"data__eval_fraction": 0.4, "data__tokenizer": "byte", "train__seq_len": SEQ, **overrides}
-    return make_config(data__source=source, data__path=str(path), data__cache_dir=str(cache), **fields)
 
 
 @pytest.fixture

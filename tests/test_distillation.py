@@ -23,8 +23,7 @@ from radialnet.train_step import Teacher, forward, init_state, jitted_train_step
 from radialnet.trained import load_trained
 from radialnet.trainer import train
 from tests.runs import make_run
-from tests.test_sharding import mesh_config
-from tests.tiny import VOCAB, Model, make_batch, make_config, perturbed
+from tests.tiny import VOCAB, Model, make_batch, make_config, mesh_config, perturbed
 
 LAYERS = 5
 ORDERED = {

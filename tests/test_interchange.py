@@ -25,7 +25,7 @@ from radialnet.trained import load_trained
 from radialnet.trainer import train
 from tests.commands import run
 from tests.runs import make_run
-from tests.tiny import TOKEN_EXITS, Model, make_batch, make_config
+from tests.tiny import PLAIN, TOKEN_EXITS, Model, make_batch, make_config
 
 FORMS = {
     "factored": {"model__prelude_layers": 1, "model__coda_layers": 2},
@@ -46,7 +46,6 @@ FORMS = {
         "model__max_positions": 19,
     },
 }
-PLAIN = {"router__form": "sequential", "model__pool_size": 3, "model__qk_norm": False, "model__norm_eps": 1e-3}
 DOCS = Path(__file__).parents[1] / "docs" / "INTERCHANGE.md"
 
 

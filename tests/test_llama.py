@@ -16,8 +16,7 @@ from radialnet.interchange import export_run, import_run
 from radialnet.tokenizer import BYTE_VOCAB_SIZE, Tokenizer
 from radialnet.trained import load_trained
 from tests.runs import make_run
-from tests.test_interchange import PLAIN
-from tests.tiny import logits_of, make_config
+from tests.tiny import PLAIN, logits_of, make_config
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

@@ -12,7 +12,7 @@ from radialnet.sections import ConfigError
 from radialnet.sources import Document, documents
 from radialnet.trained import load_trained
 from tests.commands import run
-from tests.test_opt import by_hand, tensors_of, write
+from tests.tiny_opt import by_hand, tensors_of, write
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ import pytest
 
 from radialnet.sections import ConfigError
 from radialnet.tokenizer import Tokenizer
-from tests.test_data import TEXTS
+from tests.texts import TEXTS
 
 sentencepiece = pytest.importorskip("sentencepiece")
 

@@ -17,7 +17,7 @@ from radialnet.optimizer import make_optimizer
 from radialnet.sections import ConfigError
 from radialnet.sharding import AXES, ONE_DEVICE, RULES, Parallel, make_mesh, mesh_sizes
 from radialnet.train_step import eval_step, init_state, state_shardings, train_step
-from tests.tiny import TOKEN_EXITS, VOCAB, make_batch, make_config, mix_predicted_exits
+from tests.tiny import TOKEN_EXITS, VOCAB, make_batch, mesh_config, mix_predicted_exits
 
 BYTES = jnp.arange(VOCAB, dtype=jnp.int32)
 MESHES = {
@@ -61,23 +61,6 @@ RECIPES = {
         "router__exit_bias_init": 6.0,
     },
 }
-
-
-def mesh_config(sizes, **more):
-    """Sizes that all meshes divide, and no two alike: 4 kv heads of 2 channels, 3 query heads each."""
-    fields = {
-        "model__d_model": 48,
-        "model__num_heads": 12,
-        "model__num_kv_heads": 4,
-        "model__d_ff": 20,
-        "model__pool_size": 8,
-        "router__hidden": 12,
-        "router__depth_coef": 0.0,
-        "train__batch_size": 8,
-        "train__seq_len": 13,
-    }
-    mesh = {f"mesh__{axis}": sizes.get(axis, 1) for axis in AXES}
-    return make_config(**{**fields, **mesh, **more})
 
 
 class Step:

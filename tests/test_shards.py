@@ -17,7 +17,7 @@ from radialnet.shards import PackedRows, Stream, open_streams, write_shards
 from radialnet.sources import Document, JsonLines
 from radialnet.tokenizer import BYTE_VOCAB_SIZE, Tokenizer
 from tests.commands import ROOT, environment
-from tests.test_data import config_of
+from tests.texts import config_of
 
 NUM = 90
 

@@ -18,7 +18,7 @@ from radialnet.sections import ConfigError
 from radialnet.sources import Document, evenly, fingerprint, open_held_out, open_source
 from radialnet.tokenizer import BYTE_VOCAB_SIZE, Tokenizer
 from tests.commands import lines_of, run
-from tests.test_data import SEQ, config_of
+from tests.texts import SEQ, config_of
 from tests.tiny import make_config
 
 TEXTS = [f"text {index} é\n" * (1 + index % 5) for index in range(30)]
@@ -144,7 +144,7 @@ def test_no_tensorflow_is_imported(tmp_path_factory):
     path = write_tfds(tmp_path_factory.mktemp("tfds"))
     code = f"""
 import sys
-from tests.test_data import config_of
+from tests.texts import config_of
 from radialnet.data import prepare
 prepare(config_of("tfds", {str(path)!r}, {str(path / "cache")!r}))
 assert "tensorflow_datasets" in sys.modules and "tensorflow" not in sys.modules

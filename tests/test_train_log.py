@@ -12,7 +12,7 @@ from radialnet.progress import Progress
 from radialnet.run_folder import RunFolder
 from radialnet.train_log import TrainLog
 from radialnet.writers import MetricsWriter
-from tests.test_alarms import LINE, SICK
+from tests.runs import LINE, SICK
 from tests.tiny import VOCAB, make_config, zero_sums
 
 

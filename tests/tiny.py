@@ -11,9 +11,12 @@ from radialnet.config import Config
 from radialnet.controllers import Controllers, schedule
 from radialnet.metrics import RoutingSums
 from radialnet.model import init_params
+from radialnet.sharding import AXES
 from radialnet.train_step import forward
 
 VOCAB = 17
+# A plain transformer, of a norm whose epsilon shows.
+PLAIN = {"router__form": "sequential", "model__pool_size": 3, "model__qk_norm": False, "model__norm_eps": 1e-3}
 # So few explore that in a test nobody does.
 TOKEN_EXITS = {"router__exit_training": "benefit", "router__exit_sees": "token", "router__explore": 1e-9}
 
@@ -27,6 +30,23 @@ def make_config(**overrides) -> Config:
     config.router.update(prior="none", depth_target=2.0)
     config.train.update(batch_size=2, seq_len=13)
     return Config.from_dict(config, **overrides)
+
+
+def mesh_config(sizes, **more):
+    """Sizes that all meshes divide, and no two alike: 4 kv heads of 2 channels, 3 query heads each."""
+    fields = {
+        "model__d_model": 48,
+        "model__num_heads": 12,
+        "model__num_kv_heads": 4,
+        "model__d_ff": 20,
+        "model__pool_size": 8,
+        "router__hidden": 12,
+        "router__depth_coef": 0.0,
+        "train__batch_size": 8,
+        "train__seq_len": 13,
+    }
+    mesh = {f"mesh__{axis}": sizes.get(axis, 1) for axis in AXES}
+    return make_config(**{**fields, **mesh, **more})
 
 
 def make_batch(config: Config, seed: int = 0, packed: bool = False) -> dict[str, np.ndarray]:
