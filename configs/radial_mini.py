@@ -28,7 +28,8 @@ def get_config() -> ConfigDict:
     config.router.form = "hash_exit"
     config.router.hash_span = 2
     config.router.exit_training = "benefit"
-    # A fifth of the default's read_coef was as good (docs/LOG.md); that of radial_micro was not tried alone.
+    # A read_coef of a fifth of the default was as good (docs/LOG.md); that of radial_micro was not tried alone.
+
     # The head is an eighth of a token's FLOPs here.
     config.router.read_every = 4
     config.router.explore = 0.05

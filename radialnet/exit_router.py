@@ -1,8 +1,8 @@
 """The router of given routes: which layer a token gets is settled, when it leaves is learned.
 
 `early_exit`  the layers in turn: a transformer of trained early exits.
-`hash_exit`   of step t's group (`model.num_groups`) the layer that a hash says: of the token itself, or
-              by turns of those before it (`router.hash_span`).
+`hash_exit`   the layer of step t's group (`model.num_groups`) that a hash says: of the token itself, or by turns
+              of it and those before it (`router.hash_span`).
 """
 
 import jax

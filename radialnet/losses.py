@@ -140,7 +140,8 @@ def depth_loss(sums: RoutingSums, kind: str, target: jax.Array) -> jax.Array:
 
 
 def router_z_loss(sums: RoutingSums) -> jax.Array:
-    """Router z-loss (arXiv 2202.08906, eq. 5): mean of logsumexp² of the layer logits, priors left out, and e²."""
+    """Router z-loss (arXiv 2202.08906, eq. 5): mean of logsumexp² of the layer logits, priors left out, and e², over
+    the decisions of all steps, those that look at nothing too: of `recursion` all but the first."""
     return sums.z / jnp.maximum(sums.num_decisions, 1)
 
 

@@ -157,8 +157,8 @@ class RecursionRouter(Router):
         round_BS = decided.leaves_at_BS // num_layers - 1
         log_p_BSR = jax.nn.log_softmax(biased_BSR, axis=-1)
         log_p_BS = jnp.take_along_axis(log_p_BSR, round_BS[..., None], axis=-1)[..., 0]
-        # e, how much shorter is liked better than longer: the controller takes its spread, and the z-loss holds it
-        # where the controller can follow. Without that it grew against the exit bias without end (docs/LOG.md).
+        # How much shorter is liked better than longer, the e of this form: the controller takes its spread, and the
+        # z-loss holds it where the controller can follow, or it grows against the exit bias without end (docs/LOG.md).
         shorter_BS = logits_BSR[..., 0] - logits_BSR[..., -1]
         return Route.of(
             decided,

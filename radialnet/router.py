@@ -1,6 +1,6 @@
 """The router: at each depth step it sends every active token to a layer of the pool or to the output node.
 
-A trained router gives L layer logits and an exit logit e. Both trained forms are written with the same two
+A router that learns routes gives L layer logits and an exit logit e, in two forms that are written with the same two
 probabilities, of leaving and of each layer when staying:
 
     p_layer = softmax(layer logits + prior)
@@ -33,7 +33,7 @@ class Decision:
 
     layer_BS: jax.Array  # 0…L-1, also for tokens that don't execute it.
     exits_BS: jax.Array
-    # Forms in which tokens may sit a step out (Mixture-of-Depths): those that do.
+    # Forms in which tokens may sit a step out (`skip`, `mod`): those that do.
     idles_BS: jax.Array | None = None
     # Forms in which the depth is chosen once: the depth step at which each token leaves.
     leaves_at_BS: jax.Array | None = None
@@ -79,9 +79,9 @@ class Route:
     log_survive_BS: jax.Array  # log(1 - p_exit); 0 where no exit is allowed.
     p_layer_BSL: jax.Array
     layer_lse_BS: jax.Array  # logsumexp of the layer logits without prior, for the z-loss.
-    exit_logit_BS: jax.Array  # e, without the exit bias; 0 where given routes don't look.
-    z_exit_BS: jax.Array
-    leave_logit_BS: jax.Array  # e + b.
+    exit_logit_BS: jax.Array  # e, without the exit bias; 0 where given routes don't look, and of `recursion`.
+    z_exit_BS: jax.Array  # e for the z-loss; 0 where e predicts something, whose size is given by that.
+    leave_logit_BS: jax.Array  # e + b; of `recursion` with b for each round after the first.
     can_exit: jax.Array  # Whether an exit is allowed at this step at all.
     predictor_nats_BS: jax.Array  # Loss of a predictor of the choice that looks at earlier tokens only; else 0.
 

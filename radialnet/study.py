@@ -180,7 +180,8 @@ MINI_MODELS: dict[str, Values] = {
     "BPE, random": {**_PEERS["random"], "model.pool_size": 8},
 }
 MINI_BASELINES = ("BPE, hash, pulled", "BPE, hash", *(f"BPE, {name}" for name in _PEERS))
-# The same with 4 layers per token. Dense ones learn to copy what was read in every seed; of two it is chance.
+# Likewise with 4 layers per token; radial ones in four groups, and by the token's own hash. Dense ones learn to copy
+# what was read in every seed; of two it is chance.
 _FOUR: Values = {
     "model.pool_size": 4,
     "model.max_depth": 4,
@@ -230,10 +231,10 @@ TABLES = (
         MODELS,
         "dense",
         "6 million bytes, AdamW at a learning rate of 6e-3. In `radial` alone each token and the one before it say in "
-        "turn where it goes (`router.hash_span`). Here and below only `radial` and `radial, T/2`, and of the "
-        "words early exit and Mixture-of-Recursions, are of after exit biases settled, on 64 batches after the last "
-        "step that are not counted; the depth of other models with exits may be off its target for that, in "
-        "Mixture-of-Recursions by up to 6.5 %.",
+        "turn where it goes (`router.hash_span`). Exit biases have settled after the last step, on 64 batches that are "
+        "not counted, in `radial`, `radial, T/2` and all words that have exits; the depth of other models with exits "
+        "may be off its target, of Mixture-of-Recursions by up to 6.5 %. Here and in the next table that is of before "
+        "its z-loss counted how far its scores are apart.",
     ),
     Table(
         "Bytes at a rate of 3e-3", RATE_MODELS, "dense, rate 3e-3", "6 million bytes, AdamW at a learning rate of 3e-3."
@@ -243,16 +244,16 @@ TABLES = (
         MINI_MODELS,
         "BPE, dense",
         "11 million tokens of a BPE of 512; AdamW at a learning rate of 6e-3 and weight decay 1, as chosen for four "
-        "dense layers; the pull and that there is one group were chosen by seed 0, the pull on Python 3.12's text. "
-        "Dense seed 0 copies what it has read, 1 and 2 don't: compare rows by the same seeds. The depths of "
-        "Mixture-of-Recursions ran away in training, and its row says nothing of it but that (docs/LOG.md).",
+        "dense layers; the pull, that there is one group and that tokens take turns (`BPE, radial` and `BPE, radial, "
+        "fixed depth`) were chosen by seed 0, the pull on Python 3.12's text. Dense seed 0 copies what it has read, 1 "
+        "and 2 don't: compare rows by the same seeds.",
     ),
     Table(
         "Words, four layers",
         FOUR_MODELS,
         "BPE, dense, 4 layers",
         "20 million tokens of a BPE of 512; AdamW at a learning rate of 6e-3 and weight decay 1; how layers are pulled "
-        "was chosen by seed 0 of this loss.",
+        "was chosen by seed 0 of this loss. Radial ones have four groups, and tokens don't take turns.",
     ),
 )
 # In the order of the tables.

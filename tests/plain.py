@@ -1,14 +1,14 @@
-"""A radial network in NumPy, written for these tests alone."""
+"""What a query sees in each view, and a radial network, in NumPy: what tests compare with."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 
 def plain_network(config, params, token, document, position):
     """A radial network of one row: loops over steps, tokens, heads and seen entries.
 
-    With `sequential` routes and L == T it is a plain pre-norm transformer. Returns logits [S, V] and depths [S].
+    With `sequential` routes and L == T it is a plain pre-norm transformer; other routes are `factored`, without
+    prior and exit bias. Returns logits [S, V] and depths [S].
     """
     model, seq = config.model, len(token)
     heads, kv_heads, size = model.num_heads, model.num_kv_heads, model.head_size
@@ -22,12 +22,15 @@ def plain_network(config, params, token, document, position):
     def softmax(x):
         return np.exp(x - x.max()) / np.exp(x - x.max()).sum()
 
+    def gelu(x):
+        return x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))) / 2
+
     def activation(x):
         if model.mlp == "swiglu":
             return x[0] / (1 + np.exp(-x[0])) * x[1]
         if model.mlp == "relu":
             return np.maximum(x[0], 0)
-        return x[0] * (1 + np.tanh(np.sqrt(2 / np.pi) * (x[0] + 0.044715 * x[0] ** 3))) / 2
+        return gelu(x[0])
 
     def turn(x_HK, at):
         if model.positions == "learned":
@@ -43,7 +46,7 @@ def plain_network(config, params, token, document, position):
             return t, 1.0, 1.0
         router = params["router"]
         x = norm(h, router["norm"]) + router["step_embedding"][t]
-        logits = np.asarray(jax.nn.gelu(jnp.asarray(x @ router["hidden"])), np.float64) @ router["out"]
+        logits = gelu(x @ router["hidden"]) @ router["out"]
         *layers, leave = logits + router["out_bias"]
         p, layer = softmax(np.asarray(layers)), int(np.argmax(layers))
         may_leave = t >= model.min_depth
@@ -75,7 +78,7 @@ def plain_network(config, params, token, document, position):
             layer_TS[t, i] = layer
         for i, (w, gate, query) in queries.items():
             arrays = document[None], (layer_TS < model.pool_size)[:, None], layer_TS[:, None]
-            seen = sorted(brute_force(config.cache.view, *arrays, t, 0, i))
+            seen = sorted(entries_seen(config.cache.view, *arrays, t, 0, i))
             mixed = np.zeros((heads, size))
             for head in range(heads):
                 group = head // (heads // kv_heads)
@@ -90,8 +93,9 @@ def plain_network(config, params, token, document, position):
     return final @ params["head"], depth
 
 
-def brute_force(view, document, executes, layer, t, b, i):
-    """(step, token) of the entries that the query of token i of row b sees at step t, by the rule of the paper."""
+def entries_seen(view, document, executes, layer, t, b, i):
+    """(step, token) of the entries that the query of token i of row b sees at step t: those of the paper's rule that
+    the view leaves in."""
     entries = [
         (s, j)
         for s in range(t + 1)

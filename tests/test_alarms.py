@@ -7,7 +7,6 @@ from tests.runs import LINE, SICK
 from tests.tiny import make_config
 
 
-# A healthy line of a run whose tokens may leave after 1 to 3 layers and whose target is 2.
 def lines_of(*changes, num_healthy=10):
     return [LINE] * num_healthy + [{**LINE, **change} for change in changes]
 

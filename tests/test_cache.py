@@ -5,7 +5,7 @@ import pytest
 
 from radialnet.cache import Packing, UnifiedCache, document_starts
 from radialnet.sections import VIEWS
-from tests.plain import brute_force
+from tests.plain import entries_seen
 
 B, S, T, L, G, K = 2, 7, 4, 3, 1, 2
 
@@ -66,7 +66,7 @@ def test_views_against_the_visibility_rule(view, seed):
         assert set(found[t]) == set(zip(*np.nonzero(executes[t]), strict=True))
         for (b, i), entries in found[t].items():
             # Entries are told apart by their keys, which are all different.
-            rule = brute_force(view, document, executes, layer, t, b, i)
+            rule = entries_seen(view, document, executes, layer, t, b, i)
             assert entries == {keys[s, b, j].tobytes() for s, j in rule}, (view, t, b, i)
     assert sum(len(entries) for step in found for entries in step.values()) > B * T
     # The last cache gives that of every step back.

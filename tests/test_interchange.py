@@ -25,7 +25,7 @@ from radialnet.trained import load_trained
 from radialnet.trainer import train
 from tests.commands import run
 from tests.runs import make_run
-from tests.tiny import PLAIN, TOKEN_EXITS, Model, make_batch, make_config
+from tests.tiny import AS_LLAMA, TOKEN_EXITS, Model, make_batch, make_config
 
 FORMS = {
     "factored": {"model__prelude_layers": 1, "model__coda_layers": 2},
@@ -98,7 +98,7 @@ def dataset(tmp_path_factory):
         (text / f"{index}.txt").write_text(f"document {index}: " + "the quick brown fox " * 3 * (index + 1))
     data = {"source": "text", "path": str(text), "tokenizer": "byte", "eval_fraction": 0.3, "cache_dir": str(cache)}
     more = {"optimizer__warmup_steps": 0, "log__every_steps": 1, "log__sample_prompt": "", "train__num_steps": 5}
-    config = make_config(**PLAIN, **more, **{f"data__{name}": value for name, value in data.items()})
+    config = make_config(**AS_LLAMA, **more, **{f"data__{name}": value for name, value in data.items()})
     return config, prepare(config, RunFolder(text / "none"))
 
 
@@ -142,7 +142,7 @@ def test_up_cycled_from_a_llama(tmp_path, dataset):
 
 def test_layers_of_prelude_and_coda_become_layers_of_the_pool(tmp_path):
     """In another view, too: the imported model has 6 layers, and the logits of the 3 stacks."""
-    config = make_config(**PLAIN, model__prelude_layers=1, model__coda_layers=2, cache__view="same_step")
+    config = make_config(**AS_LLAMA, model__prelude_layers=1, model__coda_layers=2, cache__view="same_step")
     ours = load_trained(make_run(tmp_path / "run", config))
     export_run(tmp_path / "run", tmp_path / "llama", "llama")
     found = import_run(tmp_path / "llama", tmp_path / "back")
@@ -156,7 +156,7 @@ def test_layers_of_prelude_and_coda_become_layers_of_the_pool(tmp_path):
 
 
 def test_shards_and_half_precision(tmp_path):
-    export_run(make_run(tmp_path / "run", make_config(**PLAIN)), tmp_path / "llama", "llama")
+    export_run(make_run(tmp_path / "run", make_config(**AS_LLAMA)), tmp_path / "llama", "llama")
     tensors = safetensors.flax.load_file(tmp_path / "llama" / "model.safetensors")
     (tmp_path / "llama" / "model.safetensors").unlink()
     # As older files have them, with a buffer.
@@ -191,7 +191,7 @@ def test_shards_and_half_precision(tmp_path):
 )
 def test_what_no_llama_is_equal_to(overrides, named):
     with pytest.raises(ConfigError, match=re.escape(f"no Llama is equal to this run, {named}")):
-        llama_fields(make_config(**{**PLAIN, **overrides}), 17, 0)
+        llama_fields(make_config(**{**AS_LLAMA, **overrides}), 17, 0)
 
 
 def test_which_views_are_plain():
@@ -199,13 +199,13 @@ def test_which_views_are_plain():
     plain = set()
     for view in VIEWS:
         try:
-            llama_fields(make_config(**PLAIN, cache__view=view), 17, 0)
+            llama_fields(make_config(**AS_LLAMA, cache__view=view), 17, 0)
             plain.add(view)
         except ConfigError:
             pass
     assert plain == {"latest", "same_step", "same_layer"}
     # With one layer there are no entries of other steps.
-    one = {**PLAIN, "model__pool_size": 1, "model__max_depth": 1, "cache__view": "all", "router__depth_target": 1.0}
+    one = {**AS_LLAMA, "model__pool_size": 1, "model__max_depth": 1, "cache__view": "all", "router__depth_target": 1.0}
     assert config_of_llama(llama_fields(make_config(**one), 17, 0), "").cache.view == "latest"
 
 
@@ -252,7 +252,7 @@ def test_fields_of_a_llama():
 
 def test_what_is_wrong_with_a_folder(tmp_path):
     """One line each, and no run folder."""
-    export_run(make_run(tmp_path / "run", make_config(**PLAIN)), tmp_path / "llama", "llama")
+    export_run(make_run(tmp_path / "run", make_config(**AS_LLAMA)), tmp_path / "llama", "llama")
     file = tmp_path / "llama" / "model.safetensors"
     tensors = safetensors.numpy.load_file(file)
     name = "model.layers.1.mlp.up_proj"
@@ -283,7 +283,7 @@ def test_what_is_wrong_with_a_folder(tmp_path):
 
 
 def test_rows_that_fill_the_vocabulary_up(tmp_path, capsys):
-    export_run(make_run(tmp_path / "run", make_config(**PLAIN)), tmp_path / "llama", "llama")
+    export_run(make_run(tmp_path / "run", make_config(**AS_LLAMA)), tmp_path / "llama", "llama")
     config, file = tmp_path / "llama" / "config.json", tmp_path / "llama" / "model.safetensors"
     config.write_text(config.read_text().replace('"vocab_size": 257', '"vocab_size": 260'))
     tensors = safetensors.numpy.load_file(file)
@@ -308,7 +308,7 @@ def test_gguf(tmp_path):
     gguf = pytest.importorskip("gguf")
     from radialnet.gguf_file import _FIELDS, _NAMES
 
-    export_run(make_run(tmp_path / "run", make_config(**PLAIN)), tmp_path / "llama", "llama")
+    export_run(make_run(tmp_path / "run", make_config(**AS_LLAMA)), tmp_path / "llama", "llama")
     config, file = tmp_path / "llama" / "config.json", tmp_path / "llama" / "model.safetensors"
     fields, tensors = json.loads(config.read_text()), safetensors.numpy.load_file(file)
     tensors = {name: x.astype(np.float16) if x.ndim > 1 else x for name, x in tensors.items() if name[:7] != "lm_head"}

@@ -16,7 +16,7 @@ from radialnet.interchange import export_run, import_run
 from radialnet.tokenizer import BYTE_VOCAB_SIZE, Tokenizer
 from radialnet.trained import load_trained
 from tests.runs import make_run
-from tests.tiny import PLAIN, logits_of, make_config
+from tests.tiny import AS_LLAMA, logits_of, make_config
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -40,7 +40,7 @@ def load(folder, **changed):
 
 @pytest.mark.parametrize("stacks", [(0, 0), (1, 2)])
 def test_an_exported_run_has_the_same_logits_in_transformers(tmp_path, stacks):
-    config = make_config(**PLAIN, model__prelude_layers=stacks[0], model__coda_layers=stacks[1])
+    config = make_config(**AS_LLAMA, model__prelude_layers=stacks[0], model__coda_layers=stacks[1])
     trained = load_trained(make_run(tmp_path / "run", config))
     export_run(tmp_path / "run", tmp_path / "llama", "llama")
     token_BS = tokens_of(BYTE_VOCAB_SIZE)

@@ -77,7 +77,6 @@ def test_a_tokenizer_in_two_files(opt, tmp_path):
     """As GPT-2 and OPT have it, with special tokens that are merged of nothing."""
     folder, text = write(tmp_path / "opt", opt[0]), "def f(x):\n    return x + 1"
     known = Tokenizer.train([text] * 3, BYTE_VOCAB_SIZE + 2)
-    model = json.loads((folder / "tokenizer.json").read_text())["model"]
     known.save(folder / "tokenizer.json")
     model = json.loads((folder / "tokenizer.json").read_text())["model"]
     vocabulary = {name: token for name, token in model["vocab"].items() if not name.startswith("<|")}

@@ -1,4 +1,4 @@
-"""Tiny configs of odd, mutually different sizes, batches for them, and a model to call on those."""
+"""Tiny configs of odd sizes, batches for them, and a model to call on those."""
 
 from functools import partial
 
@@ -15,8 +15,8 @@ from radialnet.sharding import AXES
 from radialnet.train_step import forward
 
 VOCAB = 17
-# A plain transformer, of a norm whose epsilon shows.
-PLAIN = {"router__form": "sequential", "model__pool_size": 3, "model__qk_norm": False, "model__norm_eps": 1e-3}
+# What a file of a Llama can hold, with a norm whose epsilon shows.
+AS_LLAMA = {"router__form": "sequential", "model__pool_size": 3, "model__qk_norm": False, "model__norm_eps": 1e-3}
 # So few explore that in a test nobody does.
 TOKEN_EXITS = {"router__exit_training": "benefit", "router__exit_sees": "token", "router__explore": 1e-9}
 
@@ -33,7 +33,7 @@ def make_config(**overrides) -> Config:
 
 
 def mesh_config(sizes, **more):
-    """Sizes that all meshes divide, and no two alike: 4 kv heads of 2 channels, 3 query heads each."""
+    """Sizes that all meshes divide: 4 kv heads of 4 channels, 3 query heads each."""
     fields = {
         "model__d_model": 48,
         "model__num_heads": 12,
