@@ -26,7 +26,6 @@ def get_config() -> ConfigDict:
 
     # As in radial_micro: which layer is given, when to leave is learned.
     config.router.form = "hash_exit"
-    config.router.hash_span = 2
     config.router.exit_training = "benefit"
     # A read_coef of a fifth of the default was as good (docs/LOG.md); that of radial_micro was not tried alone.
 

@@ -156,9 +156,8 @@ _MINI_HASH: Values = {"router.form": "hash", "model.pool_size": 48, "model.num_g
 MINI_MODELS: dict[str, Values] = {
     "BPE, dense": {},
     # configs/radial_mini.py.
-    "BPE, radial": {**_MINI_GROUPS, **_TURNS, **_MINI_EXITS},
-    "BPE, radial, fixed depth": {**_MINI_GROUPS, **_TURNS},
-    # The same by each token's own hash.
+    "BPE, radial": {**_MINI_GROUPS, **_MINI_EXITS},
+    # What `BPE, radial` is with a fixed depth.
     "BPE, hash, pulled": {**_MINI_HASH, **_MINI_PULL},
     "BPE, hash": _MINI_HASH,
     # The peers of bytes. Where they have exits, those begin when the radial network's do and allow the same depths; of
@@ -180,8 +179,8 @@ MINI_MODELS: dict[str, Values] = {
     "BPE, random": {**_PEERS["random"], "model.pool_size": 8},
 }
 MINI_BASELINES = ("BPE, hash, pulled", "BPE, hash", *(f"BPE, {name}" for name in _PEERS))
-# Likewise with 4 layers per token; radial ones in four groups, and by the token's own hash. Dense ones learn to copy
-# what was read in every seed; of two it is chance.
+# Likewise with 4 layers per token; radial ones in four groups. Dense ones learn to copy what was read in every seed; of
+# two it is chance.
 _FOUR: Values = {
     "model.pool_size": 4,
     "model.max_depth": 4,
@@ -244,16 +243,15 @@ TABLES = (
         MINI_MODELS,
         "BPE, dense",
         "11 million tokens of a BPE of 512; AdamW at a learning rate of 6e-3 and weight decay 1, as chosen for four "
-        "dense layers; the pull, that there is one group and that tokens take turns (`BPE, radial` and `BPE, radial, "
-        "fixed depth`) were chosen by seed 0, the pull on Python 3.12's text. Dense seed 0 copies what it has read, 1 "
-        "and 2 don't: compare rows by the same seeds.",
+        "dense layers; the pull and that there is one group were chosen by seed 0, the pull on Python 3.12's text. "
+        "Dense seed 0 copies what it has read, 1 and 2 don't: compare rows by the same seeds.",
     ),
     Table(
         "Words, four layers",
         FOUR_MODELS,
         "BPE, dense, 4 layers",
         "20 million tokens of a BPE of 512; AdamW at a learning rate of 6e-3 and weight decay 1; how layers are pulled "
-        "was chosen by seed 0 of this loss. Radial ones have four groups, and tokens don't take turns.",
+        "was chosen by seed 0 of this loss. Radial ones have four groups.",
     ),
 )
 # In the order of the tables.
