@@ -106,8 +106,8 @@ def markdown(result: dict) -> str:
         "",
         "## Figures",
         "",
-        "a/b is a ratio of losses, but for the depth. Learned routes are at a learning rate of 3e-3, hops at 4e-3, all",
-        "else at 6e-3. The best baseline is the best of the other ways to route in the same table.",
+        "a/b is a ratio of losses, but for the depth. Hops are at a learning rate of 4e-3, all else at 6e-3.",
+        "The best baseline is the best of the other ways to route in the same table.",
         "",
     ]
     lines += ["| figure | |", "|---|---|"]

@@ -32,6 +32,16 @@ _GROUPS: Values = {
 _GROUPS_AND_EXITS: Values = {**_GROUPS, **_EXITS, "model.max_depth": 5, "model.min_depth": 3}
 # Their layers pulled to the mean of their group, and twice as much learned from states that are read on the way.
 _RADIAL: Values = {**_GROUPS_AND_EXITS, **_PULL, "router.read_coef": 0.2}
+# Routes among the layers of the step's group that a linear router learns by the probability of its choice.
+_LEARNED_GROUPS: Values = {
+    **_LEARNED,
+    "router.network": "linear",
+    "router.estimator": "weighted",
+    "model.pool_size": 50,
+    "model.num_groups": 4,
+    "cache.view": "same_step",
+    **_PULL,
+}
 # To any layer, by a prior that leaves a router of all layers no choice: what there was before `hash_exit`.
 _HASH: Values = {**_LEARNED, "router.prior": "hash", "router.prior_weight": 1000.0, "router.load_coef": 0.0}
 _ANY_ORDER: Values = {**_HASH, "model.pool_size": 48, **_EXITS}
@@ -78,6 +88,14 @@ MODELS: dict[str, Values] = {
     # As these two were before tokens took turns.
     "radial, T/2": _HALF,
     "radial, fixed depth": {**_GROUPS, **_PULL},
+    "radial, learned routes": {
+        **_LEARNED_GROUPS,
+        **_EXITS,
+        "model.max_depth": 5,
+        "model.min_depth": 3,
+        "router.read_coef": 0.2,
+    },
+    "radial, learned routes, fixed depth": _LEARNED_GROUPS,
     # radial_micro of 2026-11-27: neither pulled nor reading as much.
     "radial, not pulled": _GROUPS_AND_EXITS,
     "radial, exits by token, not pulled": {**_GROUPS_AND_EXITS, "router.exit_sees": "token"},
@@ -345,7 +363,7 @@ def figures_of(models: dict[str, dict], curve: list[dict], hop_runs: list[dict])
     return {
         "radial/dense equal depth": ratio("radial", "dense"),
         "depth radial/dense": depth / dense_depth if depth and dense_depth else None,
-        "radial learned routes/dense": ratio("radial, learned routes, rate 3e-3", "dense, rate 3e-3"),
+        "radial learned routes/dense": ratio("radial, learned routes", "dense"),
         "radial T÷2/dense T": ratio("radial, T/2", "dense, 6 layers"),
         "layers saved at 0.5 % loss": layers_saved(curve, 0.005) if curve else None,
         "radial/best baseline": ratio("radial", *BASELINES),
