@@ -34,7 +34,7 @@ def group_decay(config: Config) -> optax.Schedule:
 def make_optimizer(config: Config) -> optax.GradientTransformation:
     """Frozen parts get updates of 0, and have no moments; with `low_rank` the pool's matrices have those of factors."""
     cfg, model = config.optimizer, config.model
-    scale = optax.scale_by_learning_rate(learning_rate(config))
+    scale = _with_router_scale(optax.scale_by_learning_rate(learning_rate(config)), cfg.router_scale)
     if cfg.group_decay:
         scale = _with_group_decay(scale, group_decay(config), group_of_layer(model.pool_size, model.num_layer_groups))
     adamw = optax.chain(
@@ -88,6 +88,17 @@ def _scale_by_adam(b1: float, b2: float, eps: float) -> optax.GradientTransforma
         return updates, optax.ScaleByAdamState(count, mu, nu)
 
     return optax.GradientTransformation(optax.scale_by_adam(b1, b2, eps).init, update)
+
+
+def _with_router_scale(scale: optax.GradientTransformation, factor: float) -> optax.GradientTransformation:
+    """`scale` by the learning rate, of which the router has a multiple. The state is that of `scale`."""
+
+    def update(updates: dict, state: optax.OptState, params: dict) -> tuple[dict, optax.OptState]:
+        updates, state = scale.update(updates, state, params)
+        of_router = {name: jax.tree.map(lambda x: x * factor, updates[name]) for name in updates if name == "router"}
+        return {**updates, **of_router}, state
+
+    return optax.GradientTransformation(scale.init, update)
 
 
 def _with_group_decay(

@@ -81,7 +81,8 @@ def _validate_data(data: DataConfig) -> None:
 
 def _validate_optimizer(config: Sections) -> None:
     model, optimizer = config.model, config.optimizer
-    at_least("optimizer", optimizer, 0, "learning_rate", "warmup_steps", "final_fraction", "weight_decay")
+    rates = "learning_rate", "router_scale", "warmup_steps", "final_fraction", "weight_decay"
+    at_least("optimizer", optimizer, 0, *rates)
     at_least("optimizer", optimizer, 0, "group_decay", "group_decay_init", "group_decay_steps")
     for name in ("group_decay", "group_decay_init"):
         value = getattr(optimizer, name)

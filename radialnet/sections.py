@@ -203,6 +203,7 @@ class OptimizerConfig:
     learning_rate: float
     warmup_steps: int
     final_fraction: float
+    router_scale: float
     b2: float
     weight_decay: float
     group_decay: float

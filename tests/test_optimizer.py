@@ -46,6 +46,23 @@ def test_is_adamw_with_clipping_by_the_global_norm():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), params, plain_params)
 
 
+def test_the_router_has_a_learning_rate_of_its_own():
+    """And nothing else has; a run may change it when it goes on."""
+    params, grads, updates, states = tree(), tree(), {}, {}
+    for factor in (1.0, 0.1):
+        optimizer = make_optimizer(make_config(optimizer__router_scale=factor, optimizer__weight_decay=0.3))
+        updates[factor], states[factor] = optimizer.update(grads, optimizer.init(params), params)
+    assert jax.tree.structure(states[1.0]) == jax.tree.structure(states[0.1])
+    for name in ("head", "pool"):
+        jax.tree.map(np.testing.assert_array_equal, updates[0.1][name], updates[1.0][name])
+    jax.tree.map(
+        lambda tenth, whole: np.testing.assert_allclose(tenth, 0.1 * whole, rtol=1e-6),
+        updates[0.1]["router"],
+        updates[1.0]["router"],
+    )
+    assert np.abs(updates[1.0]["router"]["norm"]).min() > 0
+
+
 def test_group_decay_pulls_layers_to_the_mean_of_their_group():
     """In numpy, beside what AdamW does; a layer that is alone in its group, and all else, change as they would."""
     fields = {"model__pool_size": 5, "model__num_groups": 3, "model__init": "clones"}
