@@ -112,8 +112,8 @@ def get_config() -> ConfigDict:
     optimizer.learning_rate = 3e-3  # Peak; linear warm-up, then cosine decay over train.num_steps.
     optimizer.warmup_steps = 50  # At most a tenth of train.num_steps is used.
     optimizer.final_fraction = 0.1  # Learning rate at the end, as a fraction of the peak.
-    # Learning rate of the router, as a multiple of that of all else. A tenth keeps learned routes where they are from
-    # one step to the next (docs/LOG.md).
+    # Learning rate of the router, what predicts exits included, as a multiple of that of all else. A tenth keeps
+    # learned routes where they are from one step to the next (docs/LOG.md).
     optimizer.router_scale = 1.0
     optimizer.b2 = 0.98  # Decay of AdamW's second moment; b1 is 0.9.
     optimizer.weight_decay = 0.01  # On matrices only.

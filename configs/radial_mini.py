@@ -27,9 +27,7 @@ def get_config() -> ConfigDict:
     # As in radial_micro: which layer is given, when to leave is learned.
     config.router.form = "hash_exit"
     config.router.exit_training = "benefit"
-    # A read_coef of a fifth of the default was as good (docs/LOG.md); that of radial_micro was not tried alone.
-
-    # The head is an eighth of a token's FLOPs here.
+    # A read_coef of a fifth of the default was as good (docs/LOG.md). The head is an eighth of a token's FLOPs here.
     config.router.read_every = 4
     config.router.explore = 0.05
     config.router.exit_warmup_steps = 80

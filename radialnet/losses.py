@@ -141,7 +141,8 @@ def depth_loss(sums: RoutingSums, kind: str, target: jax.Array) -> jax.Array:
 
 def router_z_loss(sums: RoutingSums) -> jax.Array:
     """Router z-loss (arXiv 2202.08906, eq. 5): mean of logsumexp² of the layer logits, priors left out, and e², over
-    the decisions of all steps, those that look at nothing too: of `recursion` all but the first."""
+    the decisions of all steps, those that look at nothing too: of `recursion` all but the first, so that it is weaker
+    there the deeper tokens go."""
     return sums.z / jnp.maximum(sums.num_decisions, 1)
 
 

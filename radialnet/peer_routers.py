@@ -144,9 +144,10 @@ class RecursionRouter(Router):
         """`Router.__call__`; all is chosen at depth step 0."""
         active_BS, depth_step, decided = step.active_BS, step.depth_step, step.decided
         is_first, num_layers, num_rounds = depth_step == 0, self.num_layers, self.num_rounds
+        first = max(0, (self.min_depth - 1) // num_layers)  # The shortest choice that there is.
         logits_BSR = self._logits(self._inputs(h_BSD, jnp.int32(0)))
         biased_BSR = logits_BSR - controllers.exit_bias * jnp.arange(num_rounds)
-        biased_BSR = jnp.where(num_layers * (1 + jnp.arange(num_rounds)) >= self.min_depth, biased_BSR, _NEVER)
+        biased_BSR = jnp.where(jnp.arange(num_rounds) >= first, biased_BSR, _NEVER)
         if decided is None:
             all_rounds_BS = jnp.full(active_BS.shape, num_rounds - 1)
             round_BS = jnp.where(at.may_exit, jnp.argmax(biased_BSR, axis=-1), all_rounds_BS)
@@ -159,7 +160,7 @@ class RecursionRouter(Router):
         log_p_BS = jnp.take_along_axis(log_p_BSR, round_BS[..., None], axis=-1)[..., 0]
         # How much shorter is liked better than longer, the e of this form: the controller takes its spread, and the
         # z-loss holds it where the controller can follow, or it grows against the exit bias without end (docs/LOG.md).
-        shorter_BS = logits_BSR[..., 0] - logits_BSR[..., -1]
+        shorter_BS = logits_BSR[..., first] - logits_BSR[..., -1]
         return Route.of(
             decided,
             active_BS,
@@ -167,7 +168,7 @@ class RecursionRouter(Router):
             log_survive_BS=jnp.where(is_first, log_p_BS, 0),
             layer_lse_BS=jnp.where(is_first, jax.nn.logsumexp(logits_BSR, axis=-1), 0),
             z_exit_BS=jnp.where(is_first, shorter_BS, 0),
-            leave_logit_BS=shorter_BS + controllers.exit_bias * (num_rounds - 1),
+            leave_logit_BS=shorter_BS + controllers.exit_bias * (num_rounds - 1 - first),
             can_exit=is_first & at.may_exit & (self.min_depth < self.max_depth),
             plan=Plan(leaves_at_BS=decided.leaves_at_BS),
         )

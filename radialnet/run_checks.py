@@ -84,6 +84,11 @@ def _validate_optimizer(config: Sections) -> None:
     rates = "learning_rate", "router_scale", "warmup_steps", "final_fraction", "weight_decay"
     at_least("optimizer", optimizer, 0, *rates)
     at_least("optimizer", optimizer, 0, "group_decay", "group_decay_init", "group_decay_steps")
+    require(
+        optimizer.router_scale == 1 or (config.router.is_trained and "router" not in optimizer.frozen_parts),
+        f"config.optimizer.router_scale={optimizer.router_scale}: 1 is needed where no router learns, with "
+        f"config.router.form={config.router.form!r}, config.optimizer.frozen={optimizer.frozen!r}",
+    )
     for name in ("group_decay", "group_decay_init"):
         value = getattr(optimizer, name)
         require(

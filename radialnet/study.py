@@ -32,7 +32,7 @@ _GROUPS: Values = {
 _GROUPS_AND_EXITS: Values = {**_GROUPS, **_EXITS, "model.max_depth": 5, "model.min_depth": 3}
 # Their layers pulled to the mean of their group, and twice as much learned from states that are read on the way.
 _RADIAL: Values = {**_GROUPS_AND_EXITS, **_PULL, "router.read_coef": 0.2}
-# Routes among the layers of the step's group that a linear router learns by the probability of its choice.
+# Routes that a linear router learns by the probability of its choice; the prior keeps them in the step's group.
 _LEARNED_GROUPS: Values = {
     **_LEARNED,
     "router.network": "linear",
@@ -87,7 +87,7 @@ MODELS: dict[str, Values] = {
     "dense, 6 layers": _SIX,
     # configs/radial_micro.py.
     "radial": {**_RADIAL, **_TURNS},
-    # As these two were before tokens took turns.
+    # As `radial` and its like were before tokens took turns.
     "radial, T/2": _HALF,
     "radial, fixed depth": {**_GROUPS, **_PULL},
     "radial, learned routes": {
@@ -251,9 +251,10 @@ TABLES = (
         "dense",
         "6 million bytes, AdamW at a learning rate of 6e-3. In `radial` alone each token and the one before it say in "
         "turn where it goes (`router.hash_span`). Exit biases have settled after the last step, on 64 batches that are "
-        "not counted, in `radial`, `radial, T/2` and all words that have exits; the depth of other models with exits "
-        "may be off its target, of Mixture-of-Recursions by up to 6.5 %. Here and in the next table that is of before "
-        "its z-loss counted how far its scores are apart.",
+        "not counted, in `radial`, `radial, T/2`, `radial, learned routes` and all words that have exits; the depth of "
+        "other models with exits may be off its target, of Mixture-of-Recursions by up to 6.5 %. Here and in the next "
+        "table that is of before its z-loss counted how far its scores are apart. Routers that learn routes have a "
+        "tenth of the learning rate here.",
     ),
     Table(
         "Bytes at a rate of 3e-3", RATE_MODELS, "dense, rate 3e-3", "6 million bytes, AdamW at a learning rate of 3e-3."
@@ -264,7 +265,8 @@ TABLES = (
         "BPE, dense",
         "11 million tokens of a BPE of 512; AdamW at a learning rate of 6e-3 and weight decay 1, as chosen for four "
         "dense layers; the pull and that there is one group were chosen by seed 0, the pull on Python 3.12's text. "
-        "Dense seed 0 copies what it has read, 1 and 2 don't: compare rows by the same seeds.",
+        "Dense seed 0 copies what it has read, 1 and 2 don't: compare rows by the same seeds. In "
+        "Mixture-of-Recursions all tokens come to take two rounds of three.",
     ),
     Table(
         "Words, four layers",

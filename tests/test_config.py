@@ -40,6 +40,9 @@ CONFIGS = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "base
         ),
         ({"router__form": "hash_exit", "model__pool_size": 2}, ("form='hash_exit'", "pool_size=2", "max_depth=3")),
         ({"router__form": "hash_exit", "router__every": 2}, ("every=2", "form='hash_exit'")),
+        ({"optimizer__router_scale": -1.0}, ("router_scale=-1.0",)),
+        ({"optimizer__router_scale": 0.1, "router__form": "random"}, ("router_scale=0.1", "'random'")),
+        ({"optimizer__router_scale": 0.1, "optimizer__frozen": "router"}, ("router_scale=0.1", "'router'")),
         ({"optimizer__group_decay": 400.0}, ("group_decay=400.0", "learning_rate (of 0.003)")),
         ({"optimizer__group_decay": 1.0, "optimizer__group_decay_init": 9.0}, ("init=9.0", "steps=0", "decay=1.0")),
         (

@@ -12,7 +12,7 @@ RNG = np.random.default_rng(0)
 def tree(scale=1.0):
     shapes = {
         "head": (5, 3),
-        "router": {"norm": (7,), "out_bias": (2,)},
+        "router": {"norm": (7,), "out": (4, 2), "out_bias": (2,)},
         "pool": {"qkv": (2, 3, 4), "key_norm": (2, 3), "qkv_bias": (2, 3, 2)},
     }
     return jax.tree.map(lambda s: jnp.asarray(scale * RNG.normal(size=s), jnp.float32), shapes, is_leaf=_is_shape)
@@ -26,8 +26,11 @@ def test_is_adamw_with_clipping_by_the_global_norm():
     """Ten steps, some clipped and some not, against optax's own."""
     config = make_config(train__num_steps=20, optimizer__clip_norm=3.0, optimizer__weight_decay=0.3)
     params = plain_params = tree()
-    decayed = {"head": True, "router": {"norm": False, "out_bias": False}, "pool": {"qkv": True, "key_norm": False}}
-    decayed["pool"]["qkv_bias"] = False
+    decayed = {
+        "head": True,
+        "router": {"norm": False, "out": True, "out_bias": False},
+        "pool": {"qkv": True, "key_norm": False, "qkv_bias": False},
+    }
     ours = make_optimizer(config)
     plain = optax.chain(
         optax.clip_by_global_norm(3.0),
@@ -60,7 +63,9 @@ def test_the_router_has_a_learning_rate_of_its_own():
         updates[0.1]["router"],
         updates[1.0]["router"],
     )
-    assert np.abs(updates[1.0]["router"]["norm"]).min() > 0
+    optimizer = make_optimizer(make_config(optimizer__frozen="router"))
+    frozen, _ = optimizer.update(grads, optimizer.init(params), params)
+    assert not any(update.any() for update in frozen["router"].values())
 
 
 def test_group_decay_pulls_layers_to_the_mean_of_their_group():
@@ -159,4 +164,4 @@ def test_low_rank_is_adamw_on_the_factors_of_the_pool():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), params, whole(apart))
     change_LDX = np.asarray(params["pool"]["qkv"] - start["pool"]["qkv"])
     sizes = np.linalg.svd(change_LDX, compute_uv=False)
-    assert (sizes[:, 2:] < 1e-5).all() and (sizes[:, 1] > 1e-3).all()
+    assert (sizes[:, 2:] < 1e-5).all() and (sizes[:, 1] > 1e-4).all()
