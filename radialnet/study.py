@@ -21,17 +21,14 @@ _PULL: Values = {
 }
 # Each token and the one before it say in turn where it goes.
 _TURNS: Values = {"router.hash_span": 2}
+_FOUR_OF_50: Values = {"model.pool_size": 50, "model.num_groups": 4, "cache.view": "same_step"}
+_ONE_EITHER_WAY: Values = {**_EXITS, "model.max_depth": 5, "model.min_depth": 3}
+_READ: Values = {"router.read_coef": 0.2}
 # Routes that the token and the step give, to a layer of the step's group.
-_GROUPS: Values = {
-    "router.form": "hash_exit",
-    "router.load_coef": 0.0,
-    "model.pool_size": 50,
-    "model.num_groups": 4,
-    "cache.view": "same_step",
-}
-_GROUPS_AND_EXITS: Values = {**_GROUPS, **_EXITS, "model.max_depth": 5, "model.min_depth": 3}
+_GROUPS: Values = {"router.form": "hash_exit", "router.load_coef": 0.0, **_FOUR_OF_50}
+_GROUPS_AND_EXITS: Values = {**_GROUPS, **_ONE_EITHER_WAY}
 # Their layers pulled to the mean of their group, and twice as much learned from states that are read on the way.
-_RADIAL: Values = {**_GROUPS_AND_EXITS, **_PULL, "router.read_coef": 0.2}
+_RADIAL: Values = {**_GROUPS_AND_EXITS, **_PULL, **_READ}
 # Routes that a linear router learns by the probability of its choice; the prior keeps them in the step's group.
 _LEARNED_GROUPS: Values = {
     **_LEARNED,
@@ -39,9 +36,7 @@ _LEARNED_GROUPS: Values = {
     "router.estimator": "weighted",
     # At the learning rate of all else routes move to and fro with each step, and the loss differs by 9 % between seeds.
     "optimizer.router_scale": 0.1,
-    "model.pool_size": 50,
-    "model.num_groups": 4,
-    "cache.view": "same_step",
+    **_FOUR_OF_50,
     **_PULL,
 }
 # To any layer, by a prior that leaves a router of all layers no choice: what there was before `hash_exit`.
@@ -90,13 +85,7 @@ MODELS: dict[str, Values] = {
     # As `radial` and its like were before tokens took turns.
     "radial, T/2": _HALF,
     "radial, fixed depth": {**_GROUPS, **_PULL},
-    "radial, learned routes": {
-        **_LEARNED_GROUPS,
-        **_EXITS,
-        "model.max_depth": 5,
-        "model.min_depth": 3,
-        "router.read_coef": 0.2,
-    },
+    "radial, learned routes": {**_LEARNED_GROUPS, **_ONE_EITHER_WAY, **_READ},
     "radial, learned routes, fixed depth": _LEARNED_GROUPS,
     # radial_micro of 2026-11-27: neither pulled nor reading as much.
     "radial, not pulled": _GROUPS_AND_EXITS,

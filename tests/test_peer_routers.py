@@ -207,14 +207,17 @@ def test_recursion_weighs_every_update_by_the_probability_of_the_choice():
 
 
 def test_recursion_has_a_z_loss_of_its_logits_and_of_how_far_they_are_apart():
-    """Once for each token, by what they are without the exit bias, which says how deep the tokens go."""
-    model = recursion_model(router__exit_bias_init=0.3, train__seed=1)
-    model.params["router"]["out"] *= 50
-    batch = make_batch(model.config, packed=True)
-    output = model(batch)
-    logits = scores(model.params, output.h_TBSD[0], 0)[batch["document"] >= 0]
-    expected = np.log(np.exp(logits).sum(-1)) ** 2 + (logits[:, 0] - logits[:, -1]) ** 2
-    np.testing.assert_allclose(output.routing.z, expected.sum(), rtol=1e-4)
+    """Once for each token, by what they are without the exit bias, which says how deep the tokens go; of those rounds
+    that may be chosen, the fewest and the most."""
+    for min_depth, first in ((1, 0), (3, 1)):
+        fields = {"model__min_depth": min_depth, "router__depth_target": 4.0, "router__exit_bias_init": 0.3}
+        model = recursion_model(**fields, train__seed=1)
+        model.params["router"]["out"] *= 50
+        batch = make_batch(model.config, packed=True)
+        output = model(batch)
+        logits = scores(model.params, output.h_TBSD[0], 0)[batch["document"] >= 0]
+        expected = np.log(np.exp(logits).sum(-1)) ** 2 + (logits[:, first] - logits[:, -1]) ** 2
+        np.testing.assert_allclose(output.routing.z, expected.sum(), rtol=1e-4)
 
 
 def test_recursion_takes_as_many_rounds_as_the_min_depth_asks_for():
