@@ -35,11 +35,12 @@ from configs import base, radial_nano
 from radialnet import attention, cli
 from radialnet.baseline import VOCAB, DenseStep, fused_attention, num_heads, program_mb
 from radialnet.cache import Packing, UnifiedCache
+from radialnet.cache_benchmark import benchmark_cache, plot_windows
 from radialnet.config import Config
 from radialnet.controllers import Controllers, schedule
 from radialnet.cost import flops_per_token
 from radialnet.data import prefetch, prepare, train_batches
-from radialnet.decode_benchmark import benchmark_cache, benchmark_decode, plot_windows
+from radialnet.decode_benchmark import benchmark_decode
 from radialnet.depth import DepthLoop, Inputs, decide, differentiable
 from radialnet.files import write_whole
 from radialnet.kernel_benchmark import benchmark_kernels

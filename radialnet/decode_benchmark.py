@@ -1,4 +1,4 @@
-"""What decoding costs, as ratios of things timed alternately in one process: `benchmark decode` and `benchmark cache`.
+"""What decoding costs, as ratios of things timed alternately in one process: `benchmark decode`.
 
 The models have random weights, but for those of `--runs`: what they say means nothing, what it takes to say it is what
 a trained one takes.
@@ -6,7 +6,6 @@ a trained one takes.
 
 import dataclasses
 import importlib.util
-import math
 import os
 import sys
 from functools import partial
@@ -15,31 +14,27 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from configs import base
 from radialnet.baseline import num_heads
-from radialnet.comparisons import plot_tradeoffs
 from radialnet.config import Config
 from radialnet.controllers import Controllers
-from radialnet.data import Rows, prepare
+from radialnet.data import prepare
 from radialnet.decode import Decoder
 from radialnet.decode_requests import Completion, Request
-from radialnet.evaluate import evaluate_trained
 from radialnet.model import init_params
 from radialnet.run_folder import RunFolder
-from radialnet.sections import PAGE_SIZE, VIEWS, ConfigError
+from radialnet.sections import ConfigError
 from radialnet.sources import evenly
 from radialnet.timing import Timings
 from radialnet.tokenizer import Tokenizer
-from radialnet.train_step import forward
 from radialnet.trained import TrainedModel, load_trained
 
 VOCAB = 512
 PROMPT = 8  # Tokens.
 LONG = 1000  # New tokens of the request that `cache bytes/entries` is of.
-TEXTS = 4  # Held-out texts that trained runs are read on, each of two rows.
-WINDOWS, WINDOW_TEXTS = (1, 0.5, 0.25, 0.125), 16  # Shares of the entries that there is room for; all of them first.
+TEXTS = 4  # Held-out texts that trained runs are read on.
+NONE_LEAVES = -1e4  # An exit bias.
 DEPTHS = (0.9, 0.75, 0.5)  # Shares of the layers that tokens of trained runs are held at.
 
 
@@ -114,31 +109,32 @@ def benchmark_decode(timings: Timings, sizes: dict, runs: Path | None) -> None:
     and against depth."""
     max_depth, new = sizes["max_depth"], sizes["seq_len"] - PROMPT - 1
     if runs is not None:
-        trained = {folder: load_trained(folder) for folder in _run_folders(runs)}
+        trained = {folder: load_trained(folder) for folder in run_folders(runs)}
         _as_trained(timings, trained, sizes["seq_len"])
-        _of_depths(timings, trained, new)
+        _ofdepths_of(timings, trained, new)
         return
-    whole, exits = make_trained(sizes), make_trained(sizes, model__min_depth=1)
+    exits = make_trained(sizes, model__min_depth=1)
     dense = make_trained(sizes, router__form="sequential", model__pool_size=max_depth)
     for num_rows, rows, name in ((1, "1 row", "1 row depth=T÷2/depth=T"), (16, "16 rows", None)):
-        full, tokens = Run(whole, num_rows, new), num_rows * new
+        full, tokens = Run(exits, num_rows, new).with_exit_bias(NONE_LEAVES), num_rows * new
         for part, its_name in ((4, None), (2, name)):
             # Every token leaves after as many layers.
-            depth = max(max_depth // part, 1)
-            shallow = Run(make_trained(sizes, model__min_depth=depth, router__exit_bias_init=1e4), num_rows, new)
+            of_depth = make_trained(sizes, model__min_depth=max(max_depth // part, 1))
+            shallow = Run(of_depth, num_rows, new).with_exit_bias(-NONE_LEAVES)
             args = f"{rows}, every token at T/{part}", f"{rows}, depth T", shallow, full
-            timings.add(*args, name=its_name, tokens=tokens, **_depths(shallow))
+            timings.add(*args, name=its_name, tokens=tokens, **depths_of(shallow))
         held = Run(exits, num_rows, new).hold(max_depth / 2)
         args = f"{rows}, mean T/2 by exit bias", f"{rows}, depth T", held, full
-        timings.add(*args, name=None, tokens=tokens, **_depths(held))
+        timings.add(*args, name=None, tokens=tokens, **depths_of(held))
         in_order = Run(dense, num_rows, new)
         timings.add(f"{rows}, T layers in order", f"{rows}, depth T", in_order, full, name=None, tokens=tokens)
         _against_transformers(timings, sizes, rows, (in_order, full), num_rows, new)
 
     # `held` is of 16 rows now.
-    controllers, more = held.decoder.weights.controllers, {"tokens": 16 * new, **_depths(held)}
+    controllers, more = held.decoder.weights.controllers, {"tokens": 16 * new, **depths_of(held)}
     # The named one is what unequal depths in a batch are to give: twice of what rows give that all go to T.
-    in_step, in_step_held = Run(whole, 16, new, lockstep=True), Run(exits, 16, new, lockstep=True)
+    in_step = Run(exits, 16, new, lockstep=True).with_exit_bias(NONE_LEAVES)
+    in_step_held = Run(exits, 16, new, lockstep=True)
     in_step_held.decoder.weights = held.decoder.weights
     timings.add("16 rows, lockstep, depth T", "async, mean T/2", in_step, held, name="16 rows async/lockstep", **more)
     timings.add("16 rows, lockstep, mean T/2", "async, mean T/2", in_step_held, held, name=None, **more)
@@ -152,23 +148,7 @@ def benchmark_decode(timings: Timings, sizes: dict, runs: Path | None) -> None:
     timings.add_given(what, "their entries", *found_mb, "mb", name="cache bytes/entries")
 
 
-def benchmark_cache(timings: Timings, sizes: dict, runs: Path | None) -> None:
-    """Each view: bytes and time of a token, over sizes; of trained runs their held-out loss, what decoding gives, and
-    what it costs to give up the oldest tokens."""
-    if runs is not None:
-        return _of_runs(timings, runs)
-    max_depth, new = sizes["max_depth"], sizes["seq_len"] - PROMPT - 1
-    for d_model in (sizes["d_model"] // 2, sizes["d_model"]):
-        of_size = {**sizes, "d_model": d_model, "d_ff": sizes["d_ff"] * d_model // sizes["d_model"]}
-        against = None
-        for view in ("latest", *(view for view in VIEWS if view != "latest")):
-            run = Run(make_trained(of_size, model__min_depth=1, cache__view=view), 1, new).hold(max_depth / 2)
-            against = against or run
-            timings.add(f"D={d_model}, view {view}", "latest", run, against, name=None, **_bytes(run), **_depths(run))
-    return None
-
-
-def _run_folders(runs: Path) -> list[Path]:
+def run_folders(runs: Path) -> list[Path]:
     # Not those that are half written.
     found = (path.parent for path in runs.glob("**/config.json"))
     folders = sorted(folder for folder in found if not folder.name.startswith("."))
@@ -193,7 +173,7 @@ def _as_trained(timings: Timings, trained_runs: dict[Path, TrainedModel], num_to
         timings.add(*what, read, against[1], name=None, tokens=token_RS.size, depth=round(depth, 2))
 
 
-def _of_depths(timings: Timings, trained_runs: dict[Path, TrainedModel], num_new: int) -> None:
+def _ofdepths_of(timings: Timings, trained_runs: dict[Path, TrainedModel], num_new: int) -> None:
     """Of each run whose tokens choose their depth: the time of the same requests, one at a time, at parts of that."""
     for folder, trained in trained_runs.items():
         if not _chooses_depth(trained):
@@ -202,7 +182,7 @@ def _of_depths(timings: Timings, trained_runs: dict[Path, TrainedModel], num_new
         model, rows = trained.config.model, prepare(trained.config, RunFolder(folder)).eval
         texts = (rows[row]["token"] for row in evenly(len(rows), TEXTS))
         prompts = [text[text != trained.tokenizer.separator_id][:PROMPT].tolist() for text in texts]
-        full = Run(trained, 1, num_new, prompts).with_exit_bias(-100.0)
+        full = Run(trained, 1, num_new, prompts).with_exit_bias(NONE_LEAVES)
         parts = [Run(trained, 1, num_new, prompts).hold(share * model.max_depth) for share in DEPTHS]
         # A text may end; each is written as far as all of them go.
         lengths = np.min([[len(done.tokens) for done in run()] for run in (full, *parts)], axis=0)
@@ -211,7 +191,7 @@ def _of_depths(timings: Timings, trained_runs: dict[Path, TrainedModel], num_new
             run.requests = [dataclasses.replace(request, max_new_tokens=most) for request, most in both]
         num_layers, tokens = full.depths().mean(), int(lengths.sum())
         for run in parts:
-            told, depth = _depths(run), run.depths().mean()
+            told, depth = depths_of(run), run.depths().mean()
             what = f"{folder.name}, {depth:.4g} layers a token", f"{num_layers:.4g} layers"
             saved = 1 - timings.add(*what, run, full, name=None, tokens=tokens, **told)["ratio"]
             if depth < num_layers:
@@ -222,110 +202,7 @@ def _chooses_depth(trained: TrainedModel) -> bool:
     return trained.config.has_exits and trained.step >= trained.config.router.exit_warmup_steps
 
 
-def _of_runs(timings: Timings, runs: Path) -> None:
-    folders, against = _run_folders(runs), None
-    for folder in folders:
-        trained = load_trained(folder)
-        config, rows = trained.config, prepare(trained.config, RunFolder(folder)).eval
-        if not (texts := _texts(rows, 2, TEXTS)):
-            raise ConfigError(f"--runs={runs}: {folder} has {len(rows)} rows of held-out text; 2 are needed")
-        token_RS = texts["token"]
-        decoder = Decoder(trained, len(token_RS), capacity=0)
-        stages = decoder.decoding.stages
-        read = partial(decoder.read, token_RS, np.ones_like(token_RS, bool))
-        logits_RSV, layer_RST = read()
-        against = against or read
-        found = {
-            "ce": evaluate_trained(trained, rows, config.model.max_depth, 0.0)["ce"],
-            "depth": float((layer_RST[..., stages.prelude : stages.first_coda] >= 0).sum(2).mean()),
-            "bytes_per_token": round(decoder.peak_bytes / token_RS.size),
-            "logits_differ_by": float(jnp.abs(logits_RSV - _forward_logits(decoder, token_RS)).max()),
-        }
-        what = f"{folder.name}: view {config.cache.view}"
-        found = {key: float(f"{value:.4g}") for key, value in found.items()}
-        timings.add(what, folders[0].name, read, against, name=None, tokens=token_RS.size, **found)
-        for length in (config.train.seq_len, 4 * config.train.seq_len):
-            _of_windows(timings, what, line_of_run(folder, runs), trained, rows, length)
-        # Programs of one run are of no use to the next, and of seven runs they were more than a process may map.
-        jax.clear_caches()
-
-
-def line_of_run(folder: Path, runs: Path) -> str:
-    """What the runs of a sweep that differ by their seed have in common: the folder, and the name but for the seed."""
-    path = folder.relative_to(runs)
-    name = "+".join(part for part in path.name.split("+") if not part.startswith("seed="))
-    line = path.parent / name
-    return str(line) if line.parts else runs.name
-
-
-def _texts(rows: Rows, rows_of_text: int, most: int) -> dict[str, np.ndarray]:
-    """Texts from all over the rows, each of some rows that follow each other; none where there are too few."""
-    firsts = [text * rows_of_text for text in evenly(len(rows) // rows_of_text, most)]
-    texts = [[rows[first + row] for row in range(rows_of_text)] for first in firsts]
-    names = ("token", "target", "is_target") if texts else ()
-    return {name: np.stack([np.concatenate([row[name] for row in text]) for text in texts]) for name in names}
-
-
-def _of_windows(timings: Timings, what: str, line: str, trained: TrainedModel, rows: Rows, length: int) -> None:
-    """The loss on texts of a length, by the share of their entries that the cache has room for."""
-    texts = _texts(rows, length // trained.config.train.seq_len, WINDOW_TEXTS)
-    if not texts or 0 < trained.config.model.max_positions < length:
-        print(f"{what}: no text of {length} tokens, or no positions for it", file=sys.stderr)
-        return
-    token_RS, target_RS, is_target_RS = (texts[name] for name in ("token", "target", "is_target"))
-    given, whole_pages = (token_RS, np.ones(token_RS.shape, bool)), 0
-    for share in WINDOWS:
-        # Of the first, which is all, it is not known yet how many entries there are.
-        capacity = math.ceil(share * whole_pages) * PAGE_SIZE
-        decoder = Decoder(trained, len(token_RS), capacity=capacity, when_full="slide")
-        if 0 < capacity < decoder.least_capacity:
-            continue
-        logits_RSV, _ = decoder.read(*given)
-        whole_pages = whole_pages or decoder.peak_pages
-        nats_RS = optax.softmax_cross_entropy_with_integer_labels(logits_RSV, target_RS)
-        found = {
-            "line": line,
-            "length": length,
-            "room": share,
-            "ce": float(nats_RS[is_target_RS].mean()),
-            "bytes_per_token": round(decoder.peak_bytes / token_RS.size),
-        }
-        # Not timed: what reads a given text comes back after every few tokens, which what writes one doesn't.
-        both = (pages * PAGE_SIZE * decoder.entry_bytes / 1e6 for pages in (decoder.peak_pages, whole_pages))
-        timings.add_given(f"{what}, {length} tokens, room for {share:g}", "for all", *both, "mb", **found)
-
-
-def plot_windows(rows: list[dict], path: Path) -> None:
-    """Draw the loss against the bytes of the cache, a panel for each length of text; runs that differ by the seed are
-    one line, of the means of all of them."""
-    panels = {}
-    for row in (row for row in rows if "room" in row):
-        line = panels.setdefault(f"{row['length']} tokens", {}).setdefault(row["line"], {})
-        line.setdefault(row["room"], []).append((row["bytes_per_token"], row["ce"]))
-    panels = {title: {name: _means(line) for name, line in lines.items()} for title, lines in panels.items()}
-    plot_tradeoffs(panels, "bytes of the cache per token of the text", "loss (nats per token)", path)
-
-
-def _means(line: dict[float, list[tuple[float, float]]]) -> list[tuple[float, float]]:
-    """Of each room that all runs of a line have."""
-    num_runs = max(map(len, line.values()))
-    return [tuple(np.mean(points, 0)) for points in line.values() if len(points) == num_runs]
-
-
-def _forward_logits(decoder: Decoder, token_RS: np.ndarray) -> jax.Array:
-    """Logits of the parallel pass that trains."""
-    trained, weights = decoder.trained, decoder.weights
-    position_RS = np.broadcast_to(np.arange(token_RS.shape[1], dtype=np.int32), token_RS.shape)
-    batch = {"token": token_RS, "document": np.zeros_like(token_RS), "position": position_RS}
-    given = trained.params, batch, weights.controllers, weights.at, jax.random.key(0)
-    return jax.jit(partial(forward, trained.graph))(*given).logits_BSV
-
-
-def _bytes(run: Run) -> dict:
-    return {"bytes_per_token": round(run.decoder.peak_bytes / sum(len(done.layer_ST) - 1 for done in run()))}
-
-
-def _depths(run: Run) -> dict:
+def depths_of(run: Run) -> dict:
     depth_S = run.depths()
     return {"depth": round(float(depth_S.mean()), 2), "spread": round(float(depth_S.std()), 2)}
 

@@ -14,10 +14,10 @@ ORDER = [
     "decode_attention", "decode_step", "decode_loop", "decode", "trackers", "writers", "progress", "profiling",
     "preemption", "alarms", "watchdog", "prepare", "evaluate", "hops", "copying", "generate", "harness", "lm_eval",
     "routes", "page", "run_figures", "report", "program", "aot", "baseline", "timing", "decode_benchmark",
-    "router_benchmark", "kernel_benchmark", "benchmark", "train_log", "non_finite", "train_loop", "trainer",
-    "pretrained", "llama", "opt", "gguf_file", "interchange", "export", "import", "torch_models", "radialize",
-    "executions", "residuals", "torch_residuals", "profile", "skips", "sparse", "sparse_training", "sparse_decode",
-    "sparse_costs", "sparsity", "jobs", "sweep", "results", "scaling",
+    "cache_benchmark", "router_benchmark", "kernel_benchmark", "benchmark", "train_log", "non_finite", "train_loop",
+    "trainer", "pretrained", "llama", "opt", "gguf_file", "interchange", "export", "import", "torch_models",
+    "radialize", "executions", "residuals", "torch_residuals", "profile", "skips", "sparse", "sparse_training",
+    "sparse_decode", "sparse_costs", "sparsity", "jobs", "sweep", "results", "scaling",
 ]  # fmt: skip
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "radialnet"
