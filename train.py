@@ -9,6 +9,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from radialnet import cli
+from radialnet.checks import expanded
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.", lock_config=True)
 _WORKDIR = flags.DEFINE_string(
@@ -28,7 +29,7 @@ def main() -> None:
     from radialnet.trainer import train
 
     join_processes(_DISTRIBUTED.value, _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
-    train(config, Path(_WORKDIR.value or Path("runs", name)))
+    train(config, expanded(_WORKDIR.value) if _WORKDIR.value else Path("runs", name))
 
 
 if __name__ == "__main__":

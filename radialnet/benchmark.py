@@ -36,6 +36,7 @@ from radialnet import attention, cli
 from radialnet.baseline import VOCAB, DenseStep, fused_attention, num_heads, program_mb
 from radialnet.cache import Packing, UnifiedCache
 from radialnet.cache_benchmark import benchmark_cache, plot_windows
+from radialnet.checks import expanded
 from radialnet.config import Config
 from radialnet.controllers import Controllers, schedule
 from radialnet.cost import flops_per_token
@@ -303,7 +304,7 @@ def benchmark_input(timings: Timings, sizes: dict) -> None:
 
 
 def main() -> None:
-    runs = Path(_RUNS.value) if _RUNS.value else None
+    runs = expanded(_RUNS.value) if _RUNS.value else None
     commands = {
         "train": benchmark_train,
         "kernels": benchmark_kernels,
@@ -334,8 +335,8 @@ def main() -> None:
     timings.show(f"benchmark {_COMMAND}: {sizes if _COMMAND != 'input' else 'configs/radial_nano.py'} on {machine}")
     result = {"figures": timings.figures, "rows": timings.rows, "machine": machine, "sizes": sizes}
     if _JSON.value:
-        write_whole(Path(_JSON.value), json.dumps(result, indent=1) + "\n")
-        picture = Path(_JSON.value).with_suffix(".png")
+        write_whole(expanded(_JSON.value), json.dumps(result, indent=1) + "\n")
+        picture = expanded(_JSON.value).with_suffix(".png")
         if _COMMAND == "router":
             plot_routers(timings.rows, picture)
         if _COMMAND == "cache" and runs:

@@ -5,6 +5,7 @@ All raise ConfigError, of one line that names the field, its value and what is n
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 
 from radialnet.sections import HOPS_ALPHABET, ConfigError, ModelConfig, Sections
 
@@ -24,6 +25,18 @@ def at_least(section: str, values: object, least: float, *names: str) -> None:
 def require(holds: bool, message: str) -> None:
     if not holds:
         raise ConfigError(message)
+
+
+def expanded(path: str | Path) -> Path:
+    """A path as it was given, with ~ for a home folder, which shells leave alone after `--workdir=`.
+
+    Raises:
+        ConfigError: it is not known whose home folder that is.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise ConfigError(f"{path}: {error}") from None
 
 
 def told_groups(model: ModelConfig) -> str:

@@ -10,7 +10,6 @@ As in training, `config.eval.num_batches` batches are read, of `--data` too. The
 
 import json
 from functools import partial
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -19,6 +18,7 @@ from absl import flags
 from flax import nnx
 
 from radialnet import cli
+from radialnet.checks import expanded
 from radialnet.config import Config
 from radialnet.controllers import Controllers
 from radialnet.data import Rows, eval_batches
@@ -107,7 +107,7 @@ def _show(found: dict) -> None:
 
 def main() -> None:
     (exit_bias,) = cli.numbers("exit_bias", [str(_EXIT_BIAS.value)], float, "numbers")
-    workdir = Path(_WORKDIR.value)
+    workdir = expanded(_WORKDIR.value)
     trained = load_trained(workdir)
     if trained.config.data.source == "hops":
         raise ConfigError(f"--workdir={workdir}: a run on config.data.source='hops': radialnet.hops is for it")

@@ -14,6 +14,7 @@ from pathlib import Path
 import grain
 import numpy as np
 
+from radialnet.checks import expanded
 from radialnet.config import Config
 from radialnet.files import sha256_of
 from radialnet.hop_task import HopRows, make_tokenizer
@@ -207,9 +208,9 @@ def _streamed(config: Config, begun: RunFolder | None) -> Dataset:
 
 def _cache_folder(cfg: DataConfig) -> Path:
     try:
-        cache = Path(cfg.cache_dir).expanduser()
+        cache = expanded(cfg.cache_dir)
         cache.mkdir(parents=True, exist_ok=True)
-    except (OSError, RuntimeError) as error:  # RuntimeError: no home folder.
+    except OSError as error:
         raise ConfigError(f"config.data.cache_dir={cfg.cache_dir!r}: can't be made ({error})") from None
     return cache
 
@@ -242,7 +243,7 @@ def _tokenizer(
     if cfg.tokenizer == "byte":
         return Tokenizer.train([], BYTE_VOCAB_SIZE)
     if cfg.tokenizer != "bpe":
-        path = Path(cfg.tokenizer).expanduser()
+        path = expanded(cfg.tokenizer)
         if not path.is_file():
             told = "no such file; bpe, byte, or the path of a tokenizer.json or of a .model of SentencePiece"
             raise ConfigError(f"config.data.tokenizer={cfg.tokenizer!r}: {told}")

@@ -82,10 +82,10 @@ class Run:
         return self.decoder.run(self.requests)
 
     def depths(self) -> np.ndarray:
-        """Layers of the pool that each token executed; not of the last of a text, which is not run any more."""
+        """Layers of the pool that each token executed."""
         stages = self.decoder.decoding.stages
         pool = slice(stages.prelude, stages.first_coda)
-        return np.concatenate([(done.layer_ST[:-1, pool] >= 0).sum(1) for done in self()])
+        return np.concatenate([(done.ran_ST[:, pool] >= 0).sum(1) for done in self()])
 
     def with_exit_bias(self, bias: float) -> "Run":
         controllers = self.decoder.controllers.replace(exit_bias=jnp.float32(bias))

@@ -59,6 +59,11 @@ class Completion:
     reason: str
     layer_ST: np.ndarray
 
+    @property
+    def ran_ST(self) -> np.ndarray:
+        """`layer_ST` of the tokens that were run: the last one only to find that it ends the document."""
+        return self.layer_ST if self.reason == "end" else self.layer_ST[:-1]
+
 
 @dataclasses.dataclass(frozen=True)
 class Piece:

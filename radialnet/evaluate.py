@@ -24,6 +24,7 @@ import optax
 from absl import flags
 
 from radialnet import cli
+from radialnet.checks import expanded
 from radialnet.controllers import Controllers
 from radialnet.cost import flops_per_token
 from radialnet.data import Rows, eval_batches, held_out_rows, prepare
@@ -63,17 +64,21 @@ def evaluate(
     return total, time.perf_counter() - start
 
 
-def evaluate_trained(trained: TrainedModel, rows: Rows, max_depth: int, exit_bias: float) -> dict:
+def evaluate_trained(
+    trained: TrainedModel, rows: Rows, max_depth: int, exit_bias: float, num_batches: int | None = None
+) -> dict:
     """The figures of a trained model over rows.
 
     Args:
         max_depth: T in place of the trained one.
         exit_bias: added to the trained exit bias.
+        num_batches: of `config.train.batch_size` rows, in place of `config.eval.num_batches`; 0 = all.
     """
     config = trained.config
+    num_batches = config.eval.num_batches if num_batches is None else num_batches
     step_fn = partial(_eval_step, config=config, graph=trained.graph, max_depth=max_depth)
     controllers = trained.controllers.lean(exit_bias)
-    batches = eval_batches(rows, config.train.batch_size, config.eval.num_batches)
+    batches = eval_batches(rows, config.train.batch_size, num_batches)
     bytes_V = jnp.asarray(trained.tokenizer.bytes_per_token)
     sums, seconds = evaluate(step_fn, trained.params, controllers, trained.step, batches, bytes_V)
     found = figures(sums)
@@ -89,7 +94,12 @@ def evaluate_trained(trained: TrainedModel, rows: Rows, max_depth: int, exit_bia
 
 
 def evaluate_decoding(
-    trained: TrainedModel, rows: Rows, max_depth: int, exit_bias: float, capacity: int | None = None
+    trained: TrainedModel,
+    rows: Rows,
+    max_depth: int,
+    exit_bias: float,
+    num_batches: int | None = None,
+    capacity: int | None = None,
 ) -> dict:
     """`evaluate_trained` token by token through the cache, without the figures that only a whole pass knows.
 
@@ -100,9 +110,10 @@ def evaluate_decoding(
             is all that there are.
     """
     config, num_rows = trained.config, trained.config.train.batch_size
+    num_batches = config.eval.num_batches if num_batches is None else num_batches
     decoder = Decoder(trained, num_rows, max_depth, exit_bias, (capacity or 0) * num_rows, "slide")
     stages = decoder.decoding.stages
-    texts = list(_documents(_first(rows, config.eval.num_batches * num_rows)))
+    texts = list(_documents(_first(rows, num_batches * num_rows)))
     nats, num_bytes, num_targets, ran, seconds = 0.0, 0, 0, [], 0.0
     for begin in range(0, len(texts), num_rows):
         batch = _side_by_side(texts[begin : begin + num_rows], num_rows, config.train.seq_len)
@@ -166,19 +177,20 @@ def eval_rows(trained: TrainedModel, workdir: Path, data: str | None) -> Rows:
     Raises:
         ConfigError: the documents of the run are not there any more, or others; or `data` can't be read as text.
     """
-    folder = RunFolder(workdir.expanduser())
+    folder = RunFolder(workdir)
     if not data:
         return prepare(trained.config, folder).eval
     if trained.config.data.source == "hops":
         raise ConfigError(f"--data={data}: not for a run on config.data.source='hops', which knows no text")
-    if not Path(data).exists():
+    path = expanded(data)
+    if not path.exists():
         raise ConfigError(f"--data={data}: no such file or folder")
-    source = open_held_out(Path(data), trained.config.data.text_key)
+    source = open_held_out(path, trained.config.data.text_key)
     return held_out_rows(source, trained.tokenizer, trained.config.train.seq_len)
 
 
 def main() -> None:
-    workdir = Path(_WORKDIR.value)
+    workdir = expanded(_WORKDIR.value)
     max_depths = cli.numbers("max_depth", _MAX_DEPTH.value or ["1"], int, "whole numbers, by commas,")
     exit_biases = cli.numbers("exit_bias", _EXIT_BIAS.value, float, "numbers, by commas,")
     capacities = cli.numbers("capacity", _CAPACITY.value, int, "whole numbers, by commas,") if _CAPACITY.value else []
@@ -191,12 +203,14 @@ def main() -> None:
     if min(capacities, default=least) < least:
         raise ConfigError(f"--capacity={','.join(_CAPACITY.value)}: at least {least} entries a row are needed")
     rows = eval_rows(trained, workdir, _DATA.value)
-    rows = _first(rows, -(-_MAX_TOKENS.value // trained.config.train.seq_len))
+    num_batches = None
+    if _MAX_TOKENS.value:
+        rows, num_batches = _first(rows, -(-_MAX_TOKENS.value // trained.config.train.seq_len)), 0
     by_path = evaluate_decoding if _PATH.value == "decode" else evaluate_trained
     windows = [{"capacity": capacity} for capacity in capacities] or [{}]
     results = []
     for max_depth, exit_bias, window in itertools.product(max_depths, exit_biases, windows):
-        result = by_path(trained, rows, max_depth, exit_bias, **window)
+        result = by_path(trained, rows, max_depth, exit_bias, num_batches, **window)
         results.append(result)
         if not _JSON.value:
             print(

@@ -6,11 +6,11 @@
 """
 
 import json
-from pathlib import Path
 
 from absl import flags
 
 from radialnet import cli
+from radialnet.checks import expanded
 from radialnet.interchange import FORMATS, export_run
 
 
@@ -18,7 +18,7 @@ def main() -> None:
     found = {
         "out": _OUT.value,
         "format": _FORMAT.value,
-        **export_run(Path(_WORKDIR.value), Path(_OUT.value), _FORMAT.value),
+        **export_run(expanded(_WORKDIR.value), expanded(_OUT.value), _FORMAT.value),
     }
     if _JSON.value:
         print(json.dumps(found))

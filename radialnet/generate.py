@@ -21,6 +21,7 @@ import numpy as np
 from absl import flags
 
 from radialnet import cli
+from radialnet.checks import expanded
 from radialnet.decode import Decoder
 from radialnet.decode_requests import Completion, Request
 from radialnet.plots import plot_trace
@@ -116,8 +117,7 @@ def _in_order(decoder: Decoder, requests: list[Request]) -> Iterator[Completion]
 def statistics(decoder: Decoder, completions: list[Completion], seconds: float) -> dict:
     """What decoding cost; executions are those of new tokens and prompts."""
     stages = decoder.decoding.stages
-    routed = [done.layer_ST[:, stages.prelude : stages.first_coda] >= 0 for done in completions]
-    ran_ST = np.concatenate([row_ST[row_ST.any(1)] for row_ST in routed])
+    ran_ST = np.concatenate([done.ran_ST[:, stages.prelude : stages.first_coda] >= 0 for done in completions])
     num_new = sum(len(done.tokens) for done in completions)
     return {
         "new_tokens": num_new,
@@ -147,7 +147,7 @@ def _draw(trained: TrainedModel, decoder: Decoder, request: Request, done: Compl
     stages = decoder.decoding.stages
     layer_ST = done.layer_ST[:, stages.prelude : stages.first_coda]
     layer_ST = np.where(layer_ST >= 0, layer_ST - stages.prelude, -1)
-    plot_trace(texts, layer_ST, trained.config.model.pool_size, Path(_TRACE.value), request.num_prefix)
+    plot_trace(texts, layer_ST, trained.config.model.pool_size, expanded(_TRACE.value), request.num_prefix)
 
 
 def main() -> None:
@@ -155,10 +155,10 @@ def main() -> None:
         raise ConfigError("--prompt, --prompt_file, --prompts: one of them is needed, not several")
     if _TRACE.value and _PROMPTS.value:
         raise ConfigError(f"--trace={_TRACE.value}: of one prompt, not of --prompts={_PROMPTS.value}")
-    if _TRACE.value and not (_TRACE.value.endswith(".png") and Path(_TRACE.value).parent.is_dir()):
+    if _TRACE.value and not (_TRACE.value.endswith(".png") and expanded(_TRACE.value).parent.is_dir()):
         raise ConfigError(f"--trace={_TRACE.value}: a .png file in a folder that exists is needed")
     (exit_bias,) = cli.numbers("exit_bias", [str(_EXIT_BIAS.value)], float, "numbers")
-    trained = load_trained(Path(_WORKDIR.value))
+    trained = load_trained(expanded(_WORKDIR.value))
     defaults = {name: flags.FLAGS[name].value for name in (*SETTINGS, "max_new_tokens")}
     defaults["stop"] = _STOP.value or []
     if _PROMPTS.value:

@@ -105,6 +105,15 @@ class RadialLM(TemplateLM):
             pairs.append((request.task_name, *encoded))
         return self._loglikelihood_tokens(pairs, disable_tqdm=disable_tqdm)
 
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """As the harness does; but where it would leave the continuation without a token, for its beginning became one
+        with the end of the context, the last token is the continuation: what is empty would be certain."""
+        of_context, rest = super()._encode_pair(context, continuation)
+        if rest or not continuation:
+            return of_context, rest
+        whole = self.tok_encode(context + continuation)
+        return whole[:-1], whole[-1:]
+
     def _loglikelihood_tokens(
         self, requests: list[tuple[str, list[int], list[int]]], disable_tqdm: bool = False
     ) -> list[tuple[float, bool]]:
@@ -149,10 +158,8 @@ class RadialLM(TemplateLM):
             for piece in decoder.stream(asked, every=64):
                 if done := piece.completion:
                     texts[done.index] = done.text
-                    layer_ST = done.layer_ST[:, stages.prelude : stages.first_coda]
-                    # The last token was run only to find that it ends the document.
-                    ran_ST = layer_ST if done.reason == "end" else layer_ST[:-1]
-                    self._count(requests[done.index].task_name, (ran_ST >= 0).sum(1))
+                    ran_ST = done.ran_ST[:, stages.prelude : stages.first_coda] >= 0
+                    self._count(requests[done.index].task_name, ran_ST.sum(1))
                     bar.update()
         return texts
 

@@ -8,7 +8,6 @@ The last line of stdout is one JSON object.
 
 import json
 from functools import partial
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -16,7 +15,7 @@ from absl import flags
 from flax import nnx
 
 from radialnet import cli
-from radialnet.checks import check_hops
+from radialnet.checks import check_hops, expanded
 from radialnet.config import Config
 from radialnet.controllers import Controllers
 from radialnet.data import eval_batches
@@ -121,7 +120,7 @@ def _show(found: dict) -> None:
 
 def main() -> None:
     (exit_bias,) = cli.numbers("exit_bias", [str(_EXIT_BIAS.value)], float, "numbers")
-    trained = load_trained(Path(_WORKDIR.value))
+    trained = load_trained(expanded(_WORKDIR.value))
     data, seq_len = trained.config.data, trained.config.train.seq_len
     if data.source != "hops":
         raise ConfigError(f"--workdir={_WORKDIR.value}: a run on config.data.source={data.source!r}, not on 'hops'")

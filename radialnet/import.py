@@ -6,16 +6,16 @@ Evaluation and generation take the folder as any run's. Training goes on in it w
 """
 
 import json
-from pathlib import Path
 
 from absl import flags
 
 from radialnet import cli
+from radialnet.checks import expanded
 from radialnet.interchange import import_run
 
 
 def main() -> None:
-    found = {"workdir": _WORKDIR.value, **import_run(Path(_FROM.value), Path(_WORKDIR.value))}
+    found = {"workdir": _WORKDIR.value, **import_run(expanded(_FROM.value), expanded(_WORKDIR.value))}
     if _JSON.value:
         print(json.dumps(found))
     else:

@@ -34,7 +34,10 @@ def run_all(
     # Before any of them runs: a path may be too long, or not one to write to.
     for log in commands:
         log.parent.mkdir(parents=True, exist_ok=True)
-    handlers = {number: signal.signal(number, _end) for number in (signal.SIGINT, signal.SIGTERM)}
+    # SIGHUP is what a terminal that closes sends. Under nohup, say, one is ignored, and stays that.
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    numbers = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
+    handlers = {number: signal.signal(number, _end) for number in numbers}
     try:
         while waiting or running:
             while waiting and len(running) < num_at_a_time:

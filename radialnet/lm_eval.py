@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from absl import flags
 
 from radialnet import cli
+from radialnet.checks import expanded
 from radialnet.files import finite
 from radialnet.sections import ConfigError
 from radialnet.trained import load_trained
@@ -120,7 +121,7 @@ def main() -> None:
         from radialnet.harness import RadialLM
     except ModuleNotFoundError as error:
         raise ConfigError(f"lm-eval is needed ({error}): pip install -r requirements-eval.txt") from None
-    trained = load_trained(Path(_WORKDIR.value))
+    trained = load_trained(expanded(_WORKDIR.value))
     if trained.config.data.source == "hops":
         raise ConfigError(f"--workdir={_WORKDIR.value}: a run on config.data.source='hops', which knows no text")
     if not _MAX_DEPTH.value:

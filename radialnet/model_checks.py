@@ -145,7 +145,7 @@ def validate_router(config: Sections) -> None:
     if validate := _OF_FORM.get(router.form):
         validate(model, router)
     require(
-        not (router.gives_layers and router.load_bias_rate),
+        router.form in ("factored", "flat") or not (router.is_trained and router.load_bias_rate),
         f"config.router.load_bias_rate={router.load_bias_rate}: config.router.form={router.form!r} chooses no layers, "
         "0 is needed",
     )
@@ -162,6 +162,10 @@ def validate_router(config: Sections) -> None:
         not router.needs_groups or model.pool_size >= model.num_layer_groups,
         f"{of_groups} needs a layer for each group, but "
         f"config.model.pool_size={model.pool_size} is less than {told_groups(model)}",
+    )
+    require(
+        router.noise == 0 or router.form not in ("mod", "recursion"),
+        f"config.router.noise={router.noise}: config.router.form={router.form!r} draws none, 0 is needed",
     )
     require(
         router.noise == 0 or router.noise_steps > 0,
@@ -202,9 +206,15 @@ def _validate_recursion(model: ModelConfig, router: RouterConfig) -> None:
         f"{model.max_depth} must be a multiple of config.model.pool_size={model.pool_size}",
     )
     require(
-        router.depth_coef == 0,
-        f"config.router.depth_coef={router.depth_coef}: config.router.form='recursion' holds its depth by "
-        "config.router.exit_bias_rate alone, 0 is needed",
+        model.min_depth == model.max_depth or max(model.min_depth, 1) <= model.max_depth - model.pool_size,
+        f"config.model.min_depth={model.min_depth} leaves a single number of rounds of config.model.pool_size="
+        f"{model.pool_size} layers to choose: config.model.max_depth={model.max_depth} or fewer than "
+        f"{model.max_depth - model.pool_size + 1} is needed",
+    )
+    require(
+        router.depth_coef == 0 and router.explore == 0,
+        f"config.router.form='recursion' holds its depth by config.router.exit_bias_rate alone: "
+        f"config.router.depth_coef={router.depth_coef} and explore={router.explore}, 0 is needed",
     )
 
 

@@ -146,8 +146,9 @@ class RecursionRouter(Router):
         is_first, num_layers, num_rounds = depth_step == 0, self.num_layers, self.num_rounds
         first = max(0, (self.min_depth - 1) // num_layers)  # The shortest choice that there is.
         logits_BSR = self._logits(self._inputs(h_BSD, jnp.int32(0)))
-        biased_BSR = logits_BSR - controllers.exit_bias * jnp.arange(num_rounds)
-        biased_BSR = jnp.where(jnp.arange(num_rounds) >= first, biased_BSR, _NEVER)
+        # Counted from the first that may be chosen, whose score no bias then drowns.
+        more_R = jnp.arange(num_rounds) - first
+        biased_BSR = jnp.where(more_R >= 0, logits_BSR - controllers.exit_bias * more_R, _NEVER)
         if decided is None:
             all_rounds_BS = jnp.full(active_BS.shape, num_rounds - 1)
             round_BS = jnp.where(at.may_exit, jnp.argmax(biased_BSR, axis=-1), all_rounds_BS)

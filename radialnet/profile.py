@@ -14,6 +14,7 @@ from pathlib import Path
 from absl import flags
 
 from radialnet import cli
+from radialnet.checks import expanded
 from radialnet.comparisons import plot_medians, plot_residuals
 from radialnet.evaluate import eval_rows
 from radialnet.files import finite, write_whole
@@ -104,7 +105,7 @@ def checked_kinds(paths: list[Path], data: Path | None, out: Path | None) -> lis
 def main() -> None:
     if not (paths := [Path(path) for path in _MODEL.value if path]):
         raise ConfigError("--model=: run folders, folders of transformers or .gguf files are needed")
-    data, out = _DATA.value and Path(_DATA.value), _OUT.value and Path(_OUT.value)
+    data, out = _DATA.value and expanded(_DATA.value), _OUT.value and expanded(_OUT.value)
     kinds, limits = checked_kinds(paths, data, out), (_MAX_TOKENS.value, _SKIP_FIRST.value)
     profiles = [profile(path, kind, data, *limits) for path, kind in zip(paths, kinds, strict=True)]
     if out:

@@ -20,6 +20,7 @@ from absl import flags
 from flax import nnx
 
 from radialnet import cli
+from radialnet.checks import expanded
 from radialnet.config import Config
 from radialnet.controllers import Controllers
 from radialnet.interchange import import_pretrained
@@ -96,10 +97,10 @@ def text_rows(trained: TrainedModel, texts: Source | list[Document], max_tokens:
 
 
 def main() -> None:
-    model, workdir = Path(_MODEL.value), Path(_WORKDIR.value)
+    model, workdir = expanded(_MODEL.value), expanded(_WORKDIR.value)
     # Before the work: what is needed for the comparison.
     if _CHECK.value:
-        texts, _ = documents(_DATA.value and Path(_DATA.value))
+        texts, _ = documents(_DATA.value and expanded(_DATA.value))
         their_logits = logits_of_transformers(model)
     found = {"workdir": str(workdir), **import_pretrained(model, workdir)}
     told = ["{workdir}: {format}, {parameters:,} parameters in {tensors} tensors"]

@@ -19,6 +19,7 @@ from absl import flags
 from configs import base
 from radialnet import cli, page
 from radialnet.alarms import HISTORY, alarms
+from radialnet.checks import expanded
 from radialnet.config import Config
 from radialnet.environment import read_starts
 from radialnet.evaluate import eval_rows
@@ -215,10 +216,10 @@ def names_of(workdirs: Sequence[Path]) -> list[str]:
 
 
 def main() -> None:
-    workdirs = [Path(workdir) for workdir in _WORKDIR.value]
+    workdirs = [expanded(workdir) for workdir in _WORKDIR.value]
     if not workdirs or len({workdir.resolve() for workdir in workdirs}) < len(workdirs):
         raise ConfigError(f"--workdir={','.join(_WORKDIR.value)}: run folders, each of them once, are needed")
-    out = Path(_OUT.value) if _OUT.value else workdirs[0] / "report.html"
+    out = expanded(_OUT.value) if _OUT.value else workdirs[0] / "report.html"
     if out.is_dir() or not out.parent.is_dir():
         raise ConfigError(f"--out={out}: a file in a folder that exists is needed")
     names = names_of(workdirs)

@@ -24,6 +24,7 @@ from rich.console import Console
 
 from configs import dense_micro, dense_mini, hops
 from radialnet import cli
+from radialnet.checks import expanded
 from radialnet.comparisons import SweepPoint, plot_sweep
 from radialnet.data import prepare
 from radialnet.environment import read_starts
@@ -222,7 +223,7 @@ def _studied(fields: dict, models: dict[str, Values], seeds: list[Values]) -> tu
 def main() -> None:
     text = ",".join(_SEEDS.value)
     seeds = parse_axis(f"train.seed={text}", dense_micro.get_config().to_dict(), f"--seeds={text}")
-    workdir, out, console = Path(_WORKDIR.value), Path(_OUT.value), Console(highlight=False, soft_wrap=True)
+    workdir, out, console = expanded(_WORKDIR.value), expanded(_OUT.value), Console(highlight=False, soft_wrap=True)
     cells, settings, waiting = {}, {}, []
     for name in _MODEL.value or []:
         if name not in ALL_MODELS:

@@ -60,6 +60,10 @@ def _validate_data(data: DataConfig) -> None:
             f"config.data.path={part.path!r}: config.data.source={part.source!r} needs a path",
         )
         require(
+            part.source not in ("stdlib", "hops") or not part.path,
+            f"config.data.mixture: {part.source} reads no path, got {part.path!r}",
+        )
+        require(
             part.source != "tokens" or data.tokenizer != "bpe",
             f"config.data.tokenizer={data.tokenizer!r}: the one that the rows of config.data.source='tokens' were made "
             "with is needed, a file, or 'byte'",

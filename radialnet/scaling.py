@@ -26,6 +26,7 @@ from absl import flags
 from scipy import stats
 
 from radialnet import aot, cli
+from radialnet.checks import expanded
 from radialnet.comparisons import plot_fit, plot_lines
 from radialnet.config import Config
 from radialnet.cost import weights_by_part
@@ -286,7 +287,7 @@ def costs(use: Use, active: float) -> dict[str, list[tuple[float, Cost]]]:
 
 
 def main() -> None:
-    out, use, active = Path(_OUT.value), Use(rows=_ROWS.value), _ACTIVE.value
+    out, use, active = expanded(_OUT.value), Use(rows=_ROWS.value), _ACTIVE.value
     if not 0 < active < 1:
         raise ConfigError(f"--active={active}: more than 0 and less than 1 is needed")
     asked = [entry.partition("@") for entry in _CHECK.value]

@@ -8,10 +8,12 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers
 from radialnet.sections import ConfigError
 
 _SPACE = "▁"  # Which stands for one in the names of pieces.
+_SPACES = (r"\A +| +\z", ""), (" {2,}", " ")
 
 
 def converted(path: Path) -> tokenizers.Tokenizer:
-    """A `.model` file, a unigram or BPE model, with the ids and the normalisation that it has.
+    """A `.model` file, a unigram or BPE model, with the ids and the normalisation that it has; but pieces that a user
+    defined are not kept whole where the model would write their text otherwise.
 
     Raises:
         ConfigError: it can't be read, or is of another kind; or the library `sentencepiece` is not there.
@@ -39,7 +41,8 @@ def _built(core: models.Model, model, proto) -> tokenizers.Tokenizer:
     spec = model.normalizer_spec
     steps = [normalizers.Precompiled(spec.precompiled_charsmap)] if spec.precompiled_charsmap else []
     if spec.remove_extra_whitespaces:
-        steps += [normalizers.Strip(), normalizers.Replace(tokenizers.Regex(" {2,}"), " ")]
+        # Spaces alone: line ends and tabs are text.
+        steps += [normalizers.Replace(tokenizers.Regex(pattern), with_) for pattern, with_ in _SPACES]
     if spec.add_dummy_prefix:
         # Here, for Metaspace adds none to a text that begins with a space.
         steps += [normalizers.Prepend(_SPACE)]

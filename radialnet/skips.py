@@ -24,6 +24,7 @@ from absl import flags
 from flax import nnx
 
 from radialnet import cli
+from radialnet.checks import expanded
 from radialnet.comparisons import plot_skips
 from radialnet.config import Config
 from radialnet.controllers import Controllers
@@ -175,7 +176,7 @@ def _show(found: dict) -> None:
 
 
 def main() -> None:
-    trained, out = load_trained(Path(_WORKDIR.value)), _OUT.value and Path(_OUT.value)
+    trained, out = load_trained(expanded(_WORKDIR.value)), _OUT.value and expanded(_OUT.value)
     config = trained.config
     if config.router.form != "sequential":
         raise ConfigError(f"--workdir={_WORKDIR.value}: its form is {config.router.form!r}, 'sequential' is needed")
@@ -189,7 +190,7 @@ def main() -> None:
     if not 0 < most < config.model.pool_size:
         raise ConfigError(f"--most={most}: 1 to {config.model.pool_size - 1} of its layers can go")
     biases = cli.numbers("exit_bias", _EXIT_BIAS.value, float, "numbers")
-    source, told = documents(_DATA.value and Path(_DATA.value))
+    source, told = documents(_DATA.value and expanded(_DATA.value))
     seq_len = _SEQ_LEN.value or config.train.seq_len
     trained.check_length(seq_len, "--seq_len", f"--workdir={_WORKDIR.value}")
     names = [Path(path).name for path in _RUNS.value]

@@ -19,6 +19,7 @@ import numpy as np
 import psutil
 
 from configs import base
+from radialnet.checks import expanded
 from radialnet.config import Config
 from radialnet.sections import ConfigError, DataConfig
 
@@ -125,9 +126,11 @@ class TextFiles:
         file = self._files[index]
         _check_size(file, file.stat().st_size)
         try:
-            return Document(file.relative_to(self._root).as_posix(), file.read_text("utf-8", errors=self._errors))
+            # Not `read_text`, which writes line ends anew: bits per byte are of the raw text.
+            text = file.read_bytes().decode("utf-8", self._errors)
         except UnicodeDecodeError as error:
             raise ConfigError(f"{file}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+        return Document(file.relative_to(self._root).as_posix(), text)
 
 
 class JsonLines:
@@ -309,10 +312,7 @@ _OPEN = {
 
 
 def _existing(cfg: DataConfig) -> Path:
-    try:
-        path = Path(cfg.path).expanduser()
-    except RuntimeError:  # No home folder.
-        path = Path(cfg.path)
+    path = expanded(cfg.path)
     if not path.exists():
         raise ConfigError(f"config.data.path={cfg.path!r}: no such file or folder")
     return path

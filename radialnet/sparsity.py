@@ -26,6 +26,7 @@ from rich.table import Table
 
 from configs import base
 from radialnet import cli
+from radialnet.checks import expanded
 from radialnet.comparisons import plot_sparsity
 from radialnet.config import Config
 from radialnet.data import Rows, eval_batches, held_out_rows, prepare
@@ -146,7 +147,7 @@ def _setting(config: Config) -> tuple:
 
 
 def main() -> None:
-    workdirs, out = [Path(path) for path in _WORKDIR.value], _OUT.value and Path(_OUT.value)
+    workdirs, out = [expanded(path) for path in _WORKDIR.value], _OUT.value and expanded(_OUT.value)
     if not workdirs:
         raise ConfigError("--workdir=: a run folder at least is needed")
     if unknown := set(_METHODS.value) - set(METHODS):
@@ -160,7 +161,7 @@ def main() -> None:
     biases = cli.numbers("exit_bias", _EXIT_BIAS.value, float, "numbers") if _EXIT_BIAS.value else []
     if out and out.exists() and not out.is_dir():
         raise ConfigError(f"--out={out}: not a folder")
-    others = peers(Path(_RESULTS.value)) if _RESULTS.value else []
+    others = peers(expanded(_RESULTS.value)) if _RESULTS.value else []
     runs = {path: load(path, _SEQ_LEN.value) for path in workdirs}
     for path, trained in runs.items():
         if _setting(trained.config) != _setting(runs[workdirs[0]].config):

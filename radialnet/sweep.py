@@ -33,12 +33,13 @@ from rich.console import Console
 from rich.table import Table
 
 from radialnet import cli
+from radialnet.checks import expanded
 from radialnet.comparisons import SweepPoint, plot_sweep
 from radialnet.config import Config
 from radialnet.files import finite, write_whole
 from radialnet.grid import Cell, expand, joined, parse_axis
 from radialnet.jobs import run_all
-from radialnet.run_folder import RunFolder
+from radialnet.run_folder import RunFolder, saved_steps
 from radialnet.sections import ConfigError
 
 EXIT_FAILED_CELLS = 1
@@ -57,13 +58,15 @@ def command_of(cell: Cell, config_file: str, workdir: Path) -> list[str]:
 
 
 def row_of(cell: Cell, folder: RunFolder) -> dict | None:
-    """The row of a finished cell; None while the evaluation after its last step is missing.
+    """The row of a finished cell; None while the evaluation after its last step is missing, or that step isn't saved.
 
     `seconds` and `tokens_per_s` are those of its training steps: no compilation, evaluation or saving.
     """
     lines, train = folder.read_metrics(), cell.config.train
     held_out = [line for line in lines if line["split"] == "eval" and line["step"] == train.num_steps]
-    if not held_out:
+    # Who took the checkpoints away doesn't want the cell trained again.
+    is_saved = not folder.checkpoints.exists() or train.num_steps in saved_steps(folder.checkpoints)
+    if not (held_out and is_saved):
         return None
     seconds, before = 0.0, 0
     for line in lines:
@@ -264,7 +267,7 @@ def _check_flags() -> None:
 
 def main() -> None:
     _check_flags()
-    workdir = Path(_WORKDIR.value)
+    workdir = expanded(_WORKDIR.value)
     stream = sys.stderr if _JSON.value else sys.stdout
     width = None if stream.isatty() else 160
     console = Console(file=stream, width=width, highlight=False, markup=False, soft_wrap=True)

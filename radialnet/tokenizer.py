@@ -3,6 +3,7 @@ those that others trained: any `tokenizer.json`, and models of SentencePiece.
 """
 
 import hashlib
+import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -59,8 +60,12 @@ class Tokenizer:
         known = [name for name in _SEPARATORS if tokenizer.token_to_id(name) is not None]
         if not known:
             tokenizer.add_special_tokens([SEPARATOR])
-        self._tokenizer = tokenizer
+        # By which the tokens of a corpus are known: as it was given.
+        self._content = tokenizer.to_str()
+        self._tokenizer = _with_names_as_text(tokenizer)
         self._is_byte_level = isinstance(tokenizer.decoder, tokenizers.decoders.ByteLevel)
+        names = tokenizer.get_vocab().items()
+        self._byte_of = {token: int(name[3:5], 16) for name, token in names if _BYTE.fullmatch(name)}
         # Ids may have gaps.
         self.vocab_size: int = max(tokenizer.get_vocab().values()) + 1
         self.separator_id: int = tokenizer.token_to_id((*known, SEPARATOR)[0])
@@ -120,18 +125,18 @@ class Tokenizer:
 
     def save(self, path: Path) -> None:
         """Write as `tokenizer.json`, whole or not at all."""
-        write_whole(path, self._tokenizer.to_str())
+        write_whole(path, self._content)
 
     def __reduce__(self):
         # The library's own copies forget that special tokens are text.
-        return Tokenizer._of_json, (self._tokenizer.to_str(),)
+        return Tokenizer._of_json, (self._content,)
 
     @classmethod
     def _of_json(cls, content: str) -> "Tokenizer":
         return cls(tokenizers.Tokenizer.from_str(content))
 
     def fingerprint(self) -> str:
-        return hashlib.sha256(self._tokenizer.to_str().encode()).hexdigest()
+        return hashlib.sha256(self._content.encode()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
         return self.encode_batch([text])[0].tolist()
@@ -157,13 +162,54 @@ class Tokenizer:
         return [np.concatenate(ids) for ids in found]
 
     def decode(self, ids: list[int], after: Sequence[int] = ()) -> str:
-        """The text of some ids. `after`: those that stand before them, where it is to go on from theirs."""
-        decoded = self._tokenizer.decode(ids, skip_special_tokens=True)
-        if not len(after) or self._is_byte_level:
-            return decoded
-        # SentencePiece writes no space before the first word of a text, and this is not its first.
-        before = self._tokenizer.decode(list(after[-1:]), skip_special_tokens=True)
-        return self._tokenizer.decode([*after[-1:], *ids], skip_special_tokens=True)[len(before) :]
+        """The text of some ids; what is not all of a character is U+FFFD.
+
+        Args:
+            after: the ids that stand before them, where it is to go on from theirs.
+        """
+        if self._is_byte_level:
+            return self._tokenizer.decode(ids, skip_special_tokens=True)
+        # SentencePiece writes no space before the first word of a text, and this is not its first. And bytes in a row
+        # are read all together: as characters, or as none.
+        begin = max(len(after) - 1, 0)
+        while begin and after[begin] in self._byte_of:
+            begin -= 1
+        context, cut = list(after[begin:]), len(ids) - self._num_unfinished(ids)
+        before = self._tokenizer.decode(context, skip_special_tokens=True)
+        text = self._tokenizer.decode([*context, *ids[:cut]], skip_special_tokens=True)[len(before) :]
+        return text + "\ufffd" * (cut < len(ids))
+
+    def _num_unfinished(self, ids: Sequence[int]) -> int:
+        """How many ids at the end are the first bytes of a character that has more."""
+        for num, token in enumerate(reversed(ids[-3:]), 1):
+            byte = self._byte_of.get(token, 0)
+            if byte >= 0xC0:
+                return num if num < (2 if byte < 0xE0 else 3 if byte < 0xF0 else 4) else 0
+            if byte < 0x80:
+                return 0
+        return 0
+
+
+def _with_names_as_text(tokenizer: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    """The same, but that text which spells the name of a special token or of a byte doesn't become it.
+
+    A unigram model takes any text that is in its vocabulary, and these with the best score there is.
+    """
+    if not isinstance(tokenizer.model, tokenizers.models.Unigram):
+        return tokenizer
+    content = json.loads(tokenizer.to_str())
+    special = {added["content"] for added in content["added_tokens"] if added["special"]}
+    unknown = content["model"]["unk_id"]
+    for token, (name, _) in enumerate(content["model"]["vocab"]):
+        if name in special or token == unknown or _BYTE.fullmatch(name):
+            content["model"]["vocab"][token][1] = _LEAST_SCORE
+    changed = tokenizers.Tokenizer.from_str(json.dumps(content))
+    changed.encode_special_tokens = True
+    return changed
+
+
+# Of a piece, the log of its probability: less than that of any text which is as long as a name.
+_LEAST_SCORE = -1e6
 
 
 def _bytes_per_token(tokenizer: tokenizers.Tokenizer, vocab_size: int) -> np.ndarray:

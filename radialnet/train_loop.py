@@ -167,7 +167,12 @@ def _window(run: Run, no_sums: BatchSums) -> dict:
     # Runs of before checksums have none: their first line is of the steps since.
     if not run.step or not run.checkpoints.has(run.step, "window"):
         return empty
-    return run.checkpoints.restore(run.step, {"window": empty})["window"]
+    try:
+        return run.checkpoints.restore(run.step, {"window": empty})["window"]
+    except ConfigError as error:
+        # With a teacher, or without the one that there was, steps have other losses.
+        warn(f"{error}; the next line of metrics is of the steps from here on")
+        return empty
 
 
 def _with_reproduction(run: Run, window: dict, error: NonFiniteError) -> NonFiniteError:

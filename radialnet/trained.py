@@ -7,6 +7,7 @@ import jax
 from flax import nnx
 
 from radialnet.checkpoint import Checkpoints
+from radialnet.checks import expanded
 from radialnet.cli import warn
 from radialnet.config import Config
 from radialnet.controllers import Controllers
@@ -38,7 +39,7 @@ def load_trained(workdir: Path) -> TrainedModel:
     Raises:
         ConfigError: the folder is not a run folder, or holds no checkpoint, or none that is whole.
     """
-    folder = RunFolder(workdir.expanduser())
+    folder = RunFolder(expanded(workdir))
     config = Config.load(folder.config)
     keep_programs(config)
     tokenizer = tokenizer_of_run(folder)
@@ -66,5 +67,5 @@ def load_trained(workdir: Path) -> TrainedModel:
 def keep_programs(config: Config) -> None:
     """Keep what is compiled from now on, so that the next process need not compile it again."""
     if not jax.config.jax_compilation_cache_dir:
-        cache = Path(config.data.cache_dir).expanduser() / "programs"
+        cache = expanded(config.data.cache_dir) / "programs"
         jax.config.update("jax_compilation_cache_dir", str(cache))

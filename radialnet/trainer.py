@@ -35,6 +35,13 @@ from radialnet.writers import MetricsWriter
 
 # What a run folder was made with and can't be changed on resume. The rest may change, and the change is printed.
 _FIXED_SECTIONS = ("model", "cache", "data")
+# But for how the same is computed.
+_FREE_FIELDS = {
+    ("model", "dtype"),
+    ("model", "grouped_backend"),
+    ("model", "attention_backend"),
+    ("model", "remat"),
+}
 _FIXED_FIELDS = {
     ("router", "form"),
     ("router", "network"),
@@ -120,12 +127,21 @@ def train(config: Config, workdir: Path) -> None:
             with MetricsWriter(folder, config, step) as writer, Preemption() as preemption:
                 wait_for_processes("the metrics go on")
                 train_until_done(run, writer, preemption)
+        elif step < (planned := Config.load(folder.config).train.num_steps) and not _is_evaluated(folder, step):
+            raise ConfigError(
+                f"config.train.num_steps={config.train.num_steps}: the run in {workdir} was saved at step {step} of "
+                f"{planned}, and is evaluated at its last step; more than {step} are needed"
+            )
         else:
             console.print(f"{workdir}: done, {step} of {config.train.num_steps} steps")
         # 8. What is made of the finished run, also when a kill came between its last step and here.
         if is_first and (step < config.train.num_steps or not _are_drawn(folder)):
             paths = plot_run(folder.read_metrics(), folder.plots)
             console.print("plots: " + (", ".join(str(path) for path in paths) or "no figures to draw"))
+
+
+def _is_evaluated(folder: RunFolder, step: int) -> bool:
+    return any((line["split"], line["step"]) == ("eval", step) for line in folder.read_metrics())
 
 
 def _are_drawn(folder: RunFolder) -> bool:
@@ -165,7 +181,8 @@ def _check_folder(config: Config, folder: RunFolder, console: rich.console.Conso
             old, name = before[section][field], f"config.{section}.{field}"
             if old == value or (section, field) == ("data", "cache_dir"):
                 continue
-            if section in _FIXED_SECTIONS or (section, field) in _FIXED_FIELDS:
+            is_free = (section, field) in _FREE_FIELDS
+            if (section, field) in _FIXED_FIELDS or (section in _FIXED_SECTIONS and not is_free):
                 raise ConfigError(
                     f"{name}={value!r}, but the run in {folder.root} was started with {old!r}; take a new --workdir"
                 )

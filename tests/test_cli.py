@@ -123,11 +123,22 @@ def test_a_checkpoint_under_another_name_is_refused(trained, text, tmp_path):
 @pytest.mark.slow
 def test_more_steps_go_on_and_a_changed_shape_is_refused(tmp_path, text):
     train(tmp_path, *text, "--config.train.num_steps=4", "--config.log.every_steps=2")
+    # As if it had been stopped on its way to 8.
+    stopped = shutil.copytree(tmp_path, tmp_path / "stopped")
+    (stopped / "config.json").write_text(
+        (stopped / "config.json").read_text().replace('"num_steps": 4', '"num_steps": 8')
+    )
+    lines = [json.dumps(line) + "\n" for line in lines_of(stopped) if line["split"] == "train"]
+    (stopped / "metrics.jsonl").write_text("".join(lines))
+    _, stderr = train(stopped, *text, "--config.train.num_steps=4", code=2)
+    assert "config.train.num_steps=4" in stderr and "saved at step 4 of 8" in stderr
     with (tmp_path / "metrics.jsonl").open("a") as metrics:
         metrics.write(json.dumps({"step": 6, "split": "train"}) + "\n")
         metrics.write('{"step": 7, "spl')
-    stdout, _ = train(tmp_path, *text, "--config.train.num_steps=8", "--config.log.every_steps=2")
+    more = "--config.train.num_steps=8", "--config.log.every_steps=2"
+    stdout, _ = train(tmp_path, *text, *more, "--config.model.remat=step")
     assert "config.train.num_steps is now 8, was 4" in stdout
+    assert "config.model.remat is now 'step', was 'none'" in stdout, "the same, computed otherwise"
     assert "step 4 of 8" in stdout
     steps = [(line["step"], line["split"]) for line in lines_of(tmp_path)]
     assert steps == [(2, "train"), (4, "train"), (4, "eval"), (6, "train"), (8, "train"), (8, "eval")]
@@ -247,10 +258,11 @@ def test_evaluate_token_by_token_gives_the_same_figures(trained):
     workdir, _ = trained
     found = {}
     for path in ("forward", "decode"):
-        command = ["-m", "radialnet.evaluate", f"--workdir={workdir}", f"--path={path}", "--max_tokens=200", "--json"]
+        command = ["-m", "radialnet.evaluate", f"--workdir={workdir}", f"--path={path}", "--max_tokens=1200", "--json"]
         found[path] = json.loads(run(*command)[0])
     forward, decoded = found["forward"], found["decode"]
-    assert 200 <= decoded["tokens"] == forward["tokens"] < 300
+    # More than the 1,024 of `eval.num_batches`.
+    assert 1200 <= decoded["tokens"] == forward["tokens"] < 1300
     for name in ("ce", "bpb", "depth", "depth_hist", "executed_by_step", "exit_bias", "flops_per_token"):
         assert decoded[name] == pytest.approx(forward[name], rel=1e-5), name
 

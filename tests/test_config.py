@@ -6,12 +6,16 @@ from pathlib import Path
 import pytest
 
 from configs import base
+from radialnet.checks import expanded
 from radialnet.config import Config
 from radialnet.sections import ConfigError
 from tests.tiny import TOKEN_EXITS, make_config
 
 FOLDER = Path(__file__).parents[1] / "configs"
 CONFIGS = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "base")
+
+
+RECURSION = {"router__form": "recursion", "model__pool_size": 2, "model__max_depth": 6}
 
 
 @pytest.mark.parametrize(
@@ -69,6 +73,15 @@ CONFIGS = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "base
         ({"optimizer__group_decay": 1.0, "model__pool_size": 3}, ("group_decay=1.0", "pool_size=3", "max_depth=3")),
         ({"optimizer__group_decay": 1.0, "router__form": "cyclic"}, ("group_decay=1.0", "form='cyclic'")),
         ({"router__form": "hash_exit", "router__load_bias_rate": 0.1}, ("load_bias_rate=0.1", "form='hash_exit'")),
+        ({"router__form": "skip", "router__load_bias_rate": 0.1}, ("load_bias_rate=0.1", "form='skip'")),
+        ({"router__form": "mod", "model__min_depth": 3, "router__noise": 1.0}, ("noise=1.0", "form='mod'")),
+        ({**RECURSION, "router__noise": 1.0}, ("noise=1.0", "form='recursion'")),
+        ({**RECURSION, "router__explore": 0.1}, ("explore=0.1", "form='recursion'")),
+        (
+            {**RECURSION, "model__min_depth": 5, "router__depth_target": 5.0},
+            ("min_depth=5", "pool_size=2", "fewer than 5"),
+        ),
+        ({"data__source": "mixture", "data__mixture": "1 stdlib texts"}, ("stdlib reads no path", "'texts'")),
         ({"optimizer__group_decay": 1.0, "optimizer__low_rank": 2}, ("group_decay=1.0", "low_rank=2")),
         ({"router__noise": 1.0}, ("noise=1.0", "noise_steps=0")),
         ({"router__network": "deep"}, ("network='deep'", "low_rank")),
@@ -109,6 +122,13 @@ def test_values_that_cannot_work_are_named(overrides, named):
     for part in named:
         assert part in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+def test_home_folders_in_paths(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert expanded("~/runs/a") == tmp_path / "runs" / "a" and expanded("runs") == Path("runs")
+    with pytest.raises(ConfigError, match="~nobody-at-all/runs: "):
+        expanded("~nobody-at-all/runs")
 
 
 def test_unknown_missing_and_mistyped_fields():

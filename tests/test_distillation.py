@@ -226,6 +226,13 @@ def test_a_run_learns_from_a_run_and_goes_on(tmp_path):
     assert evaluate_trained(ours, prepare(dense).eval, 3, -1e9)["ce"] == pytest.approx(
         evaluate_trained(theirs, prepare(dense).eval, 3, 0.0)["ce"], rel=1e-6
     )
+    # On without its teacher: steps have other losses then, also those of the line that is begun.
+    alone = {**fields, "train__teacher": "", "train__num_steps": 5}
+    train(make_config(**alone), tmp_path / "again")
+    assert [line["step"] for line in RunFolder(tmp_path / "again").read_metrics() if "loss_distill" not in line] == [
+        5,
+        5,
+    ]
     with pytest.raises(ConfigError, match="config.train.teacher=.*none"):
         train(make_config(**{**fields, "train__teacher": str(tmp_path / "none")}), tmp_path / "other")
     assert not (tmp_path / "other").exists()

@@ -58,7 +58,7 @@ def test_a_signal_ends_them(tmp_path):
         "logs = [Path(sys.argv[1], name, 'log') for name in 'ab']\n"
         "run_all({log: [sys.executable, '-c', child] for log in logs}, 2, lambda _: None, lambda *_: None)"
     )
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         folder = tmp_path / number.name
         logs = [folder / name / "log" for name in "ab"]
         parent = subprocess.Popen([sys.executable, "-c", program, str(folder)], cwd=ROOT)

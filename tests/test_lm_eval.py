@@ -1,5 +1,6 @@
 """A trained model under the lm-evaluation-harness, against forward passes of its own, `evaluate` and `generate`."""
 
+import dataclasses
 import json
 import math
 from types import SimpleNamespace
@@ -111,6 +112,16 @@ def test_likelihoods_are_those_of_whole_sequences_alone(trained):
 def evaluated(trained, text, max_depth=MAX_DEPTH):
     rows = PackedRows(Stream.of([Document("a", text)], trained.tokenizer), SEQ)
     return evaluate_trained(trained, rows, max_depth, 0.0)
+
+
+def test_a_continuation_that_merges_with_its_context_is_not_certain(trained):
+    """The harness would leave it without a token, and the sum over none is the log of 1."""
+    tokenizer = Tokenizer.train(["import os\n" * 50], BYTE_VOCAB_SIZE + 9)
+    model = RadialLM(dataclasses.replace(trained, tokenizer=tokenizer), batch_size=2)
+    whole = tokenizer.encode("import os")
+    assert len(whole) <= len(tokenizer.encode("import o"))
+    assert model._encode_pair("import o", "s") == (whole[:-1], whole[-1:])
+    assert model._encode_pair("import", " os") == (tokenizer.encode("import"), tokenizer.encode(" os"))
 
 
 def test_a_text_is_as_likely_as_evaluate_says(trained):

@@ -226,6 +226,9 @@ def test_recursion_takes_as_many_rounds_as_the_min_depth_asks_for():
         model.params["router"]["out"] *= 50
         depth = np.unique(model(make_batch(model.config)).depth_BS)
         assert set(depth) <= expected and min(depth) == min(expected)
+    # However large the bias is.
+    model = recursion_model(model__min_depth=3, router__depth_target=6.0, router__exit_bias_init=1e9)
+    assert (np.asarray(model(make_batch(model.config)).depth_BS) == 4).all()
 
 
 def test_recursion_at_another_max_depth():
@@ -342,7 +345,7 @@ def test_flops_of_the_routers():
     "overrides, field",
     [
         ({"router__form": "recursion", "model__pool_size": 4}, "max_depth"),
-        ({"router__form": "recursion", "model__pool_size": 3, "router__depth_coef": 0.1}, "depth_coef"),
+        ({"router__form": "recursion", "model__pool_size": 1, "router__depth_coef": 0.1}, "depth_coef"),
         ({"router__form": "mod", "router__capacity": 0.0, "model__min_depth": 3}, "capacity"),
         ({"router__form": "mod", "router__capacity_every": 1, "model__min_depth": 3}, "capacity_every"),
         ({"router__form": "mod", "router__capacity_every": 4, "model__min_depth": 3}, "capacity_every"),

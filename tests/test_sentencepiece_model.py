@@ -1,6 +1,7 @@
 import io
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from radialnet.sections import ConfigError
@@ -11,6 +12,8 @@ sentencepiece = pytest.importorskip("sentencepiece")
 
 TEXT = [line for line in Path(__file__).with_name("test_data.py").read_text().splitlines() if line.strip()]
 MORE = [*TEXT, *TEXTS, "  two  spaces\tand a tab ", "ﬁ ﬀ Å １２", "emoji 🙂 and 漢字", ""]
+# What the names of pieces look like is text, and so is what stands around it.
+MORE += ["x = a</s>b <s> <unk>", "a <0x41> b", "\n\nx = 1\n\n", "\tx ", "  \n x"]
 
 
 def train(path, **options):
@@ -34,6 +37,7 @@ CASES = {
         "split_digits": True,
     },
     "no prefix": {"model_type": "unigram", "add_dummy_prefix": False},
+    "unigram, as it is": {"model_type": "unigram", "normalization_rule_name": "identity"},
 }
 
 
@@ -60,11 +64,26 @@ def test_what_goes_on_keeps_its_first_space(tmp_path):
     assert ours.decode(ids, after=[ours.separator_id]) == "def train config"
 
 
+def test_bytes_are_characters_as_soon_as_they_are_all_there(tmp_path):
+    """The library reads a run of them all together; where one is missing it finds no character in it."""
+    train(tmp_path / "tokenizer.model", **CASES["as llama"])
+    ours = Tokenizer.load(tmp_path / "tokenizer.model")
+    before, text = ours.encode("x 漢"), "🙂漢é!🙂"
+    ids = ours.encode("x 漢" + text)
+    assert ids[: len(before)] == before and ours.decode(ids[len(before) :], after=before) == text
+    ids, ends = ids[len(before) :], np.cumsum([len(character.encode()) for character in text]).tolist()
+    assert len(ids) == ends[-1]
+    for num in range(len(ids) + 1):
+        whole = sum(end <= num for end in ends)
+        found = ours.decode(ids[:num], after=before)
+        assert found == text[:whole] + "\ufffd" * (num not in (0, *ends)), num
+
+
 def test_bytes_are_counted(tmp_path):
     """Those of the text, and of the space before it."""
     train(tmp_path / "tokenizer.model", **CASES["as llama"])
     ours = Tokenizer.load(tmp_path / "tokenizer.model")
-    for text in MORE[:-1]:
+    for text in filter(None, MORE):
         assert ours.bytes_per_token[ours.encode(text)].sum() == 1 + len(text.encode())
     assert ours.bytes_per_token[ours.separator_id] == 0
 

@@ -300,6 +300,12 @@ def test_more_text_than_there_is_memory_is_refused(tmp_path):
             source[0]
 
 
+def test_line_ends_are_kept(tmp_path):
+    (tmp_path / "windows.txt").write_bytes(b"one\r\ntwo\rthree\n")
+    for source in (open_source(config_of("text", tmp_path, tmp_path).data), open_held_out(tmp_path, "")):
+        assert source[0].content == "one\r\ntwo\rthree\n"
+
+
 def test_binary_files_are_named(tmp_path):
     (tmp_path / "image.bin").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ConfigError, match="image.bin: not UTF-8 text"):
