@@ -111,7 +111,7 @@ def benchmark_decode(timings: Timings, sizes: dict, runs: Path | None) -> None:
     if runs is not None:
         trained = {folder: load_trained(folder) for folder in run_folders(runs)}
         _as_trained(timings, trained, sizes["seq_len"])
-        _ofdepths_of(timings, trained, new)
+        _of_depths(timings, trained, new)
         return
     exits = make_trained(sizes, model__min_depth=1)
     dense = make_trained(sizes, router__form="sequential", model__pool_size=max_depth)
@@ -173,7 +173,7 @@ def _as_trained(timings: Timings, trained_runs: dict[Path, TrainedModel], num_to
         timings.add(*what, read, against[1], name=None, tokens=token_RS.size, depth=round(depth, 2))
 
 
-def _ofdepths_of(timings: Timings, trained_runs: dict[Path, TrainedModel], num_new: int) -> None:
+def _of_depths(timings: Timings, trained_runs: dict[Path, TrainedModel], num_new: int) -> None:
     """Of each run whose tokens choose their depth: the time of the same requests, one at a time, at parts of that."""
     for folder, trained in trained_runs.items():
         if not _chooses_depth(trained):

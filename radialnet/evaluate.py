@@ -34,7 +34,7 @@ from radialnet.metrics import BatchSums, add, figures
 from radialnet.run_folder import RunFolder
 from radialnet.sections import ConfigError
 from radialnet.shards import PADDING, Batch
-from radialnet.sources import open_held_out
+from radialnet.sources import documents, open_held_out
 from radialnet.train_step import eval_step
 from radialnet.trained import TrainedModel, load_trained
 
@@ -187,6 +187,15 @@ def eval_rows(trained: TrainedModel, workdir: Path, data: str | None) -> Rows:
         raise ConfigError(f"--data={data}: no such file or folder")
     source = open_held_out(path, trained.config.data.text_key)
     return held_out_rows(source, trained.tokenizer, trained.config.train.seq_len)
+
+
+def held_out_text(trained: TrainedModel, workdir: Path, data: str | None) -> tuple[Rows, str]:
+    """`eval_rows`; of a model that was trained elsewhere, whose folder knows no text, rows of `documents`. And what
+    they are."""
+    if json.loads(RunFolder(workdir).manifest.read_text()).get("num_documents"):
+        return eval_rows(trained, workdir, data), f"text of {data}" if data else "held-out part of what the run read"
+    source, told = documents(expanded(data) if data else None)
+    return held_out_rows(source, trained.tokenizer, trained.config.train.seq_len), told
 
 
 def main() -> None:

@@ -73,7 +73,10 @@ def export_run(workdir: Path, out: Path, kind: str) -> dict:
             tensors = _flat({**trained.params, "controllers": trained.controllers})
             metadata = {"format": "radialnet", "step": str(trained.step)}
         tensors = {name: np.asarray(x, order="C") for name, x in tensors.items()}
-        safetensors.numpy.save_file(tensors, folder / WEIGHTS, metadata)
+        try:
+            safetensors.numpy.save_file(tensors, folder / WEIGHTS, metadata)
+        except safetensors.SafetensorError as error:
+            raise ConfigError(f"{out}: can't be written ({error})") from None
         # The library writes what its owner alone may read.
         shutil.copymode(folder / "config.json", folder / WEIGHTS)
     return {"step": trained.step, "tensors": len(tensors), "parameters": sum(x.size for x in tensors.values())}

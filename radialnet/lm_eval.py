@@ -10,6 +10,7 @@ asked for). It needs `pip install -r requirements-eval.txt`; docs/EVALUATION.md 
 
 import itertools
 import json
+import math
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -115,8 +116,8 @@ def _show(lm: "RadialLM", results: dict) -> None:
 def main() -> None:
     max_depths = cli.numbers("max_depth", _MAX_DEPTH.value or ["1"], int, "whole numbers, by commas,")
     exit_biases = cli.numbers("exit_bias", _EXIT_BIAS.value, float, "numbers, by commas,")
-    if _LIMIT.value is not None and not _LIMIT.value > 0:
-        raise ConfigError(f"--limit={_LIMIT.value:g}: more than 0 is needed")
+    if _LIMIT.value is not None and not 0 < _LIMIT.value < math.inf:
+        raise ConfigError(f"--limit={_LIMIT.value:g}: a number above 0 is needed")
     try:
         from radialnet.harness import RadialLM
     except ModuleNotFoundError as error:
@@ -126,7 +127,8 @@ def main() -> None:
         raise ConfigError(f"--workdir={_WORKDIR.value}: a run on config.data.source='hops', which knows no text")
     if not _MAX_DEPTH.value:
         max_depths = [trained.config.model.max_depth]
-    manager = load_tasks(_TASKS.value, _INCLUDE_PATH.value)
+    include = str(expanded(_INCLUDE_PATH.value)) if _INCLUDE_PATH.value else None
+    manager = load_tasks([str(expanded(name)) for name in _TASKS.value], include)
     found = []
     for max_depth, exit_bias in itertools.product(max_depths, exit_biases):
         lm = RadialLM(trained, _BATCH_SIZE.value or trained.config.train.batch_size, max_depth, exit_bias)

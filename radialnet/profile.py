@@ -103,9 +103,9 @@ def checked_kinds(paths: list[Path], data: Path | None, out: Path | None) -> lis
 
 
 def main() -> None:
-    if not (paths := [Path(path) for path in _MODEL.value if path]):
+    if not (paths := [expanded(path) for path in _MODEL.value if path]):
         raise ConfigError("--model=: run folders, folders of transformers or .gguf files are needed")
-    data, out = _DATA.value and expanded(_DATA.value), _OUT.value and expanded(_OUT.value)
+    data, out = (expanded(value) if value else None for value in (_DATA.value, _OUT.value))
     kinds, limits = checked_kinds(paths, data, out), (_MAX_TOKENS.value, _SKIP_FIRST.value)
     profiles = [profile(path, kind, data, *limits) for path, kind in zip(paths, kinds, strict=True)]
     if out:

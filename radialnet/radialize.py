@@ -23,6 +23,7 @@ from radialnet import cli
 from radialnet.checks import expanded
 from radialnet.config import Config
 from radialnet.controllers import Controllers
+from radialnet.files import finite
 from radialnet.interchange import import_pretrained
 from radialnet.sections import ConfigError
 from radialnet.shards import Batch
@@ -100,7 +101,7 @@ def main() -> None:
     model, workdir = expanded(_MODEL.value), expanded(_WORKDIR.value)
     # Before the work: what is needed for the comparison.
     if _CHECK.value:
-        texts, _ = documents(_DATA.value and expanded(_DATA.value))
+        texts, _ = documents(expanded(_DATA.value) if _DATA.value else None)
         their_logits = logits_of_transformers(model)
     found = {"workdir": str(workdir), **import_pretrained(model, workdir)}
     told = ["{workdir}: {format}, {parameters:,} parameters in {tensors} tensors"]
@@ -112,7 +113,7 @@ def main() -> None:
             "{tokens:,} tokens: perplexity {perplexity:.4f}, of the model itself {their_perplexity:.4f}",
             "logits, up to {largest_logit:.1f}, differ by {logits_differ_by:.1e} at most",
         ]
-    print(json.dumps(found) if _JSON.value else "\n".join(told).format(**found))
+    print(json.dumps(finite(found)) if _JSON.value else "\n".join(told).format(**found))
 
 
 if __name__ == "__main__":

@@ -224,7 +224,7 @@ def main() -> None:
     text = ",".join(_SEEDS.value)
     seeds = parse_axis(f"train.seed={text}", dense_micro.get_config().to_dict(), f"--seeds={text}")
     workdir, out, console = expanded(_WORKDIR.value), expanded(_OUT.value), Console(highlight=False, soft_wrap=True)
-    cells, settings, waiting = {}, {}, []
+    cells, settings, asked = {}, {}, []
     for name in _MODEL.value or []:
         if name not in ALL_MODELS:
             raise ConfigError(f"--model={name}: one of {'; '.join(ALL_MODELS)} is needed")
@@ -233,16 +233,14 @@ def main() -> None:
         settings |= known
         # Before anything is trained: what is there already must be of these configs.
         rows = finished([cell for runs in cells[file].values() for cell in runs], workdir / file)
-        waiting += [
-            {"model": name, "seed": cell.config.train.seed, "python": platform.python_version()}
-            for name, of_model in cells[file].items()
-            for cell in of_model
-            if not rows[cell.name]
-        ]
+        for name, of_model in cells[file].items():
+            for cell in of_model:
+                run = {"model": name, "seed": cell.config.train.seed, "python": platform.python_version()}
+                asked.append(run | (trained_with(RunFolder(workdir / file / cell.name)) if rows[cell.name] else {}))
     if out.exists() and not out.is_dir():
         raise ConfigError(f"--out={out}: not a folder")
     before, runs = earlier_runs(out / "RESULTS.json", settings), []
-    check_texts(merged(before, waiting))
+    check_texts(merged(before, asked))
     for file, models in cells.items():
         every = [cell for of_model in models.values() for cell in of_model]
         if not every:

@@ -53,7 +53,7 @@ _CURVES = (
 def curves(runs: Sequence[Run], missing: list[str]) -> list[str]:
     """Of all runs, a figure for each of `_CURVES`."""
     found = []
-    labels = {_short(run.name): run.lines for run in runs}
+    labels = {label: run.lines for label, run in zip(_labels(runs), runs, strict=True)}
     for key, label, from_zero, caption in _CURVES:
         if key == "bpb" and all(run.config.data.source == "hops" for run in runs):
             label, caption = "bits per answer", "Loss in bits per answer (bpb: a word counts as a byte)."
@@ -205,6 +205,14 @@ def text_by_depth(run: Run, number: str, missing: list[str]) -> str:
         + page.tokens(shown, f"numbers-{number}")
         + page.details("The way of each token", page.token_table(shown))
     )
+
+
+def _labels(runs: Sequence[Run]) -> list[str]:
+    """Short names, with a number before them where that leaves two alike."""
+    labels = [_short(run.name) for run in runs]
+    if len(set(labels)) == len(labels):
+        return labels
+    return [_short(f"{number} {run.name}") for number, run in enumerate(runs, 1)]
 
 
 def _short(name: str) -> str:

@@ -11,6 +11,7 @@ distilled from the model (form `skip`): their layers and loss on the same text, 
 is one JSON object; --out gets it as skips.json, and a plot.
 """
 
+import dataclasses
 import json
 import math
 from functools import partial
@@ -28,11 +29,13 @@ from radialnet.checks import expanded
 from radialnet.comparisons import plot_skips
 from radialnet.config import Config
 from radialnet.controllers import Controllers
-from radialnet.data import eval_batches, held_out_rows
-from radialnet.files import write_whole
+from radialnet.data import eval_batches
+from radialnet.evaluate import held_out_text
+from radialnet.files import finite, write_whole
+from radialnet.llama import PLAIN_VIEWS
 from radialnet.sections import ConfigError
 from radialnet.shards import Batch
-from radialnet.sources import documents, evenly
+from radialnet.sources import evenly
 from radialnet.train_step import forward_as_evaluated
 from radialnet.trained import TrainedModel, load_trained
 
@@ -176,10 +179,18 @@ def _show(found: dict) -> None:
 
 
 def main() -> None:
-    trained, out = load_trained(expanded(_WORKDIR.value)), _OUT.value and expanded(_OUT.value)
+    workdir, out = expanded(_WORKDIR.value), _OUT.value and expanded(_OUT.value)
+    trained = load_trained(workdir)
     config = trained.config
     if config.router.form != "sequential":
         raise ConfigError(f"--workdir={_WORKDIR.value}: its form is {config.router.form!r}, 'sequential' is needed")
+    if config.cache.view not in PLAIN_VIEWS:
+        raise ConfigError(
+            f"--workdir={_WORKDIR.value}: of config.cache.view={config.cache.view!r}, in which other layers see what a "
+            f"layer wrote; one of {', '.join(PLAIN_VIEWS)} is needed"
+        )
+    if config.data.source == "hops":
+        raise ConfigError(f"--workdir={_WORKDIR.value}: a run on config.data.source='hops', which knows no text")
     if config.model.pool_size == 1:
         raise ConfigError(f"--workdir={_WORKDIR.value}: has a single layer, and none can go")
     if out and out.exists() and not out.is_dir():
@@ -190,30 +201,33 @@ def main() -> None:
     if not 0 < most < config.model.pool_size:
         raise ConfigError(f"--most={most}: 1 to {config.model.pool_size - 1} of its layers can go")
     biases = cli.numbers("exit_bias", _EXIT_BIAS.value, float, "numbers")
-    source, told = documents(_DATA.value and expanded(_DATA.value))
     seq_len = _SEQ_LEN.value or config.train.seq_len
     trained.check_length(seq_len, "--seq_len", f"--workdir={_WORKDIR.value}")
-    names = [Path(path).name for path in _RUNS.value]
+    folders = [expanded(path) for path in _RUNS.value]
+    names = [path.name for path in folders]
     if len(set(names)) < len(names):
         raise ConfigError(f"--runs={','.join(_RUNS.value)}: their folders need names of their own")
-    rows = held_out_rows(source, trained.tokenizer, seq_len)
+    of_length = dataclasses.replace(config, train=dataclasses.replace(config.train, seq_len=seq_len))
+    rows, told = held_out_text(dataclasses.replace(trained, config=of_length), workdir, _DATA.value)
     num_rows = max(1, min(len(rows), _MAX_TOKENS.value // seq_len))
     rows = [rows[index] for index in evenly(len(rows), num_rows)]
     batches = list(eval_batches(rows, min(config.train.batch_size, num_rows), 0))
-    runs = {name: _learned(Path(path), trained, batches, biases) for name, path in zip(names, _RUNS.value, strict=True)}
+    runs = {name: _learned(path, trained, batches, biases) for name, path in zip(names, folders, strict=True)}
     found = {"data": told, **search(Skipping(trained, batches), most, _ORDERS.value, _TOLERANCE.value), "runs": runs}
     if out:
         out.mkdir(parents=True, exist_ok=True)
         plot_skips(found, out / "skips.png")
-        write_whole(out / "skips.json", json.dumps(found, indent=1))
+        write_whole(out / "skips.json", json.dumps(finite(found), indent=1))
     if not _JSON.value:
         _show(found)
-    print(json.dumps(found))
+    print(json.dumps(finite(found)))
 
 
 if __name__ == "__main__":
     _WORKDIR = flags.DEFINE_string("workdir", None, "The run folder.", required=True)
-    _DATA = flags.DEFINE_string("data", None, "Text in place of the standard library's held-out part.")
+    _DATA = flags.DEFINE_string(
+        "data", None, "Text in place of the held-out part of its own, or of the standard library."
+    )
     _MAX_TOKENS = flags.DEFINE_integer("max_tokens", 2048, "About so many tokens.", lower_bound=1)
     _SEQ_LEN = flags.DEFINE_integer("seq_len", None, "Tokens a row; by default as the run has.", lower_bound=2)
     _MOST = flags.DEFINE_integer("most", None, "Layers that go at most; all but one by default.")

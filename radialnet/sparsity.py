@@ -16,6 +16,7 @@ line of stdout is one JSON object; --out gets it as sparsity.json, and a plot.
 import dataclasses
 import itertools
 import json
+import math
 import statistics
 import sys
 from pathlib import Path
@@ -30,11 +31,11 @@ from radialnet.checks import expanded
 from radialnet.comparisons import plot_sparsity
 from radialnet.config import Config
 from radialnet.data import Rows, eval_batches, held_out_rows, prepare
-from radialnet.evaluate import eval_rows
-from radialnet.files import write_whole
+from radialnet.evaluate import held_out_text
+from radialnet.files import finite, write_whole
 from radialnet.run_folder import RunFolder
 from radialnet.sections import ConfigError
-from radialnet.sources import documents, evenly, split_documents
+from radialnet.sources import evenly, split_documents
 from radialnet.sparse_costs import METHODS, Study
 from radialnet.trained import TrainedModel, load_trained
 
@@ -54,10 +55,14 @@ def over_seeds(rows: list[dict]) -> list[dict]:
             "knob": knob,
             "seeds": len(of),
             **{name: None if of[0][name] is None else statistics.fmean(row[name] for row in of) for name in _FIGURES},
-            "ce_std": statistics.stdev(row["ce"] for row in of) if len(of) > 1 else None,
+            "ce_std": _spread([row["ce"] for row in of]),
         }
         for (method, knob), of in points.items()
     ]
+
+
+def _spread(values: list[float]) -> float | None:
+    return statistics.stdev(values) if len(values) > 1 and all(map(math.isfinite, values)) else None
 
 
 # Of docs/RESULTS.md, what sparsity within layers is seen beside.
@@ -114,17 +119,15 @@ def texts(trained: TrainedModel, workdir: Path, data: str | None, needs_training
         ConfigError: the documents of the run are not there any more, or others; or `data` can't be read as text.
     """
     config, folder = trained.config, RunFolder(workdir)
+    rows, _ = held_out_text(trained, workdir, data)
+    if not needs_training:
+        return rows, None
     if json.loads(folder.manifest.read_text()).get("num_documents"):
-        rows = eval_rows(trained, workdir, data)
-        return rows, prepare(config, folder).train if needs_training else None
-    # It was trained elsewhere, and its folder knows no text.
-    source, _ = documents(data and Path(data))
-    train_rows = None
-    if needs_training:
-        trains = split_documents(base.get_config().data, is_held_out=False)
-        chosen = [trains[index] for index in evenly(len(trains), _ELSEWHERE)]
-        train_rows = held_out_rows(chosen, trained.tokenizer, config.train.seq_len)
-    return held_out_rows(source, trained.tokenizer, config.train.seq_len), train_rows
+        return rows, prepare(config, folder).train
+    # It was trained elsewhere.
+    trains = split_documents(base.get_config().data, is_held_out=False)
+    chosen = [trains[index] for index in evenly(len(trains), _ELSEWHERE)]
+    return rows, held_out_rows(chosen, trained.tokenizer, config.train.seq_len)
 
 
 def load(path: Path, seq_len: int | None) -> TrainedModel:
@@ -143,7 +146,8 @@ def load(path: Path, seq_len: int | None) -> TrainedModel:
 
 def _setting(config: Config) -> tuple:
     """What runs must have in common, so that means over them are of seeds."""
-    return config.model, config.router, config.cache, dataclasses.replace(config.train, seed=0)
+    data, train = dataclasses.replace(config.data, cache_dir=""), dataclasses.replace(config.train, seed=0)
+    return config.model, config.router, config.cache, config.optimizer, data, train
 
 
 def main() -> None:
@@ -159,6 +163,14 @@ def main() -> None:
     keeps = list(itertools.product(*(map(float, values) for values in shares.values())))
     targets = cli.numbers("targets", _TARGETS.value, float, "numbers")
     biases = cli.numbers("exit_bias", _EXIT_BIAS.value, float, "numbers") if _EXIT_BIAS.value else []
+    once = {"methods": _METHODS.value, "targets": targets, "exit_bias": biases}
+    once |= {name: list(map(float, values)) for name, values in shares.items()}
+    for name, values in once.items():
+        if len(set(values)) < len(values):
+            raise ConfigError(f"--{name}={','.join(map(str, values))}: each of them once is needed")
+    for name, value in (("gate_coef", _GATE_COEF.value), ("learning_rate", _LEARNING_RATE.value)):
+        if not math.isfinite(value):
+            raise ConfigError(f"--{name}={value}: a number of at least 0 is needed")
     if out and out.exists() and not out.is_dir():
         raise ConfigError(f"--out={out}: not a folder")
     others = peers(expanded(_RESULTS.value)) if _RESULTS.value else []
@@ -190,10 +202,10 @@ def main() -> None:
     if out:
         out.mkdir(parents=True, exist_ok=True)
         plot_sparsity(points, others, out / "sparsity.png")
-        write_whole(out / "sparsity.json", json.dumps(found, indent=1))
+        write_whole(out / "sparsity.json", json.dumps(finite(found), indent=1))
     if not _JSON.value:
         _show(points + others)
-    print(json.dumps(found))
+    print(json.dumps(finite(found)))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from radialnet.sections import ConfigError
 
 
@@ -32,6 +34,6 @@ def load(path: Path, auto: str, **options):
     where = {"pretrained_model_name_or_path": path.parent if file else path, "local_files_only": True, **file}
     try:
         return getattr(transformers, auto).from_pretrained(**where, **options)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ConfigError(f"--model={path}: can't be loaded by transformers ({reason})") from None

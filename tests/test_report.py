@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 from html.parser import HTMLParser
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from radialnet.evaluate import evaluate_trained
 from radialnet.model import init_params
 from radialnet.report import names_of, raised_alarms, read_run, report
 from radialnet.routes import PART_OF_CHARACTER, ShownToken, shown_tokens, transitions
-from radialnet.run_figures import layer_use
+from radialnet.run_figures import _labels, layer_use
 from radialnet.run_folder import RunFolder
 from radialnet.sections import ConfigError
 from radialnet.sharding import Parallel
@@ -82,6 +83,13 @@ def line_of(config: Config, step: int, split: str, **changes) -> dict:
         "skipped_steps": 0,
         **changes,
     }
+
+
+def test_runs_whose_names_begin_alike_have_labels_of_their_own():
+    runs = [SimpleNamespace(name=f"max_depth=4+depth_target=2.0+seed={seed}") for seed in (0, 1)]
+    first, second = _labels(runs)
+    assert first != second and first.startswith("1 max_depth=4") and second.startswith("2 max_depth=4")
+    assert _labels([SimpleNamespace(name="a"), SimpleNamespace(name="b")]) == ["a", "b"]
 
 
 def write_lines(folder: RunFolder, lines: list[dict]) -> None:

@@ -116,6 +116,9 @@ def test_the_command(tmp_path):
     assert len(found["order"]) == 3 and (tmp_path / "out" / "skips.png").stat().st_size > 5000
     _, stderr = run("-m", "radialnet.skips", f"--workdir={tmp_path / 'run'}", "--most=4", code=2)
     assert stderr == "error: --most=4: 1 to 3 of its layers can go\n"
+    seen_by_others = config_of(LAYERS, cache__view="all")
+    _, stderr = run("-m", "radialnet.skips", f"--workdir={make_run(tmp_path / 'all', seen_by_others)}", code=2)
+    assert "config.cache.view='all', in which other layers see what a layer wrote" in stderr
     for flag, told in (
         ("--most=0", "--most=0: 1 to 3 of its layers can go"),
         (f"--out={tmp_path / 'a.txt'}", f"--out={tmp_path / 'a.txt'}: not a folder"),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ from radialnet.sparse import Gates, TopShare, flops_per_token, gains, head_sizes
 from radialnet.sparse_costs import Study, measure
 from radialnet.sparse_decode import one_token, rows_of
 from radialnet.sparse_training import LARGE_UNITS, fit_predictors, gated, see, train_gates, unlearned
-from radialnet.sparsity import load, over_seeds, texts
+from radialnet.sparsity import _setting, load, over_seeds, texts
 from radialnet.tokenizer import BYTE_VOCAB_SIZE, Tokenizer
 from radialnet.train_step import forward_as_evaluated
 from radialnet.trained import TrainedModel
@@ -368,11 +369,19 @@ def test_the_command(workdir, tmp_path):
         (["--methods=deja_vu,pruning"], "--methods=pruning: one of deja_vu, largest"),
         (["--results=README.md"], "--results=README.md: no file that radialnet.results wrote"),
         (["--out=README.md"], "--out=README.md: not a folder"),
+        (["--units=0.5,0.50"], "--units=0.5,0.5: each of them once is needed"),
+        (["--gate_coef=nan"], "--gate_coef=nan: a number of at least 0 is needed"),
     ],
 )
 def test_refusals(workdir, flags, message):
     _, stderr = run("-m", "radialnet.sparsity", f"--workdir={workdir}", *flags, code=2)
     assert message in stderr and len(stderr.strip().splitlines()) == 1
+
+
+def test_a_loss_that_is_not_finite_has_no_spread():
+    row = {"method": "gates", "knob": "0", **dict.fromkeys(("depth", "heads", "units", "flops_per_token", "time"), 1.0)}
+    (point,) = over_seeds([{**row, "ce": math.nan}, {**row, "ce": 1.0}])
+    assert point["seeds"] == 2 and point["ce_std"] is None and math.isnan(point["ce"])
 
 
 def test_runs_that_cannot_be_studied_are_refused(tmp_path, workdir):
@@ -382,6 +391,10 @@ def test_runs_that_cannot_be_studied_are_refused(tmp_path, workdir):
     folder = make_run(tmp_path / "other", make_config())
     _, stderr = run("-m", "radialnet.sparsity", f"--workdir={workdir},{folder}", "--seq_len=13", code=2)
     assert "of another setting than" in stderr
+    plain = load(workdir, None).config
+    assert _setting(plain) == _setting(dataclasses.replace(plain, train=dataclasses.replace(plain.train, seed=5)))
+    other = dataclasses.replace(plain, optimizer=dataclasses.replace(plain.optimizer, learning_rate=0.5))
+    assert _setting(plain) != _setting(other), "no seed of it"
 
 
 def test_a_study_reads_other_batches_than_the_run_began_with(plain):
