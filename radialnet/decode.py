@@ -41,6 +41,7 @@ _prefill = jax.jit(prefill, static_argnums=0, donate_argnums=2)
 _decode = jax.jit(decode, static_argnums=0, donate_argnums=(2, 3))
 _read = jax.jit(read, static_argnums=0)
 _logits = jax.jit(logits, static_argnums=0)
+_num_spare = jax.jit(DecodeCache.num_spare_R)
 _slide = jax.jit(DecodeCache.without_first, donate_argnums=0)
 
 
@@ -132,7 +133,7 @@ class Decoder:
                 if row not in at_work and queue and self._has_room(at_work.values(), queue[0][1]):
                     at_work[row] = self._admit(row, *queue.pop(0))
             needed = int(np.asarray(self.cache.is_page_full_R())[list(at_work)].sum())
-            self.cache = self._with_room(self.cache, needed)
+            self.cache = self._with_room(self.cache, needed, self.rows.place_R)
             given = self.decoding, self.weights, self.cache, self.rows, every, bool(queue)
             self.cache, self.rows, log, num_iterations = _decode(*given)
             self.num_iterations += int(num_iterations)
@@ -169,7 +170,7 @@ class Decoder:
             if num_pages < most:
                 num_R = np.asarray(cache.num_R) + is_real_part_RS.sum(1) * self.decoding.stages.total
                 needed = -(-num_R // PAGE_SIZE) - np.asarray(cache.num_pages_R())
-                cache = self._with_room(cache, int(needed.sum()))
+                cache = self._with_room(cache, int(needed.sum()), jnp.full(self.num_rows, begin))
             cache, *parts = _read(self.decoding, self.weights, cache, part_RSW, is_real_part_RS, begin)
             found.append(parts)
             self.peak_pages = max(self.peak_pages, num_pages - int(cache.num_free))
@@ -228,19 +229,25 @@ class Decoder:
             return True
         return sum(pages) + most_pages(request) <= self.capacity // PAGE_SIZE
 
-    def _with_room(self, cache: DecodeCache, num_needed: int) -> DecodeCache:
-        """The cache with so many free pages: more memory, up to the capacity; then what `when_full` says."""
+    def _with_room(self, cache: DecodeCache, num_needed: int, place_R: jax.Array) -> DecodeCache:
+        """The cache with so many free pages: more memory, up to the capacity; then what `when_full` says.
+
+        Args:
+            place_R: the token that each row is at, which stays.
+        """
         while (num_free := int(cache.num_free)) < num_needed:
             num_pages = cache.num_pages
             more = self._num_pages_allowed(max(2 * num_pages, num_pages + num_needed - num_free))
             if more > num_pages:
                 cache = cache.grown(more)
                 continue
-            # Each row keeps a page. Asked beforehand, for the cache that slides is given away.
-            spare = int(jnp.maximum(cache.num_pages_R() - 1, 0).sum())
-            if self.when_full == "slide" and num_free + spare >= num_needed:
-                cache = _slide(cache, int(cache.num_R.argmax()))
-                continue
+            # Asked beforehand, for the cache that slides is given away.
+            if self.when_full == "slide":
+                num_spare_R = np.asarray(_num_spare(cache, place_R))
+                if num_free + num_spare_R.sum() >= num_needed:
+                    row = int(np.where(num_spare_R, cache.num_R, 0).argmax())
+                    cache = _slide(cache, row, num_spare_R[row])
+                    continue
             entries = int(cache.num_R.sum())
             raise CacheFullError(
                 f"config.cache.capacity={self.capacity}: {entries} entries of {self.num_rows} rows are there and the "
@@ -270,7 +277,8 @@ class Decoder:
             room = -int(self.cache.num_R[row]) % PAGE_SIZE
             num = max(min(last - begin, largest, (free * PAGE_SIZE + room) // worst), 1)
             chunk = next(size for size in CHUNKS if size >= num)
-            self.cache = self._with_room(self.cache, -(-(num * worst - room) // PAGE_SIZE))
+            place_R = self.rows.place_R.at[row].set(begin)
+            self.cache = self._with_room(self.cache, -(-(num * worst - room) // PAGE_SIZE), place_R)
             part = np.zeros((chunk, recent_SW.shape[1]), np.int32)
             part[:num] = recent_SW[begin : begin + num]
             self.cache, _, layer_QT = _prefill(self.decoding, self.weights, self.cache, row, part, begin, num)

@@ -209,13 +209,36 @@ class DecodeCache:
             shown_RST=shown_RST,
         )
 
-    def without_first(self, row: jax.Array) -> "DecodeCache":
+    def num_spare_R(self, place_R: jax.Array) -> jax.Array:
+        """Pages that each row can give up, the oldest ones: all but the last, and none from the first on that holds an
+        entry of the token that the row is at, or it would not see itself.
+
+        Args:
+            place_R: those tokens, by their index in the row.
+        """
+        page_M, num_pages_R1 = jnp.arange(self.page_RM.shape[1]), self.num_pages_R()[:, None]
+        if self.shown_RST is None:
+            slot_MA = page_M[:, None] * self.page_size + jnp.arange(self.page_size)
+            is_now_RMA = (self.token_PA[self.page_RM] >= place_R[:, None, None]) & (slot_MA < self.num_R[:, None, None])
+            holds_RM = is_now_RMA.any(-1)
+        else:
+            last_R = jnp.minimum(place_R, self.shown_RST.shape[1] - 1)
+            slot_RT = jnp.take_along_axis(self.shown_RST, last_R[:, None, None], axis=1)[:, 0]
+            slot_RT = jnp.where((slot_RT >= 0) & (place_R <= last_R)[:, None], slot_RT, self.num_pages * self.page_size)
+            holds_RM = (self.page_RM[..., None] == slot_RT[:, None] // self.page_size).any(-1)
+        stays_RM = holds_RM | (page_M >= num_pages_R1 - 1)
+        return jnp.minimum(stays_RM.argmax(1), jnp.maximum(num_pages_R1[:, 0] - 1, 0))
+
+    def without_first(self, row: jax.Array, num_spare: jax.Array) -> "DecodeCache":
         """The cache after a row has given up its oldest entries, about half of its pages, and given those back.
 
         A token goes whole: what is left of its entries in pages that stay is not seen any more. So do all tokens before
         it.
+
+        Args:
+            num_spare: pages that may go, of `num_spare_R`.
         """
-        num_gone = self.num_pages_R()[row] // 2
+        num_gone = jnp.minimum(self.num_pages_R()[row] // 2, num_spare)
         page_M = jnp.arange(self.page_RM.shape[1])
         if self.shown_RST is None:
             token_MA = self.token_PA[self.page_RM[row]]

@@ -1,6 +1,7 @@
 """Decoding through the cache, against the forward pass that trains."""
 
 import dataclasses
+import itertools
 from functools import partial
 
 import jax
@@ -454,6 +455,42 @@ def test_the_cache_grows_to_its_capacity_and_then_says_so(endless, monkeypatch):
         int((np.cumsum((expected.layer_ST >= 0).sum(1)) <= 2 * decode.PAGE_SIZE).sum()) - 1 - len(request.prompt)
     )
     assert num_before > 3 and sliding.tokens[:num_before] == expected.tokens[:num_before]
+
+
+@pytest.mark.parametrize("view", ["latest", "same_step", "all"])
+def test_a_token_that_a_row_is_at_is_not_given_up(view):
+    """It would see nothing of itself at its later stages."""
+    page, heads, stages = 4, (1, 2), Stages(0, 3, 0)
+    cache = DecodeCache.empty(view, stages, 2, 8, 8, page, *heads, jnp.float32)
+    # Row 0: three entries of token 0, which end before the page does, then three of token 1. Row 1 has one.
+    for token, stage in itertools.product((0, 1), range(3)):
+        kv, writes = jnp.ones((2, 1, *heads)), jnp.array([[True], [token + stage == 0]])
+        layer = jnp.full((2, 1), stage)
+        cache = cache.append(kv, kv, jnp.full((2, 1), token), jnp.full(2, stage), layer, writes)
+    assert cache.num_pages_R().tolist() == [2, 1]
+    for place, spare in ((1, 0), (2, 1)):
+        assert cache.num_spare_R(jnp.array([place, 1])).tolist() == [spare, 0]
+    kept = cache.without_first(0, jnp.int32(1))
+    assert kept.first_R.tolist() == [2, 0] and kept.num_free == cache.num_free + 1, "with token 1 goes what was begun"
+
+
+def test_rows_that_slide_keep_what_they_are_at(endless):
+    requests = [dataclasses.replace(request, max_new_tokens=20) for request in requests_of(2)]
+    least = decode.Decoder(endless, num_rows=2).least_capacity
+    decoder = decode.Decoder(endless, num_rows=2, capacity=least, when_full="slide")
+    seen, with_room = [], decoder._with_room
+
+    def checked(cache, num_needed, place_R):
+        before = int(cache.num_free)
+        cache = with_room(cache, num_needed, place_R)
+        if before < num_needed <= int(cache.num_free):
+            seen.append((np.asarray(cache.first_R), np.asarray(place_R)))
+        return cache
+
+    decoder._with_room = checked
+    assert all(len(done.tokens) == 20 for done in decoder.run(requests))
+    assert any((first_R > 0).any() for first_R, _ in seen)
+    assert all((first_R <= place_R).all() for first_R, place_R in seen)
 
 
 def test_requests_wait_for_room_in_the_cache(endless):
