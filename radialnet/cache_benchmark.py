@@ -11,6 +11,7 @@ import numpy as np
 import optax
 
 from radialnet.comparisons import plot_tradeoffs
+from radialnet.config import Config
 from radialnet.data import Rows, prepare
 from radialnet.decode import Decoder
 from radialnet.decode_benchmark import PROMPT, TEXTS, Run, depths_of, make_trained, run_folders
@@ -43,12 +44,15 @@ def benchmark_cache(timings: Timings, sizes: dict, runs: Path | None) -> None:
 
 def _of_runs(timings: Timings, runs: Path) -> None:
     folders, against = run_folders(runs), None
+    # All of them read as many tokens.
+    length = 2 * min(Config.load(RunFolder(folder).config).train.seq_len for folder in folders)
     for folder in folders:
         trained = load_trained(folder)
         config, rows = trained.config, prepare(trained.config, RunFolder(folder)).eval
         if not (texts := _texts(rows, 2, TEXTS)):
             raise ConfigError(f"--runs={runs}: {folder} has {len(rows)} rows of held-out text; 2 are needed")
-        token_RS = texts["token"]
+        trained.check_length(length, f"--runs={runs}: texts", str(folder))
+        token_RS = texts["token"][:, :length]
         decoder = Decoder(trained, len(token_RS), capacity=0)
         stages = decoder.decoding.stages
         read = partial(decoder.read, token_RS, np.ones_like(token_RS, bool))

@@ -124,9 +124,11 @@ def entry_bytes(config: Config) -> int:
 PEAK_FLOPS = {
     "TPU v4": 275e12,
     "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
     "TPU v5p": 459e12,
     "TPU v5": 459e12,
     "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
     "NVIDIA A100": 312e12,
     "NVIDIA H100": 989e12,
     "NVIDIA H200": 989e12,
@@ -134,8 +136,20 @@ PEAK_FLOPS = {
 
 
 # Bytes/s of TPUs as their maker states it: of the memory; of all links of a chip to its neighbours, in both directions.
-MEMORY_BYTES_PER_S = {"TPU v5 lite": 819e9, "TPU v5": 2765e9, "TPU v6 lite": 1640e9}
-WIRE_BYTES_PER_S = {"TPU v5 lite": 200e9, "TPU v5": 600e9, "TPU v6 lite": 448e9}
+MEMORY_BYTES_PER_S = {
+    "TPU v5 lite": 819e9,
+    "TPU v5e": 819e9,
+    "TPU v5": 2765e9,
+    "TPU v6 lite": 1640e9,
+    "TPU v6e": 1640e9,
+}
+WIRE_BYTES_PER_S = {
+    "TPU v5 lite": 200e9,
+    "TPU v5e": 200e9,
+    "TPU v5": 600e9,
+    "TPU v6 lite": 448e9,
+    "TPU v6e": 448e9,
+}
 
 
 def rate(table: dict[str, float], device: jax.Device) -> float | None:

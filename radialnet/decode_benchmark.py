@@ -160,6 +160,8 @@ def run_folders(runs: Path) -> list[Path]:
 def _as_trained(timings: Timings, trained_runs: dict[Path, TrainedModel], num_tokens: int) -> None:
     """The time in which each run reads a held-out text as one row of decoding, against a dense one, or the first."""
     is_dense = {folder: trained.config.router.form == "sequential" for folder, trained in trained_runs.items()}
+    # As many of all of them.
+    num_tokens = min(num_tokens, *(trained.config.train.seq_len for trained in trained_runs.values()))
     against = None
     for folder in sorted(trained_runs, key=is_dense.get, reverse=True):
         trained = trained_runs[folder]

@@ -189,7 +189,8 @@ def _send_padded(length, x_NX, into_MX, row_P, size_P, at_P, came_P):
 
 def default_kind(device: jax.Device) -> str:
     """What the platform of a device has: TPUs v5e only where they are 16 at most, CPUs not at all."""
-    return "padded" if device.platform == "cpu" or device.device_kind == "TPU v5 lite" else "ragged"
+    is_v5e = device.device_kind in ("TPU v5 lite", "TPU v5e")
+    return "padded" if device.platform == "cpu" or is_v5e else "ragged"
 
 
 def choose_dispatch(config: Config, sizes: dict[str, int]) -> tuple[bool, str]:

@@ -15,7 +15,6 @@ import json
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 from absl import flags
@@ -95,7 +94,7 @@ def read_prompts(path: str, defaults: dict) -> list[tuple[str, dict]]:
 
 
 def _read(path: str) -> str:
-    content = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+    content = sys.stdin.buffer.read() if path == "-" else expanded(path).read_bytes()
     try:
         return content.decode()
     except UnicodeDecodeError as error:

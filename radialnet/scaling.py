@@ -240,18 +240,22 @@ def check(name: str, topology: str) -> dict:
         module = importlib.import_module(f"configs.{name}")
     except ModuleNotFoundError:
         raise ConfigError(f"--check={name}@{topology}: there is no configs/{name}.py") from None
-    config = aot.for_platform(Config.from_dict(module.get_config()), "tpu")
-    found = aot.report(config, aot.devices_of(topology))
-    vocab_size = config.data.vocab_size
-    wire_gb = wire_of(config, found["mesh"], vocab_size, exchanges=found["dispatch"] == "exchange") / 1e9
+    config = aot.for_platform(Config.from_dict(module.get_config()), aot.platform_of(topology))
+    try:
+        found = aot.report(config, aot.devices_of(topology))
+    except aot.DoesNotFitError as error:
+        raise ConfigError(f"--check={name}@{topology}: does not fit: {error}") from None
+    exchanges = found["dispatch"] == "exchange"
+    wire_gb = wire_of(config, found["mesh"], aot.vocab_size_of(config), exchanges) / 1e9
     return {
         "config": name,
         "topology": topology,
-        "tflops": found["flops"] / 1e12,
+        "tflops": found["flops"] and found["flops"] / 1e12,
         "flops_over_model": found["flops_over_ideal"],
         "wire_gb": found["wire_gb"],
         "model_wire_gb": wire_gb,
-        "wire_over_model": found["wire_gb"] / wire_gb,
+        # One device has none, and what kernels for GPUs compute is not told.
+        "wire_over_model": found["wire_gb"] / wire_gb if wire_gb else None,
         "compile_s": found["compile_s"],
     }
 
@@ -294,7 +298,7 @@ def main() -> None:
     for name, _, topology in asked:
         if not topology:
             raise ConfigError(f"--check={name}: CONFIG@TOPOLOGY is needed, as radial_small@v5e:4x4")
-    points = [*PUBLISHED, *measured([Path(path) for path in _PROFILE.value])]
+    points = [*PUBLISHED, *measured([expanded(path) for path in _PROFILE.value])]
     fit, families = Fit.of(points), costs(use, active)
     found = {
         "points": points,
@@ -327,6 +331,10 @@ def main() -> None:
     print(json.dumps(found) if _JSON.value else _told(found))
 
 
+def _ratio(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
+
+
 def _told(found: dict) -> str:
     lines = ["median residual ratio (nominal 90 % band)"]
     lines += [f"{size:>8}  {mid:.3f} ({low:.3f}–{high:.3f})" for size, (mid, low, high) in found["ratio"].items()]
@@ -337,8 +345,8 @@ def _told(found: dict) -> str:
             lines.append(f"{name:>20}  {cost['parameters']:>10.0e}" + "".join(f" {x:>10.3g}" for x in amounts))
     for row in found["checks"]:
         lines.append(
-            f"{row['config']} on {row['topology']}, compiled / model: FLOPs {row['flops_over_model']:.3f}, "
-            f"wire {row['wire_over_model']:.3f} of {row['model_wire_gb']:.1f} GB"
+            f"{row['config']} on {row['topology']}, compiled / model: FLOPs {_ratio(row['flops_over_model'])}, "
+            f"wire {_ratio(row['wire_over_model'])} of {row['model_wire_gb']:.1f} GB"
         )
     return "\n".join(lines)
 

@@ -256,7 +256,7 @@ def _spec(axes: Axes) -> PartitionSpec:
     return PartitionSpec(*(RULES[axis] or None for axis in axes))
 
 
-def mesh_sizes(config: Config, num_devices: int, num_slices: int = 1) -> dict[str, int]:
+def mesh_sizes(config: Config, num_devices: int, num_slices: int = 1, num_processes: int = 1) -> dict[str, int]:
     """The sizes of the mesh's axes on that many devices, -1 being what the others leave.
 
     With one process and `data=-1` that is as many as rows of the batch can be split over; others go unused.
@@ -267,7 +267,7 @@ def mesh_sizes(config: Config, num_devices: int, num_slices: int = 1) -> dict[st
     sizes = {axis: getattr(config.mesh, axis) for axis in AXES}
     told = " · ".join(f"config.mesh.{axis}={size}" for axis, size in sizes.items())
     given = math.prod(size for size in sizes.values() if size > 0)
-    must_use_all = jax.process_count() > 1 or num_slices > 1
+    must_use_all = num_processes > 1 or num_slices > 1
     for axis, size in sizes.items():
         if size < 0:
             rest = num_devices // given
@@ -294,7 +294,9 @@ def make_mesh(config: Config, devices: Sequence[jax.Device]) -> Mesh:
     # GPUs call each host a slice, but what joins them is no slower than what most of them have.
     is_tpu = devices[0].platform == "tpu"
     num_slices = len({getattr(device, "slice_index", 0) for device in devices}) if is_tpu else 1
-    sizes = tuple(mesh_sizes(config, len(devices), num_slices).values())
+    # Of the devices, which may be of a topology that isn't here.
+    num_processes = len({device.process_index for device in devices})
+    sizes = tuple(mesh_sizes(config, len(devices), num_slices, num_processes).values())
     try:
         if num_slices > 1:
             inner, outer = (sizes[0] // num_slices, *sizes[1:]), (num_slices, 1, 1, 1)

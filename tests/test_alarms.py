@@ -31,6 +31,16 @@ def test_an_alarm_is_raised_by_lines_in_a_row(name):
     assert list(alarms(config, [*lines_of(*[sick] * PATIENCE), skipped])) == [name]
 
 
+def test_the_fewest_layers_of_recursion_are_a_round():
+    fields = {"model__pool_size": 2, "model__max_depth": 6, "model__min_depth": 1, "router__depth_target": 4.0}
+    config = make_config(router__form="recursion", **fields)
+    for depth, is_raised in ((2, True), (1, False), (4, False)):
+        shares = [0.0] * 7
+        shares[depth] = 1.0
+        found = alarms(config, lines_of(*[{"depth_hist": shares}] * PATIENCE, num_healthy=0))
+        assert ("depth" in found) == is_raised and (not is_raised or "leave after 2 layers" in found["depth"])
+
+
 def test_what_a_config_asks_for_is_no_alarm():
     every = [{**SICK["depth"], "step": 15}] * PATIENCE
     warming_up = make_config(router__exit_warmup_steps=5, router__depth_ramp_steps=5)

@@ -99,6 +99,8 @@ def test_unknown_topology():
     command = ("-m", "radialnet.aot", "--config=configs/smoke.py", "--topology=v5q:2x2")
     _, stderr = run(*command, code=2)
     assert stderr.splitlines()[-1].startswith("error: --topology=v5q:2x2")
+    with pytest.raises(ConfigError, match="--num_slices=2: --topology=h100 is one device"):
+        aot.devices_of("h100", 2)
 
 
 def compiled_for(topology, *flags, code=0):

@@ -152,7 +152,7 @@ def mesh_cases():
         yield exchange, EXCHANGES[exchange], recipe
 
 
-@pytest.mark.parametrize("exchange, mesh, recipe", mesh_cases())
+@pytest.mark.parametrize("exchange, mesh, recipe", list(mesh_cases()))
 def test_eight_devices_equal_one(alone, exchange, mesh, recipe):
     want = alone(recipe)
     routing = want["sums"].routing
@@ -265,6 +265,9 @@ def test_meshes_that_do_not_go_with_the_config_or_the_devices():
         assert parallel == Parallel(data=sizes[0], tensor=sizes[1])
     with pytest.raises(ConfigError, match="multiple of the 3 slices"):
         mesh_sizes(mesh_config({"data": 8}), 8, num_slices=3)
+    # Of several processes none is left out, also those of a topology that isn't here.
+    assert mesh_sizes(mesh_config({"data": -1}), 16)["data"] == 8
+    assert mesh_sizes(mesh_config({"data": -1}), 16, num_processes=4)["data"] == 16
 
 
 def test_dispatch_is_chosen_by_bytes():
