@@ -10,9 +10,10 @@ decoding, which one device does, for one of them.
 
 It prints what the program takes and does on each device, and as the last line one JSON object: `peak_memory_gb`;
 `flops` and `flops_over_ideal`, what it computes against what the layers that are executed, head, router and attention
-come to (every token at full depth, each device its part); `collectives` by kind, how often and how many GB;
-`wire_gb`, what a device sends for them at best; `compute_s` and `wire_s`, what both would take at the chip's peak and
-with all of its links busy, also between slices; `compile_s`. Exit code 1 if the program does not fit into memory.
+come to (every token at full depth, each device its part), null on GPUs, whose kernels don't tell; `collectives` by
+kind, how often and how many GB; `wire_gb`, what a device sends for them at best; `compute_s` and `wire_s`, what both
+would take at the chip's peak and with all of its links busy, also between slices; `compile_s`. Exit code 1 if the
+program does not fit into memory.
 """
 
 import contextlib
@@ -259,8 +260,9 @@ def report(config: Config, devices: Sequence) -> dict:
     program, seconds = compiled(traced)
     text = program.as_text()
     work, ideal = work_of(text), ideal_flops(config, placement)
-    # Kernels for GPUs don't say in the program what they compute, and they are all layers and attention.
-    flops = work.flops if "triton" not in text else None
+    kernels = re.findall(r'custom_call_target="(tpu_custom_call|[^"]*triton[^"]*)"', text)
+    # Those for GPUs don't say in the program what they compute, and they are all layers and attention.
+    flops = None if any("triton" in kernel for kernel in kernels) else work.flops
     return {
         "device": devices[0].device_kind,
         "num_devices": placement.parallel.num_devices,
@@ -269,7 +271,7 @@ def report(config: Config, devices: Sequence) -> dict:
         "dispatch_reason": placement.dispatch_reason,
         "grouped_backend": config.model.grouped_backend,
         "attention_backend": config.model.attention_backend,
-        "kernels": len(re.findall(r'custom_call_target="(?:tpu_custom_call|[^"]*triton[^"]*)"', text)),
+        "kernels": len(kernels),
         "peak_memory_gb": round(_memory_gb(program), 3),
         "flops": flops,
         "ideal_flops": ideal,
@@ -304,7 +306,7 @@ def _print(found: dict) -> None:
     table.add_row("peak memory", f"{found['peak_memory_gb']:.2f} GB a device")
     if found["flops"]:
         table.add_row("FLOPs", f"{found['flops'] / 1e12:.2f} T a device, {found['flops_over_ideal']:.3f} of the ideal")
-    table.add_row("at best", f"{found['compute_s']} s of computing, {found['wire_s']} s of the wire")
+        table.add_row("at best", f"{found['compute_s']} s of computing, {found['wire_s']} s of the wire")
     for kind, moved in found["collectives"].items():
         table.add_row(kind, f"{moved['gb']:.3f} GB a device, {moved['count']} times")
     table.add_row("compiled in", f"{found['compile_s']} s")

@@ -44,14 +44,15 @@ def benchmark_cache(timings: Timings, sizes: dict, runs: Path | None) -> None:
 
 def _of_runs(timings: Timings, runs: Path) -> None:
     folders, against = run_folders(runs), None
-    # All of them read as many tokens.
-    length = 2 * min(Config.load(RunFolder(folder).config).train.seq_len for folder in folders)
+    # All of them read as many tokens, and none more than it has positions for.
+    configs = [Config.load(RunFolder(folder).config) for folder in folders]
+    lengths = [2 * config.train.seq_len for config in configs]
+    length = min(lengths + [config.model.max_positions for config in configs if config.model.max_positions])
     for folder in folders:
         trained = load_trained(folder)
         config, rows = trained.config, prepare(trained.config, RunFolder(folder)).eval
         if not (texts := _texts(rows, 2, TEXTS)):
             raise ConfigError(f"--runs={runs}: {folder} has {len(rows)} rows of held-out text; 2 are needed")
-        trained.check_length(length, f"--runs={runs}: texts", str(folder))
         token_RS = texts["token"][:, :length]
         decoder = Decoder(trained, len(token_RS), capacity=0)
         stages = decoder.decoding.stages
@@ -145,4 +146,4 @@ def _forward_logits(decoder: Decoder, token_RS: np.ndarray) -> jax.Array:
 
 
 def _bytes(run: Run) -> dict:
-    return {"bytes_per_token": round(run.decoder.peak_bytes / sum(len(done.layer_ST) - 1 for done in run()))}
+    return {"bytes_per_token": round(run.decoder.peak_bytes / sum(len(done.ran_ST) for done in run()))}

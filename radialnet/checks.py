@@ -27,7 +27,7 @@ def require(holds: bool, message: str) -> None:
         raise ConfigError(message)
 
 
-def expanded(path: str | Path) -> Path:
+def expanded(path: str | Path, field: str = "") -> Path:
     """A path as it was given, with ~ for a home folder, which shells leave alone after `--workdir=`.
 
     Raises:
@@ -36,7 +36,8 @@ def expanded(path: str | Path) -> Path:
     try:
         return Path(path).expanduser()
     except RuntimeError as error:
-        raise ConfigError(f"{path}: {error}") from None
+        where = f"{field}={str(path)!r}" if field else path
+        raise ConfigError(f"{where}: {error}") from None
 
 
 def told_groups(model: ModelConfig) -> str:

@@ -67,7 +67,23 @@ class Config(Sections):
         for section, defaults in base.get_config().to_dict().items():
             if isinstance(found := fields.setdefault(section, {}), dict):
                 fields[section] = {**defaults, **found}
+        _forget_what_was_never_read(fields)
         return cls.from_dict(fields)
+
+
+def _forget_what_was_never_read(fields: dict) -> None:
+    """Of runs of before it was refused: what their form of router made no use of."""
+    router, model = fields["router"], fields["model"]
+    if not (isinstance(router, dict) and isinstance(model, dict)):
+        return
+    form, sizes = router["form"], [model[name] for name in ("min_depth", "max_depth", "pool_size")]
+    unread = {"skip": ["load_bias_rate"], "mod": ["load_bias_rate", "noise"]}
+    unread["recursion"] = [*unread["mod"], "explore"]
+    router |= dict.fromkeys(unread.get(form, []), 0.0)
+    if form == "recursion" and all(type(size) is int for size in sizes):
+        min_depth, max_depth, pool_size = sizes
+        # A single number of rounds is left.
+        model["min_depth"] = max_depth if max(min_depth, 1) > max_depth - pool_size else min_depth
 
 
 def _build(cls: type, fields: Mapping | ConfigDict, where: str):

@@ -114,7 +114,7 @@ def prepare(
     for number, (part, source, of_source) in enumerate(zip(parts, sources, known, strict=True), 1):
         name = f"documents of {part.path or part.source} tokenised"
         name = f"part {number} of {len(parts)}: {name}" if len(parts) > 1 else name
-        shards = cache / f"tokens-{_key(LAYOUT, of_source, tokenizer.fingerprint(), cfg.eval_fraction)}"
+        shards = cache / f"tokens-{_key(LAYOUT, of_source, tokenizer.encoding, cfg.eval_fraction)}"
         indices.append(write_shards(shards, source, tokenizer, cfg.eval_fraction, num_processes, partial(report, name)))
         streams.append(open_streams(shards, indices[-1], tokenizer.separator_id))
     manifest = {**_manifest(cfg, weights, parts, indices), "tokenizer": tokenizer.fingerprint()}
@@ -208,7 +208,7 @@ def _streamed(config: Config, begun: RunFolder | None) -> Dataset:
 
 def _cache_folder(cfg: DataConfig) -> Path:
     try:
-        cache = expanded(cfg.cache_dir)
+        cache = expanded(cfg.cache_dir, "config.data.cache_dir")
         cache.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"config.data.cache_dir={cfg.cache_dir!r}: can't be made ({error})") from None
@@ -243,7 +243,7 @@ def _tokenizer(
     if cfg.tokenizer == "byte":
         return Tokenizer.train([], BYTE_VOCAB_SIZE)
     if cfg.tokenizer != "bpe":
-        path = expanded(cfg.tokenizer)
+        path = expanded(cfg.tokenizer, "config.data.tokenizer")
         if not path.is_file():
             told = "no such file; bpe, byte, or the path of a tokenizer.json or of a .model of SentencePiece"
             raise ConfigError(f"config.data.tokenizer={cfg.tokenizer!r}: {told}")

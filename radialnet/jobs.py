@@ -34,9 +34,9 @@ def run_all(
     # Before any of them runs: a path may be too long, or not one to write to.
     for log in commands:
         log.parent.mkdir(parents=True, exist_ok=True)
-    # SIGHUP is what a terminal that closes sends. Under nohup, say, one is ignored, and stays that.
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    numbers = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    # What a terminal that closes sends; ignored under nohup.
+    numbers += [signal.SIGHUP] if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN else []
     handlers = {number: signal.signal(number, _end) for number in numbers}
     try:
         while waiting or running:

@@ -208,8 +208,8 @@ def _validate_recursion(model: ModelConfig, router: RouterConfig) -> None:
     require(
         model.min_depth == model.max_depth or max(model.min_depth, 1) <= model.max_depth - model.pool_size,
         f"config.model.min_depth={model.min_depth} leaves a single number of rounds of config.model.pool_size="
-        f"{model.pool_size} layers to choose: config.model.max_depth={model.max_depth} or fewer than "
-        f"{model.max_depth - model.pool_size + 1} is needed",
+        f"{model.pool_size} layers to choose: config.model.max_depth={model.max_depth} is needed, which says so, or "
+        "more rounds",
     )
     require(
         router.depth_coef == 0 and router.explore == 0,

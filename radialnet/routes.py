@@ -85,20 +85,19 @@ def shown_tokens(
     tokenizer: Tokenizer, token_N: np.ndarray, layer_TN: np.ndarray, num_layers: int
 ) -> tuple[ShownToken, ...]:
     """The text of each token. A character of several tokens stands at the last of them."""
-    shown, pending = [], []
-    before = ""
+    shown, done, pending = [], [], []
     for token, layer_T in zip(token_N.tolist(), layer_TN.T, strict=False):
         layers = tuple(layer_T[layer_T < num_layers].tolist())
         if token == tokenizer.separator_id:
-            text, pending, before = DOCUMENT, [], ""
+            text, done, pending = DOCUMENT, [], []
         else:
             # With those before it: alone, a word would lose its space and a part of a character its meaning.
             pending.append(token)
-            whole = tokenizer.decode(pending)
-            is_part = whole.endswith("\ufffd") and len(pending) < 8
-            text, before = (PART_OF_CHARACTER, before) if is_part else (whole[len(before) :], whole)
-            if not is_part:
-                pending, before = pending[-1:], tokenizer.decode(pending[-1:])
+            text = tokenizer.decode(pending, after=done)
+            if text.endswith("\ufffd") and len(pending) < 8:
+                text = PART_OF_CHARACTER
+            else:
+                done, pending = [*done, *pending][-16:], []
         shown.append(ShownToken(text, layers))
     return tuple(shown)
 

@@ -261,6 +261,9 @@ def mesh_sizes(config: Config, num_devices: int, num_slices: int = 1, num_proces
 
     With one process and `data=-1` that is as many as rows of the batch can be split over; others go unused.
 
+    Args:
+        num_slices, num_processes: that the devices are of. Where there are several all devices are used.
+
     Raises:
         ConfigError: they don't go together, or with the devices.
     """

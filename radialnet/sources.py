@@ -254,6 +254,12 @@ def _open_tokens(cfg: DataConfig) -> Source:
     return TokenRows(path if path.is_dir() else path.parent, _regular_files(path, ".npy"))
 
 
+def _path_or_name(cfg: DataConfig) -> tuple[Path, str]:
+    """The path of a data set that is here, twice; of one that isn't, its name."""
+    path = expanded(cfg.path, "config.data.path")
+    return path, str(path) if path.exists() else cfg.path
+
+
 # Of files, by the endings of their names, what the library calls them where that is something else.
 _KINDS = {".jsonl": "json", ".txt": "text"}
 
@@ -264,17 +270,17 @@ def load_hf(cfg: DataConfig):
     import datasets
 
     datasets.disable_progress_bars()
-    path = Path(cfg.path)
+    path, name = _path_or_name(cfg)
     try:
         if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
-            found = datasets.load_from_disk(cfg.path)
+            found = datasets.load_from_disk(name)
             found = found[cfg.split] if isinstance(found, datasets.DatasetDict) else found
             return found.to_iterable_dataset() if cfg.streaming else found
         if path.is_file():
-            files = {cfg.split: cfg.path}
+            files = {cfg.split: name}
             kind = _KINDS.get(path.suffix, path.suffix[1:])
             return datasets.load_dataset(kind, data_files=files, split=cfg.split, streaming=cfg.streaming)
-        return datasets.load_dataset(cfg.path, cfg.subset or None, split=cfg.split, streaming=cfg.streaming)
+        return datasets.load_dataset(name, cfg.subset or None, split=cfg.split, streaming=cfg.streaming)
     except (OSError, ValueError, KeyError, ImportError, datasets.exceptions.DatasetsError) as error:
         reason = " ".join(str(error).split())[:300]
         told = f"config.data.path={cfg.path!r} config.data.subset={cfg.subset!r} config.data.split={cfg.split!r}"
@@ -291,8 +297,9 @@ def _open_hf(cfg: DataConfig) -> Source:
 def _open_tfds(cfg: DataConfig) -> Source:
     import tensorflow_datasets as tfds
 
+    path, name = _path_or_name(cfg)
     try:
-        builder = tfds.builder_from_directory(cfg.path) if Path(cfg.path).is_dir() else tfds.builder(cfg.path)
+        builder = tfds.builder_from_directory(name) if path.is_dir() else tfds.builder(name)
         found = builder.as_data_source(cfg.split)
     except (OSError, ValueError, NotImplementedError, ImportError, AssertionError, LookupError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
@@ -312,7 +319,7 @@ _OPEN = {
 
 
 def _existing(cfg: DataConfig) -> Path:
-    path = expanded(cfg.path)
+    path = expanded(cfg.path, "config.data.path")
     if not path.exists():
         raise ConfigError(f"config.data.path={cfg.path!r}: no such file or folder")
     return path

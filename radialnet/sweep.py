@@ -39,7 +39,7 @@ from radialnet.config import Config
 from radialnet.files import finite, write_whole
 from radialnet.grid import Cell, expand, joined, parse_axis
 from radialnet.jobs import run_all
-from radialnet.run_folder import RunFolder, saved_steps
+from radialnet.run_folder import RunFolder, is_committed, saved_steps
 from radialnet.sections import ConfigError
 
 EXIT_FAILED_CELLS = 1
@@ -57,6 +57,13 @@ def command_of(cell: Cell, config_file: str, workdir: Path) -> list[str]:
     return [sys.executable, train, f"--config={config_file}", f"--workdir={workdir / cell.name}", *overrides]
 
 
+def _is_saved(checkpoints: Path, step: int) -> bool:
+    if saved := saved_steps(checkpoints):
+        return step in saved
+    # Of before there were checksums; or who took all checkpoints away doesn't want the cell trained again.
+    return is_committed(checkpoints / str(step)) or not (checkpoints.exists() and any(checkpoints.iterdir()))
+
+
 def row_of(cell: Cell, folder: RunFolder) -> dict | None:
     """The row of a finished cell; None while the evaluation after its last step is missing, or that step isn't saved.
 
@@ -64,9 +71,7 @@ def row_of(cell: Cell, folder: RunFolder) -> dict | None:
     """
     lines, train = folder.read_metrics(), cell.config.train
     held_out = [line for line in lines if line["split"] == "eval" and line["step"] == train.num_steps]
-    # Who took the checkpoints away doesn't want the cell trained again.
-    is_saved = not folder.checkpoints.exists() or train.num_steps in saved_steps(folder.checkpoints)
-    if not (held_out and is_saved):
+    if not (held_out and _is_saved(folder.checkpoints, train.num_steps)):
         return None
     seconds, before = 0.0, 0
     for line in lines:

@@ -3,6 +3,7 @@ those that others trained: any `tokenizer.json`, and models of SentencePiece.
 """
 
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -63,6 +64,7 @@ class Tokenizer:
         # By which the tokens of a corpus are known: as it was given.
         self._content = tokenizer.to_str()
         self._tokenizer = _with_names_as_text(tokenizer)
+        self._names_are_text = self._tokenizer is not tokenizer
         self._is_byte_level = isinstance(tokenizer.decoder, tokenizers.decoders.ByteLevel)
         names = tokenizer.get_vocab().items()
         self._byte_of = {token: int(name[3:5], 16) for name, token in names if _BYTE.fullmatch(name)}
@@ -135,6 +137,11 @@ class Tokenizer:
     def _of_json(cls, content: str) -> "Tokenizer":
         return cls(tokenizers.Tokenizer.from_str(content))
 
+    @property
+    def encoding(self) -> str:
+        """By which tokens that were kept are known: of a unigram model they were others before names were text."""
+        return self.fingerprint() + (" names as text" if self._names_are_text else "")
+
     def fingerprint(self) -> str:
         return hashlib.sha256(self._content.encode()).hexdigest()
 
@@ -169,25 +176,25 @@ class Tokenizer:
         """
         if self._is_byte_level:
             return self._tokenizer.decode(ids, skip_special_tokens=True)
-        # SentencePiece writes no space before the first word of a text, and this is not its first. And bytes in a row
-        # are read all together: as characters, or as none.
-        begin = max(len(after) - 1, 0)
-        while begin and after[begin] in self._byte_of:
-            begin -= 1
-        context, cut = list(after[begin:]), len(ids) - self._num_unfinished(ids)
-        before = self._tokenizer.decode(context, skip_special_tokens=True)
-        text = self._tokenizer.decode([*context, *ids[:cut]], skip_special_tokens=True)[len(before) :]
-        return text + "\ufffd" * (cut < len(ids))
+        before, text = list(after), ""
+        for is_bytes, run in itertools.groupby(ids, self._byte_of.__contains__):
+            run = list(run)
+            text += self._text_of_bytes(run, before) if is_bytes else self._text_of_pieces(run, before)
+            before += run
+        return text
 
-    def _num_unfinished(self, ids: Sequence[int]) -> int:
-        """How many ids at the end are the first bytes of a character that has more."""
-        for num, token in enumerate(reversed(ids[-3:]), 1):
-            byte = self._byte_of.get(token, 0)
-            if byte >= 0xC0:
-                return num if num < (2 if byte < 0xE0 else 3 if byte < 0xF0 else 4) else 0
-            if byte < 0x80:
-                return 0
-        return 0
+    def _text_of_bytes(self, run: list[int], before: list[int]) -> str:
+        # Not by the library: where one byte is missing it finds no character in all that stand together.
+        held = list(itertools.takewhile(self._byte_of.__contains__, reversed(before)))[::-1]
+        held, new = (bytes(map(self._byte_of.__getitem__, tokens)) for tokens in (held, run))
+        return (held + new).decode("utf-8", "replace")[len(held.decode("utf-8", "replace")) :]
+
+    def _text_of_pieces(self, run: list[int], before: list[int]) -> str:
+        # SentencePiece writes no space before the first word of a text. What stands here before one that is not is the
+        # piece that does or, after bytes, the same piece once more.
+        context = before[-1:] if before and before[-1] not in self._byte_of else run[:1] if before else []
+        decoded = self._tokenizer.decode(context, skip_special_tokens=True)
+        return self._tokenizer.decode([*context, *run], skip_special_tokens=True)[len(decoded) :]
 
 
 def _with_names_as_text(tokenizer: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
@@ -199,16 +206,23 @@ def _with_names_as_text(tokenizer: tokenizers.Tokenizer) -> tokenizers.Tokenizer
         return tokenizer
     content = json.loads(tokenizer.to_str())
     special = {added["content"] for added in content["added_tokens"] if added["special"]}
-    unknown = content["model"]["unk_id"]
-    for token, (name, _) in enumerate(content["model"]["vocab"]):
+    vocabulary, unknown = content["model"]["vocab"], content["model"]["unk_id"]
+    pieces, names = {piece for piece, _ in vocabulary}, []
+    for token, (name, _) in enumerate(vocabulary):
         if name in special or token == unknown or _BYTE.fullmatch(name):
-            content["model"]["vocab"][token][1] = _LEAST_SCORE
+            names.append(name)
+            vocabulary[token][1] = _LEAST_SCORE
     changed = tokenizers.Tokenizer.from_str(json.dumps(content))
     changed.encode_special_tokens = True
+    # Characters that there is no piece of have a lower score still: before them the text is cut.
+    if cuts := [re.escape(name[0]) + f"(?={re.escape(name[1:])})" for name in names if name[0] not in pieces]:
+        cut = tokenizers.pre_tokenizers.Split(tokenizers.Regex("|".join(cuts)), "isolated")
+        steps = [step for step in (changed.pre_tokenizer, cut) if step]
+        changed.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(steps)
     return changed
 
 
-# Of a piece, the log of its probability: less than that of any text which is as long as a name.
+# Of a piece, the log of its probability: less than that of any pieces which a name is made of.
 _LEAST_SCORE = -1e6
 
 

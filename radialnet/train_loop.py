@@ -170,7 +170,8 @@ def _window(run: Run, no_sums: BatchSums) -> dict:
     try:
         return run.checkpoints.restore(run.step, {"window": empty})["window"]
     except ConfigError as error:
-        # With a teacher, or without the one that there was, steps have other losses.
+        # With a teacher, or without the one that there was, steps have other losses. Nothing else is lost, whatever the
+        # reason.
         warn(f"{error}; the next line of metrics is of the steps from here on")
         return empty
 

@@ -79,7 +79,7 @@ RECURSION = {"router__form": "recursion", "model__pool_size": 2, "model__max_dep
         ({**RECURSION, "router__explore": 0.1}, ("explore=0.1", "form='recursion'")),
         (
             {**RECURSION, "model__min_depth": 5, "router__depth_target": 5.0},
-            ("min_depth=5", "pool_size=2", "fewer than 5"),
+            ("min_depth=5", "pool_size=2", "max_depth=6"),
         ),
         ({"data__source": "mixture", "data__mixture": "1 stdlib texts"}, ("stdlib reads no path", "'texts'")),
         ({"optimizer__group_decay": 1.0, "optimizer__low_rank": 2}, ("group_decay=1.0", "low_rank=2")),
@@ -191,6 +191,16 @@ def test_a_run_of_before_a_field_was_there_is_read_as_what_it_was(tmp_path):
     path.write_text(json.dumps(fields))
     with pytest.raises(ConfigError, match="config.train.unknown"):
         Config.load(path)
+
+
+def test_a_run_that_had_what_its_form_never_read_is_read_without(tmp_path):
+    config = make_config(**RECURSION)
+    fields = config.to_dict()
+    fields["router"] |= {"explore": 0.1, "noise": 1.0, "load_bias_rate": 0.1}
+    fields["model"]["min_depth"] = 5
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    found = Config.load(tmp_path / "config.json")
+    assert found.router == config.router and found.model.min_depth == 6
 
 
 @pytest.mark.parametrize("name", CONFIGS)

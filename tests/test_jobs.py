@@ -53,7 +53,8 @@ def test_what_runs_is_ended_when_something_goes_wrong(tmp_path):
 def test_a_signal_ends_them(tmp_path):
     """Each writes its process id; none must be alive after the process that started them was told to end."""
     program = (
-        "import sys; from pathlib import Path; from radialnet.jobs import run_all\n"
+        "import signal, sys; from pathlib import Path; from radialnet.jobs import run_all\n"
+        "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"
         "child = 'import os, time; print(os.getpid(), flush=True); time.sleep(600)'\n"
         "logs = [Path(sys.argv[1], name, 'log') for name in 'ab']\n"
         "run_all({log: [sys.executable, '-c', child] for log in logs}, 2, lambda _: None, lambda *_: None)"

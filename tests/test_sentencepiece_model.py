@@ -1,9 +1,11 @@
 import io
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from radialnet.routes import PART_OF_CHARACTER, shown_tokens
 from radialnet.sections import ConfigError
 from radialnet.tokenizer import Tokenizer
 from tests.texts import TEXTS
@@ -16,10 +18,10 @@ MORE = [*TEXT, *TEXTS, "  two  spaces\tand a tab ", "ﬁ ﬀ Å １２", "emoji 
 MORE += ["x = a</s>b <s> <unk>", "a <0x41> b", "\n\nx = 1\n\n", "\tx ", "  \n x"]
 
 
-def train(path, **options):
+def train(path, text=TEXT, **options):
     model = io.BytesIO()
     options = {"vocab_size": 400, "character_coverage": 0.999, "minloglevel": 2, **options}
-    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(TEXT), model_writer=model, **options)
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(text), model_writer=model, **options)
     path.write_bytes(model.getvalue())
     return sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
 
@@ -54,6 +56,16 @@ def test_ids_are_those_of_the_library(case, tmp_path):
     assert Tokenizer.load(tmp_path / "tokenizer.json").encode(MORE[-2]) == theirs.encode(MORE[-2])
 
 
+@pytest.mark.parametrize("has_bytes", [False, True])
+def test_names_of_pieces_are_text_where_no_piece_spells_them(has_bytes, tmp_path):
+    """A character that is unknown costs more than any piece, those that must not be taken too."""
+    prose = [re.sub("[<>]", "", line) for line in TEXT]
+    theirs = train(tmp_path / "tokenizer.model", prose, model_type="unigram", byte_fallback=has_bytes, vocab_size=600)
+    ours = Tokenizer.load(tmp_path / "tokenizer.model")
+    for text in ("a </s> b", "a<s>b", "a <0x41> b<unk>", "a < b"):
+        assert ours.encode(text) == theirs.encode(text), text
+
+
 def test_what_goes_on_keeps_its_first_space(tmp_path):
     """A new text begins without the space that its first piece has."""
     train(tmp_path / "tokenizer.model", **CASES["as llama"])
@@ -73,6 +85,11 @@ def test_bytes_are_characters_as_soon_as_they_are_all_there(tmp_path):
     assert ids[: len(before)] == before and ours.decode(ids[len(before) :], after=before) == text
     ids, ends = ids[len(before) :], np.cumsum([len(character.encode()) for character in text]).tolist()
     assert len(ids) == ends[-1]
+    names = ours._tokenizer.get_vocab()
+    stray = names["<0x80>"]
+    assert ours.decode([*ids[:4], stray, *ids[4:7]], after=before) == "🙂\ufffd漢", "one that is none costs no other"
+    shown = shown_tokens(ours, np.array([*before, *ids]), np.zeros((1, len(before) + len(ids)), int), 1)
+    assert "".join(token.text for token in shown if token.text != PART_OF_CHARACTER) == "x 漢" + text
     for num in range(len(ids) + 1):
         whole = sum(end <= num for end in ends)
         found = ours.decode(ids[:num], after=before)

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -135,9 +136,13 @@ def test_rows_come_from_the_last_evaluation_alone(tmp_path):
         "tokens_per_s": pytest.approx(20 * 4 * 64 / 4),
     }
     # The line is written before its step is saved, and that may fail.
-    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "20").mkdir(parents=True)
     assert row_of(cell, RunFolder(tmp_path)) is None
-    (tmp_path / "checkpoints").rmdir()
+    # Before there were checksums this said that it is.
+    (tmp_path / "checkpoints" / "20" / "commit_success.txt").touch()
+    assert row_of(cell, RunFolder(tmp_path)) == row
+    shutil.rmtree(tmp_path / "checkpoints" / "20")
+    assert row_of(cell, RunFolder(tmp_path)) == row, "emptied, by somebody who needed the room"
     text = (tmp_path / "metrics.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "metrics.jsonl").write_text("".join(text[:3]))
     assert row_of(cell, RunFolder(tmp_path)) is None
