@@ -241,15 +241,15 @@ TABLES = (
         "6 million bytes, AdamW at a learning rate of 6e-3. In `radial` alone each token and the one before it say in "
         "turn where it goes (`router.hash_span`). Exit biases have settled after the last step, on 64 batches that are "
         "not counted, in `radial`, `radial, T/2`, `radial, learned routes`, Mixture-of-Recursions and all words that "
-        "have exits; the depth of other models with exits may be off its target. Routers that learn routes have a tenth "
-        "of the learning rate here.",
+        "have exits; the depth of other models with exits may be off its target. Routers that learn routes have a "
+        "tenth of the learning rate here.",
     ),
     Table(
         "Bytes at a rate of 3e-3",
         RATE_MODELS,
         "dense, rate 3e-3",
-        "6 million bytes, AdamW at a learning rate of 3e-3. Mixture-of-Recursions is of before its z-loss counted how far "
-        "its scores are apart.",
+        "6 million bytes, AdamW at a learning rate of 3e-3. Mixture-of-Recursions is of before its z-loss counted how "
+        "far its scores are apart.",
     ),
     Table(
         "Words",
