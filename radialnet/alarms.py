@@ -77,10 +77,7 @@ def _depth(config: Config, lines: Sequence[dict]) -> str | None:
         return None
     shares = lines[-1]["depth_hist"]
     # Those that explore go all the way, whatever the router says.
-    fewest = model.min_depth
-    if router.form == "recursion":
-        # Whole rounds, at least one.
-        fewest = model.pool_size * max(1, -(-model.min_depth // model.pool_size))
+    fewest = model.pool_size * model.fewest_rounds if router.form == "recursion" else model.min_depth
     least = shares[fewest] / (1 - router.explore)
     for share, bound in ((least, fewest), (shares[model.max_depth], model.max_depth)):
         if share > _MOST_AT_A_BOUND and abs(router.depth_target - bound) > 0.1:

@@ -189,10 +189,15 @@ def eval_rows(trained: TrainedModel, workdir: Path, data: str | None) -> Rows:
     return held_out_rows(source, trained.tokenizer, trained.config.train.seq_len)
 
 
+def knows_text(folder: RunFolder) -> bool:
+    """Whether a run has documents that it was trained on; what was trained elsewhere has none."""
+    return bool(json.loads(folder.manifest.read_text()).get("num_documents"))
+
+
 def held_out_text(trained: TrainedModel, workdir: Path, data: str | None) -> tuple[Rows, str]:
     """`eval_rows`; of a model that was trained elsewhere, whose folder knows no text, rows of `documents`. And what
     they are."""
-    if json.loads(RunFolder(workdir).manifest.read_text()).get("num_documents"):
+    if knows_text(RunFolder(workdir)):
         return eval_rows(trained, workdir, data), f"text of {data}" if data else "held-out part of what the run read"
     source, told = documents(expanded(data) if data else None)
     return held_out_rows(source, trained.tokenizer, trained.config.train.seq_len), told

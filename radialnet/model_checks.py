@@ -206,7 +206,7 @@ def _validate_recursion(model: ModelConfig, router: RouterConfig) -> None:
         f"{model.max_depth} must be a multiple of config.model.pool_size={model.pool_size}",
     )
     require(
-        model.min_depth == model.max_depth or max(model.min_depth, 1) <= model.max_depth - model.pool_size,
+        model.min_depth == model.max_depth or model.fewest_rounds * model.pool_size < model.max_depth,
         f"config.model.min_depth={model.min_depth} leaves a single number of rounds of config.model.pool_size="
         f"{model.pool_size} layers to choose: config.model.max_depth={model.max_depth} is needed, which says so, or "
         "more rounds",

@@ -135,6 +135,7 @@ class RecursionRouter(Router):
 
     def __init__(self, model_cfg: ModelConfig, cfg: RouterConfig, rngs: nnx.Rngs, parallel: Parallel):
         self.num_rounds = model_cfg.max_depth // model_cfg.pool_size
+        self.first = model_cfg.fewest_rounds - 1  # The shortest choice that there is.
         super().__init__(model_cfg, cfg, rngs, parallel, num_outputs=self.num_rounds)
 
     def no_plan(self, shape: tuple[int, ...]) -> Plan:
@@ -143,8 +144,7 @@ class RecursionRouter(Router):
     def __call__(self, h_BSD: jax.Array, step: StepInputs, controllers: Controllers, at: Schedule) -> Route:
         """`Router.__call__`; all is chosen at depth step 0."""
         active_BS, depth_step, decided = step.active_BS, step.depth_step, step.decided
-        is_first, num_layers, num_rounds = depth_step == 0, self.num_layers, self.num_rounds
-        first = max(0, (self.min_depth - 1) // num_layers)  # The shortest choice that there is.
+        is_first, num_layers, num_rounds, first = depth_step == 0, self.num_layers, self.num_rounds, self.first
         logits_BSR = self._logits(self._inputs(h_BSD, jnp.int32(0)))
         # Counted from the first that may be chosen, whose score no bias then drowns.
         more_R = jnp.arange(num_rounds) - first

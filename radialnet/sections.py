@@ -61,6 +61,11 @@ class ModelConfig:
     remat: str
 
     @property
+    def fewest_rounds(self) -> int:
+        """Of `recursion`: how often a token goes through the pool at least."""
+        return max(1, -(-self.min_depth // self.pool_size))
+
+    @property
     def num_layer_groups(self) -> int:
         """Into how many groups of consecutive layers the pool is cut. Step t has group t, or the last one."""
         return self.num_groups or self.max_depth

@@ -31,7 +31,7 @@ from radialnet.checks import expanded
 from radialnet.comparisons import plot_sparsity
 from radialnet.config import Config
 from radialnet.data import Rows, eval_batches, held_out_rows, prepare
-from radialnet.evaluate import held_out_text
+from radialnet.evaluate import held_out_text, knows_text
 from radialnet.files import finite, write_whole
 from radialnet.run_folder import RunFolder
 from radialnet.sections import ConfigError
@@ -122,9 +122,8 @@ def texts(trained: TrainedModel, workdir: Path, data: str | None, needs_training
     rows, _ = held_out_text(trained, workdir, data)
     if not needs_training:
         return rows, None
-    if json.loads(folder.manifest.read_text()).get("num_documents"):
+    if knows_text(folder):
         return rows, prepare(config, folder).train
-    # It was trained elsewhere.
     trains = split_documents(base.get_config().data, is_held_out=False)
     chosen = [trains[index] for index in evenly(len(trains), _ELSEWHERE)]
     return rows, held_out_rows(chosen, trained.tokenizer, config.train.seq_len)
