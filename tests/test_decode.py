@@ -474,25 +474,6 @@ def test_a_token_that_a_row_is_at_is_not_given_up(view):
     assert kept.first_R.tolist() == [2, 0] and kept.num_free == cache.num_free + 1, "with token 1 goes what was begun"
 
 
-def test_rows_that_slide_keep_what_they_are_at(endless):
-    requests = [dataclasses.replace(request, max_new_tokens=20) for request in requests_of(2)]
-    least = decode.Decoder(endless, num_rows=2).least_capacity
-    decoder = decode.Decoder(endless, num_rows=2, capacity=least, when_full="slide")
-    seen, with_room = [], decoder._with_room
-
-    def checked(cache, num_needed, place_R):
-        before = int(cache.num_free)
-        cache = with_room(cache, num_needed, place_R)
-        if before < num_needed <= int(cache.num_free):
-            seen.append((np.asarray(cache.first_R), np.asarray(place_R)))
-        return cache
-
-    decoder._with_room = checked
-    assert all(len(done.tokens) == 20 for done in decoder.run(requests))
-    assert any((first_R > 0).any() for first_R, _ in seen)
-    assert all((first_R <= place_R).all() for first_R, place_R in seen)
-
-
 def test_requests_wait_for_room_in_the_cache(endless):
     """With pages enough for two of them at full depth, three are never at work, and the two don't run out of pages."""
     requests = [dataclasses.replace(request, max_new_tokens=14) for request in requests_of(3)]
